@@ -1,0 +1,80 @@
+"""LoRA fine-tuning on the machine at hand.
+
+Inside your own model and loop:
+
+    import rankwise
+    from rankwise import LoraConfig, TaskType
+
+    report = rankwise.inject_(model, LoraConfig(task_type=TaskType.CAUSAL_LM, r=8, lora_alpha=32))
+    print(report)                                     # each adapted matrix, d·k → r·(d+k)
+    optimizer = torch.optim.AdamW(rankwise.trainable_parameters(model), lr=1e-3)
+    ...                                               # train as ever
+    rankwise.save_adapter(model, "my-adapter")        # the folder format of PEFT
+
+Later, on the same base model:
+
+    rankwise.load_adapter_(model, "my-adapter")
+    with rankwise.adapters_off(model): ...            # the base model
+    rankwise.merge_(model)                            # no extra work at inference; unmerge_ goes back
+    rankwise.eject_(model)                            # the very base model, bit for bit
+
+A name with a trailing underscore changes the model in place.
+The names are imported when they are first used, so that `import rankwise` does not import torch.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from rankwise.lora.checkpoint import Adapter as Adapter
+    from rankwise.lora.checkpoint import load_adapter_ as load_adapter_
+    from rankwise.lora.checkpoint import read_adapter as read_adapter
+    from rankwise.lora.checkpoint import save_adapter as save_adapter
+    from rankwise.lora.config import LoraConfig as LoraConfig
+    from rankwise.lora.config import TaskType as TaskType
+    from rankwise.lora.inject import InjectReport as InjectReport
+    from rankwise.lora.inject import adapters_off as adapters_off
+    from rankwise.lora.inject import eject_ as eject_
+    from rankwise.lora.inject import inject_ as inject_
+    from rankwise.lora.inject import trainable_parameters as trainable_parameters
+    from rankwise.lora.low_rank import LowRank as LowRank
+    from rankwise.lora.merge import MergeReport as MergeReport
+    from rankwise.lora.merge import merge_ as merge_
+    from rankwise.lora.merge import merge_and_remove_ as merge_and_remove_
+    from rankwise.lora.merge import unmerge_ as unmerge_
+    from rankwise.train.config import TrainConfig as TrainConfig
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "Adapter": "rankwise.lora.checkpoint",
+    "InjectReport": "rankwise.lora.inject",
+    "LoraConfig": "rankwise.lora.config",
+    "LowRank": "rankwise.lora.low_rank",
+    "MergeReport": "rankwise.lora.merge",
+    "TaskType": "rankwise.lora.config",
+    "TrainConfig": "rankwise.train.config",
+    "adapters_off": "rankwise.lora.inject",
+    "eject_": "rankwise.lora.inject",
+    "inject_": "rankwise.lora.inject",
+    "load_adapter_": "rankwise.lora.checkpoint",
+    "merge_": "rankwise.lora.merge",
+    "merge_and_remove_": "rankwise.lora.merge",
+    "read_adapter": "rankwise.lora.checkpoint",
+    "save_adapter": "rankwise.lora.checkpoint",
+    "trainable_parameters": "rankwise.lora.inject",
+    "unmerge_": "rankwise.lora.merge",
+}
+__all__ = sorted([*_HOMES, "__version__"])
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'rankwise' has no attribute {name!r}")
+    module = import_module(_HOMES[name])
+    value = globals()[name] = getattr(module, name)
+    return value
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -1,0 +1,51 @@
+"""Writes that a kill, a crash or a full disk cannot tear: a temporary name beside the target, then a rename."""
+
+import errno
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from rankwise.errors import StorageError
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Give a temporary path to write a file or a folder to; rename it to `path` when the block ends without an error.
+
+    A file that stood at `path` is replaced in one step; a folder must not stand there yet.
+    Raises StorageError if the disk is full or the place cannot be written; what stood at `path` is then untouched.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        yield temporary
+        os.replace(temporary, path)
+    except Exception as error:
+        raise storage_error(path, error) or error from None
+    finally:
+        if temporary.is_dir():
+            shutil.rmtree(temporary, ignore_errors=True)
+        else:
+            temporary.unlink(missing_ok=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Replace the file at `path` by `text` (UTF-8). Raises StorageError."""
+    with replacing(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def storage_error(path: Path, error: Exception) -> StorageError | None:
+    """The StorageError for a failed write to `path`, or None where `error` has another cause.
+
+    safetensors reports an operating system's error as text, "… (os error 28)", so the text is read as well.
+    """
+    number = error.errno if isinstance(error, OSError) else None
+    for code in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS):
+        if number == code or f"(os error {code})" in str(error):
+            full = code in (errno.ENOSPC, errno.EDQUOT)
+            advice = "free some space" if full else "choose a place that you may write to"
+            return StorageError(f"cannot write {path}: {os.strerror(code)}; {advice} and try again")
+    return None

@@ -1,0 +1,56 @@
+"""`rankwise eval`"""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from rankwise.cli.arguments import parse
+from rankwise.errors import ConfigError
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvalConfig:
+    """Measure loss and exact match (or accuracy) on a file."""
+
+    data: Path
+    """A JSONL file of the shape that the adapter was trained on."""
+    adapter: Path | None = None
+    """Adapter folder, or the folder of a run; without it the base model is measured."""
+    model: str | None = None
+    """Base model; without it, the one that the adapter names."""
+    answers: int | None = None
+    """At most so many prompts are answered to count exact matches; without it, all. 0: none."""
+    max_length: int = 1024
+    """Longest row, in tokens."""
+    long_rows: Literal["error", "cut", "drop"] = "error"
+    """What to do with rows longer than --max-length."""
+
+
+def main(options: list[str]) -> int:
+    config = parse(EvalConfig, options, "eval")
+    if config.answers is not None and config.answers < 0:
+        raise ConfigError(f"--answers must be at least 0, found {config.answers}")
+    from rankwise.data.examples import asked, label_examples, text_examples
+    from rankwise.data.rows import read_rows
+    from rankwise.engine.engine import Engine
+    from rankwise.models.adapted import load_adapted
+    from rankwise.models.load import longest_input
+    from rankwise.train.evaluate import evaluate
+    from rankwise.train.progress import Reporter
+
+    reporter = Reporter()
+    with reporter.stage("loading"):
+        adapted = load_adapted(config.model, config.adapter)
+    rows, tokenizer = read_rows(config.data, adapted.task), adapted.tokenizer
+    length = min(config.max_length, longest_input(adapted.model))
+    if adapted.task == "seq_cls":
+        examples, questions = label_examples(rows, tokenizer, adapted.labels, length, config.long_rows), []
+    else:
+        examples = text_examples(rows, tokenizer, length, config.long_rows)
+        questions = [asked(row, tokenizer) for row in rows[: config.answers]]
+    engine = Engine(adapted.model, tokenizer.pad_token_id or 0, examples)
+    with reporter.stage("evaluating") as stage:
+        measured = evaluate(engine, tokenizer, examples, questions, stage.update)
+    print(json.dumps({"loss": measured.loss, measured.metric_name: measured.metric, "rows": measured.rows}))
+    return 0

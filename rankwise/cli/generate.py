@@ -1,0 +1,67 @@
+"""`rankwise generate`"""
+
+import json
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from rankwise.cli.arguments import parse
+from rankwise.errors import ConfigError
+
+
+@dataclass(frozen=True, kw_only=True)
+class GenerateConfig:
+    """Answer one prompt, or each prompt of a file: the most likely answer, token by token."""
+
+    prompt: str | None = None
+    """The prompt."""
+    file: Path | None = None
+    """A JSONL file of `prompt` (and perhaps `completion`) or `messages` rows; answers are printed as JSONL."""
+    adapter: Path | None = None
+    """Adapter folder, or the folder of a run."""
+    model: str | None = None
+    """Base model; without it, the one that the adapter names."""
+    use: Literal["adapter", "base", "both"] = "adapter"
+    """Which of them answers; without --adapter the base model does."""
+    max_new_tokens: int = 256
+    """Longest answer, in tokens."""
+    first: int | None = None
+    """Answer only the first so many prompts of the file."""
+
+
+def main(options: list[str]) -> int:
+    config = parse(GenerateConfig, options, "generate")
+    if (config.prompt is None) == (config.file is None):
+        raise ConfigError("give either --prompt TEXT or --file FILE.jsonl")
+    if config.max_new_tokens < 1:
+        raise ConfigError(f"--max-new-tokens must be at least 1, found {config.max_new_tokens}")
+    if config.adapter is None and config.use == "both":
+        raise ConfigError("--use both needs an --adapter to stand beside the base model")
+    from rankwise.data.examples import asked, user_prompt
+    from rankwise.data.rows import read_prompts
+    from rankwise.engine.generate import generate
+    from rankwise.lora.inject import adapters_off
+    from rankwise.models.adapted import load_adapted
+    from rankwise.train.progress import Reporter
+
+    rows = read_prompts(config.file)[: config.first] if config.file else []
+    reporter = Reporter()
+    with reporter.stage("loading"):
+        adapted = load_adapted(config.model, config.adapter)
+    if adapted.task != "causal_lm":
+        raise ConfigError("this adapter classifies texts and cannot answer prompts; measure it with rankwise eval")
+    model, tokenizer = adapted.model, adapted.tokenizer
+    questions = [asked(row, tokenizer) for row in rows] or [user_prompt(config.prompt or "", tokenizer)]
+    sides = ["base"] if config.adapter is None else ["base", "adapter"] if config.use == "both" else [config.use]
+    answers = {}
+    for side in sides:
+        with reporter.stage(f"answering ({side})"), adapters_off(model) if side == "base" else nullcontext():
+            answers[side] = generate(model, tokenizer, questions, config.max_new_tokens)
+    if config.prompt is not None:
+        print("\n".join(f"{side}: {text[0]}" if len(sides) > 1 else text[0] for side, text in answers.items()))
+        return 0
+    for index, row in enumerate(rows):
+        given = {name: row.fields[name] for name in ("prompt", "messages", "completion") if name in row.fields}
+        print(json.dumps({**given, **{side: texts[index] for side, texts in answers.items()}}, ensure_ascii=False))
+    return 0

@@ -1,0 +1,62 @@
+"""`rankwise COMMAND …`: finds the command, and turns errors into messages. Nothing heavy is imported for --help."""
+
+import sys
+from importlib import import_module
+
+from rankwise import __version__
+from rankwise.errors import RankwiseError, nearest
+
+COMMANDS = {
+    "train": "fine-tune a model on your own file",
+    "eval": "measure a model, with or without an adapter, on a file",
+    "generate": "answer prompts with the base model, an adapter, or both side by side",
+    "merge": "write the model with the adapter added in, as a plain Hugging Face folder",
+}
+
+HELP = "\n".join(
+    [
+        "usage: rankwise COMMAND [OPTIONS]",
+        "",
+        "LoRA fine-tuning on the machine at hand.",
+        "",
+        *[f"  {name:<10} {text}" for name, text in COMMANDS.items()],
+        "",
+        "  rankwise COMMAND --help   all options of a command",
+        "  --version                 the version",
+        "  --traceback               show where an error arose",
+    ]
+)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run one command; returns the exit code: 0, 2 for a wrong input, 130 after Ctrl-C."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    show_traceback = "--traceback" in arguments
+    arguments = [argument for argument in arguments if argument != "--traceback"]
+    if not arguments or arguments[0] in ("-h", "--help", "help"):
+        print(HELP)
+        return 0
+    if arguments[0] == "--version":
+        print(f"rankwise {__version__}")
+        return 0
+    command, *options = arguments
+    if command not in COMMANDS:
+        return _fail(f"there is no command {command!r}{nearest(command, COMMANDS)}\n\n{HELP}")
+    try:
+        return import_module(f"rankwise.cli.{command}").main(options)
+    except RankwiseError as error:
+        if show_traceback:
+            raise
+        return _fail(str(error))
+    except KeyboardInterrupt:
+        print("\ninterrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        # The reader of our output (head, less) has gone.
+        sys.stderr.close()
+        return 0
+
+
+def _fail(message: str) -> int:
+    print(f"rankwise: error: {message}", file=sys.stderr)
+    return 2

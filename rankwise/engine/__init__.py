@@ -1,0 +1,1 @@
+"""The exact fast forward pass: packed attention, loss at trained tokens, generation."""

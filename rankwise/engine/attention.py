@@ -1,0 +1,86 @@
+"""Attention over packed examples: one stream of tokens without padding, each example attending to itself alone.
+
+Registered with transformers as the attention "rankwise_packed". How the stream is cut travels as a keyword argument of
+the model, `packing`, so that no model code is patched. A prefix that all examples begin with may stand once at the head
+of the stream: every example then attends to it and to itself, and autograd sums the prefix's gradient over them.
+Symbols: T tokens in the stream, H query heads, G key/value heads, D head width, P prefix, t tokens of one example.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import AttentionInterface, AttentionMaskInterface
+
+PACKED = "rankwise_packed"
+
+
+@dataclass(frozen=True)
+class Packing:
+    """How a stream is cut: the length of the shared prefix (0: none), then that of each example without it."""
+
+    prefix: int
+    lengths: tuple[int, ...]
+
+
+def packed_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    is_causal: bool | None = None,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    packing: Packing | None = None,
+    **_: Any,
+) -> tuple[Tensor, None]:
+    """query [1, H, T, D], key and value [1, G, T, D] → output [1, T, H, D]; exact, example by example.
+
+    split and cat copy once each way; a slice per example would fill a zero tensor of the whole stream for each of them
+    in the backward pass.
+    """
+    if packing is None or softcap is not None:
+        raise ValueError("packed attention needs its packing and serves no soft-capped scores")
+    causal = is_causal if is_causal is not None else getattr(module, "is_causal", True)
+    parts = [packing.prefix, *packing.lengths] if packing.prefix else list(packing.lengths)
+    queries, keys, values = (x.split(parts, dim=2) for x in (query, key, value))
+    outputs = []
+    for index, q in enumerate(queries):
+        k, v = keys[index], values[index]
+        if packing.prefix and index:
+            k, v = torch.cat([keys[0], k], dim=2), torch.cat([values[0], v], dim=2)
+        plain = q.shape[2] == k.shape[2] and not (sliding_window and k.shape[2] > sliding_window)
+        outputs.append(
+            F.scaled_dot_product_attention(
+                q,
+                k,
+                v,
+                attn_mask=None if plain else _mask(q, k, causal, sliding_window),
+                is_causal=causal and plain,
+                dropout_p=dropout,
+                scale=scaling,
+                enable_gqa=q.shape[1] != k.shape[1],
+            )
+        )
+    return torch.cat(outputs, dim=2).transpose(1, 2).contiguous(), None
+
+
+def _mask(query: Tensor, key: Tensor, causal: bool, window: int | None) -> Tensor:
+    """[t, P + t]: which keys a query sees, for an example behind a prefix or one that is longer than the window."""
+    keys = torch.arange(key.shape[2], device=key.device)
+    distance = keys[key.shape[2] - query.shape[2] :, None] - keys[None, :]
+    seen = distance >= 0 if causal else torch.ones_like(distance, dtype=torch.bool)
+    return seen & (distance.abs() < window) if window else seen
+
+
+def _no_mask(*_args: Any, **_kwargs: Any) -> None:
+    """transformers asks for a mask here; packed attention needs none."""
+
+
+AttentionInterface.register(PACKED, packed_attention)
+AttentionMaskInterface.register(PACKED, _no_mask)

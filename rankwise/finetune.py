@@ -1,0 +1,186 @@
+"""The main path: load → inject → data → train → evaluate → save."""
+
+import signal
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from rankwise.data.examples import LabelExample, Prompt, TextExample, asked, label_examples, text_examples
+from rankwise.data.rows import Row, read_rows, split_rows
+from rankwise.engine.engine import Engine
+from rankwise.errors import DataError
+from rankwise.lora.config import LoraConfig, TaskType
+from rankwise.lora.inject import inject_
+from rankwise.models.load import base_sha256, load_model, load_tokenizer, longest_input
+from rankwise.train.config import TrainConfig
+from rankwise.train.evaluate import Evaluation, evaluate
+from rankwise.train.loop import Step, step_count, training_steps
+from rankwise.train.progress import Reporter, peak_memory_bytes
+from rankwise.train.run_folder import RunFolder
+
+TASK_TYPES = {"causal_lm": TaskType.CAUSAL_LM, "seq_cls": TaskType.SEQ_CLS}
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """Everything that a run learns from and is measured on."""
+
+    train: list[TextExample] | list[LabelExample]
+    held_out: list[TextExample] | list[LabelExample]
+    questions: list[Prompt]
+    """Held-out prompts to answer, for exact match."""
+    labels: list[str]
+    """Names of the classes, in the order of the classifier's outputs; empty for causal_lm."""
+
+
+def finetune(config: TrainConfig, reporter: Reporter | None = None) -> dict[str, Any]:
+    """Train an adapter as `config` says and leave it, with what was measured, in the run folder `config.out`.
+
+    Returns the content of result.json. The same configuration on the same machine gives the same adapter, byte for
+    byte. Ctrl-C ends the training after the current step and saves the adapter as it is then.
+    Raises ConfigError, DataError, ModelError, TargetError or StorageError before any training if an input is wrong.
+    """
+    reporter = reporter or Reporter()
+    run = RunFolder(config.out)
+    lora = LoraConfig(
+        task_type=TASK_TYPES[config.task],
+        r=config.r,
+        lora_alpha=config.lora_alpha,
+        lora_dropout=config.lora_dropout,
+        target_modules=config.targets,
+        base_model_name_or_path=config.model,
+    )
+    train_rows, held_out_rows = _read(config)
+    torch.manual_seed(config.seed)
+
+    with reporter.stage(f"loading {config.model}"):
+        tokenizer = load_tokenizer(config.model)
+        labels = _labels(train_rows) if config.task == "seq_cls" else []
+        model = load_model(config.model, config.task, labels)
+    data = _tokenise(config, train_rows, held_out_rows, tokenizer, labels, longest_input(model))
+    report = inject_(model, lora)
+    engine = Engine(model, _pad_id(tokenizer), data.train)
+    reporter.say(report.summary())
+    reporter.say(_describe(data, engine))
+
+    sha_before = base_sha256(model)
+    before = _evaluate(engine, tokenizer, data, reporter, "evaluating before")
+    run.start(config)
+    steps, interrupted = _train(engine, data, config, run, reporter)
+    run.save_adapter(model, labels)
+    after = None if interrupted else _evaluate(engine, tokenizer, data, reporter, "evaluating after")
+    result = {
+        **_measured(before, after),
+        "trainable_parameters": report.trainable_parameters,
+        "total_parameters": report.total_parameters,
+        "steps": len(steps),
+        "interrupted": interrupted,
+        "seconds": steps[-1].seconds if steps else 0.0,
+        "useful_tokens": sum(step.tokens for step in steps),
+        "useful_tokens_per_second": sum(step.tokens for step in steps) / steps[-1].seconds if steps else None,
+        "peak_memory_bytes": peak_memory_bytes(),
+        "packed": engine.packs,
+        "base_sha256_before": sha_before,
+        "base_sha256_after": base_sha256(model),
+    }
+    run.finish(result)
+    return result
+
+
+def _read(config: TrainConfig) -> tuple[list[Row], list[Row]]:
+    rows = read_rows(config.data, config.task)
+    if config.eval_data is not None:
+        return rows, read_rows(config.eval_data, config.task)
+    return split_rows(rows, config.eval_fraction, config.seed) if config.eval_fraction else (rows, [])
+
+
+def _labels(rows: list[Row]) -> list[str]:
+    labels = sorted({str(row.fields["label"]) for row in rows})
+    if len(labels) < 2:
+        raise DataError(f"every row of {rows[0].file} has the label {labels[0]!r}; a classifier needs at least two")
+    return labels
+
+
+def _tokenise(
+    config: TrainConfig, train: list[Row], held_out: list[Row], tokenizer: Any, labels: list[str], limit: int
+) -> Dataset:
+    length = min(config.max_length, limit)
+    if config.task == "seq_cls":
+        sides = [label_examples(rows, tokenizer, labels, length, config.long_rows) for rows in (train, held_out)]
+        return Dataset(*sides, [], labels)
+    sides = [text_examples(rows, tokenizer, length, config.long_rows) for rows in (train, held_out)]
+    return Dataset(*sides, [asked(row, tokenizer) for row in held_out[: config.eval_answers]], [])
+
+
+def _train(
+    engine: Engine, data: Dataset, config: TrainConfig, run: RunFolder, reporter: Reporter
+) -> tuple[list[Step], bool]:
+    """All steps, and whether the user ended them early. What was learned so far stays in the model either way."""
+    steps: list[Step] = []
+    total = step_count(len(data.train), config)
+    with _first_interrupt(reporter) as interrupted, reporter.training(total) as view:
+        try:
+            for step in training_steps(engine, data.train, config, stopped=interrupted):
+                steps.append(step)
+                run.add_step(step)
+                view.step(step)
+                if step.number % max(1, total // 10) == 0:
+                    run.save_checkpoint(engine.model, data.labels, step.number)
+        except KeyboardInterrupt:
+            return steps, True
+        return steps, interrupted() and len(steps) < total
+
+
+@contextmanager
+def _first_interrupt(reporter: Reporter) -> Iterator[Callable[[], bool]]:
+    """Let the first Ctrl-C (or SIGTERM) only be noted; a second one interrupts at once, as ever."""
+    seen: list[int] = []
+    before = {}
+
+    def note(number: int, _frame: Any) -> None:
+        seen.append(number)
+        reporter.say("stopping after this step; the adapter will be saved (again: stop at once)")
+        for name, handler in before.items():
+            signal.signal(name, handler)
+
+    try:
+        before.update({name: signal.signal(name, note) for name in (signal.SIGINT, signal.SIGTERM)})
+    except ValueError:
+        # Only the main thread may set handlers; elsewhere the caller decides how to stop.
+        before.clear()
+    try:
+        yield lambda: bool(seen)
+    finally:
+        for name, handler in before.items():
+            signal.signal(name, handler)
+
+
+def _evaluate(engine: Engine, tokenizer: Any, data: Dataset, reporter: Reporter, name: str) -> Evaluation | None:
+    if not data.held_out:
+        return None
+    with reporter.stage(name) as stage:
+        return evaluate(engine, tokenizer, data.held_out, data.questions, stage.update)
+
+
+def _measured(before: Evaluation | None, after: Evaluation | None) -> dict[str, Any]:
+    return {
+        "eval_loss_before": before and before.loss,
+        "eval_loss_after": after and after.loss,
+        "metric_name": before and before.metric_name,
+        "metric_before": before and before.metric,
+        "metric_after": after and after.metric,
+        "eval_rows": before.rows if before else 0,
+    }
+
+
+def _describe(data: Dataset, engine: Engine) -> str:
+    tokens = sum(len(example.ids) for example in data.train)
+    path = "packed, no padding" if engine.packs else f"padded, because {engine.padded_because}"
+    return f"{len(data.train):,} rows train ({tokens:,} tokens), {len(data.held_out):,} are held out; {path}"
+
+
+def _pad_id(tokenizer: Any) -> int:
+    return tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id or 0

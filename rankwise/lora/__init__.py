@@ -1,0 +1,1 @@
+"""The adapter itself: torch and safetensors, never transformers."""

@@ -1,0 +1,60 @@
+"""A base model with an adapter folder on it, for everything that uses an adapter after training."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rankwise.errors import ConfigError
+from rankwise.lora.checkpoint import load_adapter_, read_adapter
+from rankwise.lora.config import TaskType
+from rankwise.models.load import load_model, load_tokenizer
+
+LABELS_FILE = "labels.json"
+TASKS = {TaskType.CAUSAL_LM: "causal_lm", TaskType.SEQ_CLS: "seq_cls"}
+
+
+@dataclass(frozen=True)
+class Adapted:
+    """A loaded model, with or without an adapter in it."""
+
+    model: Any
+    tokenizer: Any
+    task: str
+    labels: list[str]
+
+
+def load_adapted(base: str | None, adapter: Path | None) -> Adapted:
+    """Load `base` and put `adapter` (its folder, or its run's folder) on it, if given.
+
+    Without `base`, the adapter's own note of its base model is used. Raises ConfigError, ModelError, CheckpointError.
+    """
+    if adapter is None:
+        if base is None:
+            raise ConfigError("give a base model with --model, an adapter with --adapter, or both")
+        return Adapted(load_model(base, "causal_lm"), load_tokenizer(base), "causal_lm", [])
+    folder = adapter / "adapter" if (adapter / "adapter").is_dir() else adapter
+    config = read_adapter(folder).config
+    base = base or config.base_model_name_or_path
+    if base is None:
+        raise ConfigError(f"the adapter in {folder} does not say what its base model is; give it with --model")
+    task = TASKS.get(config.task_type or TaskType.CAUSAL_LM)  # pyright: ignore[reportArgumentType]
+    if task is None:
+        raise ConfigError(f"the adapter in {folder} is for {config.task_type}, which this command does not serve")
+    labels = read_labels(folder) if task == "seq_cls" else []
+    model = load_model(base, task, labels)
+    load_adapter_(model, folder)
+    return Adapted(model, load_tokenizer(base), task, labels)
+
+
+def read_labels(adapter: Path) -> list[str]:
+    """The labels' names of a classifier's adapter folder; raises ConfigError if they are not there."""
+    path = adapter / LABELS_FILE
+    try:
+        labels = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        raise ConfigError(
+            f"{path} is missing or damaged; it holds the names of the labels, as a JSON list in the order of the "
+            "classifier's outputs. Write it, or give the adapter folder of a rankwise run"
+        ) from None
+    return [str(label) for label in labels]

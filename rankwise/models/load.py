@@ -1,0 +1,118 @@
+"""Loading a base model and its tokenizer with transformers, and writing a merged one."""
+
+import contextlib
+import hashlib
+import logging
+import warnings
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from rankwise import atomic
+from rankwise.errors import ModelError
+from rankwise.lora.inject import adapters_off, named_wrappers
+from rankwise.models.locate import local_path
+
+
+def load_model(name: str, task: str, labels: Sequence[str] = ()) -> Any:
+    """The base model for `task` ("causal_lm", or "seq_cls" with one output for each of `labels`), in evaluation mode.
+
+    Weights are loaded in fp32, on the GPU if there is one. A classifier head that the model lacks is drawn from
+    torch's global generator. Raises ModelError if transformers cannot load it.
+    """
+    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+
+    folder = local_path(name)
+    source: dict[str, Any] = {"dtype": torch.float32, "local_files_only": True, "use_safetensors": True}
+    kind: Any = AutoModelForCausalLM
+    if task == "seq_cls":
+        kind = AutoModelForSequenceClassification
+        source |= {"id2label": dict(enumerate(labels)), "label2id": {label: i for i, label in enumerate(labels)}}
+        source["ignore_mismatched_sizes"] = True
+    with _quiet():
+        try:
+            model = kind.from_pretrained(folder, **source)
+        except Exception as error:
+            raise ModelError(f"{name} cannot be loaded for {task}: {error}") from error
+    if task == "seq_cls" and model.config.pad_token_id is None:
+        model.config.pad_token_id = model.config.eos_token_id
+    return model.to(_device()).eval()
+
+
+def load_tokenizer(name: str) -> Any:
+    """The base model's tokenizer. Raises ModelError."""
+    from transformers import AutoTokenizer
+
+    folder = local_path(name)
+    with _quiet():
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        except Exception as error:
+            raise ModelError(f"the tokenizer of {name} cannot be loaded: {error}") from error
+    return tokenizer
+
+
+def longest_input(model: Any) -> int:
+    """The most tokens that the model's positions allow."""
+    return getattr(model.config, "max_position_embeddings", None) or 10**9
+
+
+def base_sha256(model: nn.Module) -> str:
+    """SHA-256 over the names and bytes of all base weights, whether an adapter is in the model or not."""
+    wrapped = dict(named_wrappers(model))
+    digest = hashlib.sha256()
+    with adapters_off(model):
+        for name, tensor in sorted(_base_tensors(model, wrapped).items()):
+            digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+            digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def _base_tensors(model: nn.Module, wrapped: dict[str, Any]) -> dict[str, torch.Tensor]:
+    tensors = {}
+    for name, tensor in model.state_dict().items():
+        owner = next((wrapper for wrapper in wrapped if name.startswith(wrapper + ".")), None)
+        if owner is None:
+            tensors[name] = tensor
+        elif name.startswith(owner + ".base."):
+            tensors[owner + name.removeprefix(owner + ".base")] = tensor
+    return tensors
+
+
+def save_merged(model: Any, tokenizer: Any, folder: Path) -> None:
+    """Write a model without adapter wrappers as a plain Hugging Face folder. The folder must not exist yet.
+
+    If merging gave a tied embedding and head different values, the copy is saved with both.
+    """
+    head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
+    tied = getattr(model.config, "tie_word_embeddings", False)
+    if tied and head is not None and head.weight is not embedding.weight:
+        model.config.tie_word_embeddings = False
+    with atomic.replacing(folder) as temporary, _quiet():
+        model.save_pretrained(temporary)
+        tokenizer.save_pretrained(temporary)
+
+
+def _device() -> torch.device:
+    # Not verified on a GPU.
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Without transformers' notes on new classifier heads and its progress bars; errors still rise."""
+    from transformers.utils import logging as transformers_logging
+
+    level = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity(logging.ERROR)
+    transformers_logging.disable_progress_bar()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        transformers_logging.set_verbosity(level)
+        transformers_logging.enable_progress_bar()

@@ -1,0 +1,1 @@
+"""One visible training loop, its settings, evaluation, and the run folder."""

@@ -1,0 +1,79 @@
+"""Held-out loss and the task's metric, of the base model or with an adapter."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from rankwise.data.examples import LabelExample, Prompt, TextExample
+from rankwise.engine.engine import Engine
+from rankwise.engine.generate import generate
+from rankwise.lora.inject import set_adapter_training
+
+BATCH = 16
+"""Rows in one forward pass of an evaluation."""
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What was measured on held-out rows."""
+
+    loss: float
+    """Mean over all trained tokens (texts for classification), in nats."""
+    metric_name: str
+    """exact_match (share of prompts answered exactly) or accuracy (share of texts with the right label)."""
+    metric: float | None
+    """In [0, 1]; None if no prompt was answered."""
+    rows: int
+
+
+def evaluate(
+    engine: Engine,
+    tokenizer: Any,
+    examples: Sequence[TextExample] | Sequence[LabelExample],
+    prompts: Sequence[Prompt] = (),
+    on_progress: Callable[[str], None] = lambda text: None,
+) -> Evaluation:
+    """Loss on all `examples`; accuracy on them, or exact match of the answers to `prompts` with their references.
+
+    An answer matches if it equals the reference but for blanks at both ends. An answer may be one token longer than
+    the longest reference, which no match needs.
+    """
+    set_adapter_training(engine.model, False)
+    losses, counts, right = [], [], 0
+    ordered = sorted(examples, key=lambda example: len(example.ids))
+    with torch.no_grad():
+        for start in range(0, len(ordered), BATCH):
+            batch = ordered[start : start + BATCH]
+            on_progress(f"held-out loss {start}/{len(ordered)}")
+            losses += engine.example_losses(batch)
+            if isinstance(batch[0], LabelExample):
+                counts += [1] * len(batch)
+                predicted = engine.class_logits(batch).argmax(-1).tolist()
+                right += sum(p == example.label for p, example in zip(predicted, batch, strict=True))
+            else:
+                counts += [sum(example.trained[1:]) for example in batch]
+    loss = sum(value * count for value, count in zip(losses, counts, strict=True)) / sum(counts)
+    if isinstance(ordered[0], LabelExample):
+        return Evaluation(loss, "accuracy", right / len(ordered), len(ordered))
+    return Evaluation(loss, "exact_match", _exact_match(engine, tokenizer, prompts, on_progress), len(ordered))
+
+
+def _exact_match(
+    engine: Engine, tokenizer: Any, prompts: Sequence[Prompt], on_progress: Callable[[str], None]
+) -> float | None:
+    prompts = [prompt for prompt in prompts if prompt.answer is not None]
+    references = [prompt.answer or "" for prompt in prompts]
+    if not prompts:
+        return None
+    longest = max(len(ids) for ids in tokenizer(references, add_special_tokens=False).input_ids)
+    answers = generate(
+        engine.model,
+        tokenizer,
+        prompts,
+        longest + 1,
+        on_batch=lambda done: on_progress(f"answers {done}/{len(prompts)}"),
+    )
+    matches = [answer.strip() == reference.strip() for answer, reference in zip(answers, references, strict=True)]
+    return sum(matches) / len(matches)

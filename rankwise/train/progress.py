@@ -1,0 +1,104 @@
+"""What a user sees while a run goes on: a bar on a terminal, plain lines elsewhere. The loop itself never prints."""
+
+import resource
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn
+
+from rankwise.train.loop import Step
+
+LINES_PER_RUN = 20
+
+
+class Reporter:
+    """Says what is going on, on standard error; results go to standard output and to files."""
+
+    def __init__(self) -> None:
+        self.console = Console(stderr=True, highlight=False, soft_wrap=True)
+
+    def say(self, text: str) -> None:
+        self.console.print(text, markup=False)
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator["Stage"]:
+        """Show that something of unknown length goes on, with the time that it took."""
+        stage = Stage(self.console, name)
+        try:
+            yield stage
+        finally:
+            stage.end()
+
+    @contextmanager
+    def training(self, total: int) -> Iterator["TrainingView"]:
+        """Show the steps of a training run."""
+        view = TrainingView(self.console, total)
+        try:
+            yield view
+        finally:
+            view.end()
+
+
+class Stage:
+    """A spinner with a changing text on a terminal, one line at the end elsewhere."""
+
+    def __init__(self, console: Console, name: str) -> None:
+        self._console, self._name, self._begin = console, name, time.perf_counter()
+        self._status = console.status(name) if console.is_terminal else None
+        if self._status:
+            self._status.start()
+
+    def update(self, text: str) -> None:
+        if self._status:
+            self._status.update(f"{self._name}: {text}")
+
+    def end(self) -> None:
+        if self._status:
+            self._status.stop()
+        self._console.print(f"{self._name}: {time.perf_counter() - self._begin:.1f} s", markup=False)
+
+
+class TrainingView:
+    """Step, loss, useful tokens/s, time left and peak memory."""
+
+    def __init__(self, console: Console, total: int) -> None:
+        self._console, self._total, self._tokens = console, total, 0
+        self._every = max(1, total // LINES_PER_RUN)
+        self._progress = self._task = None
+        if console.is_terminal:
+            columns = (TextColumn("training"), BarColumn(bar_width=20), TextColumn("{task.description}"))
+            self._progress = Progress(*columns, console=console)
+            self._task = self._progress.add_task("", total=total)
+            self._progress.start()
+
+    def step(self, step: Step) -> None:
+        self._tokens += step.tokens
+        left = step.seconds / step.number * (step.of - step.number)
+        line = (
+            f"step {step.number}/{step.of} | loss {step.loss:.4f} | {self._tokens / step.seconds:.0f} tokens/s | "
+            f"left {_clock(left)} | peak {peak_memory_bytes() / 1e9:.2f} GB"
+        )
+        if self._progress is not None and self._task is not None:
+            self._progress.update(self._task, completed=step.number, description=line)
+        elif step.number % self._every == 0 or step.number in (1, step.of):
+            self._console.print(line, markup=False)
+
+    def end(self) -> None:
+        if self._progress is not None:
+            self._progress.stop()
+
+
+def peak_memory_bytes() -> int:
+    """The most memory this process has held so far: on the GPU where one is used, else resident in main memory."""
+    if torch.cuda.is_available():  # Not verified on a GPU.
+        return torch.cuda.max_memory_allocated()
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def _clock(seconds: float) -> str:
+    return f"{int(seconds) // 60}:{int(seconds) % 60:02}"
