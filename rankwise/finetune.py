@@ -19,6 +19,7 @@ from rankwise.train.config import TrainConfig
 from rankwise.train.evaluate import Evaluation, evaluate
 from rankwise.train.loop import Step, step_count, training_steps
 from rankwise.train.progress import Reporter, peak_memory_bytes
+from rankwise.train.report import render_report
 from rankwise.train.run_folder import RunFolder
 
 TASK_TYPES = {"causal_lm": TaskType.CAUSAL_LM, "seq_cls": TaskType.SEQ_CLS}
@@ -86,7 +87,7 @@ def finetune(config: TrainConfig, reporter: Reporter | None = None) -> dict[str,
         "base_sha256_before": sha_before,
         "base_sha256_after": base_sha256(model),
     }
-    run.finish(result)
+    run.finish(result, render_report(config.as_dict(), result, steps, str(report)))
     return result
 
 

@@ -75,7 +75,7 @@ def read_adapter(folder: str | Path) -> Adapter:
     """Read an adapter folder without a model.
 
     Raises CheckpointError, with every problem at once, if files are missing or damaged, if a setting is not supported,
-    if A or B of a module is missing, has another rank than r, or holds a value that is not finite; and for pickle files.
+    if A or B of a module is missing, has another rank than r or a value that is not finite; and for pickle files.
     """
     folder = Path(folder)
     config, tensors, problems = _read_files(folder, trainable=False)
@@ -127,7 +127,8 @@ def _read_files(folder: Path, trainable: bool) -> tuple[LoraConfig, dict[str, Te
     if weights.is_file():
         try:
             with safe_open(weights, framework="pt") as file:
-                tensors = {key.removeprefix(format.PREFIX): file.get_tensor(key) for key in file.keys()}
+                names = file.keys()
+                tensors = {name.removeprefix(format.PREFIX): file.get_tensor(name) for name in names}
         except SafetensorError as error:
             problems.append(f"{weights.name} is damaged or not a safetensors file: {error}")
     if config is None or not weights.is_file() or (not tensors and problems):

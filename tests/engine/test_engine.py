@@ -1,0 +1,136 @@
+"""The packed path against the plain padded one, loss and gradients."""
+
+import random
+
+import pytest
+import torch
+from conftest import tiny
+from torch.nn import functional as F
+
+from rankwise import LoraConfig, inject_, trainable_parameters
+from rankwise.data.examples import LabelExample, TextExample
+from rankwise.engine.batch import pack
+from rankwise.engine.engine import Engine
+
+CAUSAL = ["llama", "llama-tied", "qwen2", "mistral-window", "gpt2", "gpt-neox"]
+
+
+def conversations(count, common, seed=0):
+    """Random conversations that begin with `common` equal tokens; some have several trained stretches."""
+    draw = random.Random(seed)
+    start = [draw.randrange(3, 96) for _ in range(common)]
+    examples = []
+    for _ in range(count):
+        ids, trained = list(start), [False] * common
+        for _ in range(draw.randrange(1, 3)):
+            for is_trained in (False, True):
+                length = draw.randrange(2, 9)
+                ids += [draw.randrange(3, 96) for _ in range(length)]
+                trained += [is_trained] * length
+        examples.append(TextExample(tuple(ids), tuple(trained), "here"))
+    return examples
+
+
+def reference_loss(model, examples):
+    """The definition: each example by itself, no packing, no padding, the whole logits."""
+    losses = []
+    for example in examples:
+        logits = model(torch.tensor([example.ids])).logits[0]
+        losses += [
+            F.cross_entropy(logits[place - 1], torch.tensor(example.ids[place]))
+            for place in range(1, len(example.ids))
+            if example.trained[place]
+        ]
+    return torch.stack(losses).mean()
+
+
+def adapted(family):
+    model = tiny(family, torch.float64)
+    inject_(model, LoraConfig(r=4, task_type="SEQ_CLS" if family == "bert" else "CAUSAL_LM"))
+    generator = torch.Generator().manual_seed(1)
+    for parameter in trainable_parameters(model):
+        parameter.data = torch.randn(parameter.shape, generator=generator, dtype=torch.float64) * 0.05
+    return model
+
+
+def gradients(model, loss):
+    return torch.cat([g.flatten() for g in torch.autograd.grad(loss, trainable_parameters(model))])
+
+
+@pytest.mark.parametrize("common", [0, 1, 7])
+@pytest.mark.parametrize("family", CAUSAL)
+def test_packed_loss_and_gradients_are_those_of_each_example_by_itself(family, common):
+    model, examples = adapted(family), conversations(5, common)
+    engine = Engine(model, 2, examples)
+    assert engine.padded_because is None
+    loss, expected = engine.loss(examples), reference_loss(model, examples)
+    torch.testing.assert_close(loss, expected, rtol=1e-10, atol=0)
+    ours, theirs = gradients(model, loss), gradients(model, expected)
+    assert (ours - theirs).abs().max() <= 1e-10 * theirs.abs().max()
+
+
+def test_a_common_prefix_stands_once_in_the_stream():
+    examples = conversations(5, 7)
+    shared = pack(examples, True, torch.device("cpu"))
+    whole = pack(examples, False, torch.device("cpu"))
+    assert whole.ids.shape[1] - shared.ids.shape[1] == 4 * shared.packing.prefix
+    assert shared.packing.prefix >= 7
+    assert torch.equal(shared.targets, whole.targets)
+
+
+def test_a_prefix_never_holds_a_trained_token_even_if_all_rows_are_equal():
+    example = TextExample((5, 6, 7, 8), (False, False, True, True), "here")
+    stream = pack([example, example], True, torch.device("cpu"))
+    assert stream.packing.prefix == 1
+    assert stream.targets.tolist() == [7, 8, 7, 8]
+    assert stream.ids[0, stream.predictors].tolist() == [6, 7, 6, 7]
+
+
+@pytest.mark.parametrize("family", [*CAUSAL, "bloom"])
+def test_the_padded_path_gives_the_same_loss_and_gradients(family):
+    model, examples = adapted(family), conversations(5, 3)
+    engine = Engine(model, 2, examples)
+    engine.packs = False
+    loss, expected = engine.loss(examples), reference_loss(model, examples)
+    torch.testing.assert_close(loss, expected, rtol=1e-10, atol=0)
+    ours, theirs = gradients(model, loss), gradients(model, expected)
+    assert (ours - theirs).abs().max() <= 1e-10 * theirs.abs().max()
+
+
+def test_a_model_that_packing_cannot_serve_says_why_and_is_padded():
+    engine = Engine(tiny("bloom"), 2, conversations(3, 0))
+    assert not engine.packs
+    assert engine.padded_because
+
+
+def test_packed_classification_is_that_of_each_text_by_itself():
+    model = adapted("bert")
+    draw = random.Random(0)
+    texts = [
+        LabelExample(tuple(draw.randrange(3, 96) for _ in range(draw.randrange(3, 12))), draw.randrange(5), "here")
+        for _ in range(6)
+    ]
+    engine = Engine(model, 0, texts)
+    assert engine.padded_because is None
+    expected = torch.cat([model(torch.tensor([text.ids])).logits for text in texts])
+    torch.testing.assert_close(engine.class_logits(texts), expected, rtol=1e-10, atol=1e-12)
+    loss = F.cross_entropy(expected, torch.tensor([text.label for text in texts]))
+    ours, theirs = gradients(model, engine.loss(texts)), gradients(model, loss)
+    assert (ours - theirs).abs().max() <= 1e-10 * theirs.abs().max()
+
+
+def test_example_losses_are_the_means_of_their_trained_tokens():
+    model, examples = adapted("llama"), conversations(4, 2)
+    losses = Engine(model, 2, examples).example_losses(examples)
+    assert losses == pytest.approx([reference_loss(model, [example]).item() for example in examples], rel=1e-9)
+
+
+def test_the_attention_of_the_model_is_put_back_also_after_an_error():
+    model, examples = tiny("llama"), conversations(3, 0)
+    before = model.config._attn_implementation
+    engine = Engine(model, 2, examples)
+    engine.loss(examples)
+    assert model.config._attn_implementation == before
+    with pytest.raises(IndexError):
+        engine.loss([TextExample((1, 1000), (False, True), "here")])
+    assert model.config._attn_implementation == before

@@ -1,0 +1,218 @@
+"""Adapter folders, with real PEFT as the other side."""
+
+import json
+import pickle
+
+import peft
+import pytest
+import torch
+from conftest import randomise_adapter, tiny
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+
+from rankwise import LoraConfig, eject_, inject_, load_adapter_, merge_, read_adapter, save_adapter
+from rankwise.errors import CheckpointError
+
+IDS = torch.arange(3, 19).view(2, 8)
+WEIGHTS, SETTINGS = "adapter_model.safetensors", "adapter_config.json"
+CASES = {
+    "llama": {"target_modules": "all-linear", "task_type": "CAUSAL_LM"},
+    "llama-tied": {"target_modules": ["embed_tokens", "q_proj"], "task_type": "CAUSAL_LM"},
+    "gpt2": {"target_modules": ["c_attn", "wte"], "task_type": "CAUSAL_LM"},
+    "bloom": {"target_modules": ["query_key_value"], "task_type": "CAUSAL_LM"},
+    "bert": {"target_modules": "all-linear", "task_type": "SEQ_CLS"},
+}
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """An adapter of the tiny Llama on disk."""
+    model = tiny("llama")
+    inject_(model, LoraConfig(r=4, target_modules=["q_proj", "v_proj"]))
+    randomise_adapter(model)
+    return save_adapter(model, tmp_path / "adapter")
+
+
+def edit(folder, change):
+    tensors = load_file(folder / WEIGHTS)
+    change(tensors)
+    save_file(tensors, folder / WEIGHTS)
+
+
+@pytest.mark.parametrize("family", CASES)
+@pytest.mark.filterwarnings("ignore")
+def test_an_adapter_written_here_computes_the_same_in_peft(family, tmp_path):
+    model = tiny(family, torch.float64)
+    inject_(model, LoraConfig(r=4, lora_alpha=10, **CASES[family]))
+    randomise_adapter(model)
+    save_adapter(model, tmp_path)
+    theirs = peft.PeftModel.from_pretrained(tiny(family, torch.float64), tmp_path).eval()
+    torch.testing.assert_close(theirs(IDS).logits, model(IDS).logits, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("family", CASES)
+@pytest.mark.filterwarnings("ignore")
+def test_an_adapter_written_by_peft_computes_the_same_here(family, tmp_path):
+    theirs = peft.get_peft_model(
+        tiny(family, torch.float64), peft.LoraConfig(r=4, lora_alpha=10, **CASES[family])
+    ).eval()
+    generator = torch.Generator().manual_seed(2)
+    for name, parameter in theirs.named_parameters():
+        if "lora_" in name or "modules_to_save" in name:
+            parameter.data = torch.randn(parameter.shape, generator=generator, dtype=torch.float64) * 0.05
+    theirs.save_pretrained(tmp_path)
+    model = tiny(family, torch.float64)
+    load_adapter_(model, tmp_path)
+    torch.testing.assert_close(model(IDS).logits, theirs(IDS).logits, rtol=1e-12, atol=1e-12)
+
+
+def real_model(name, smollm2, minilm):
+    torch.manual_seed(0)
+    if name == "smollm2":
+        return AutoModelForCausalLM.from_pretrained(smollm2, dtype=torch.float32).eval()
+    return AutoModelForSequenceClassification.from_pretrained(minilm, num_labels=7).eval()
+
+
+@pytest.mark.parametrize(("name", "task"), [("smollm2", "CAUSAL_LM"), ("minilm", "SEQ_CLS")])
+@pytest.mark.filterwarnings("ignore")
+def test_real_models_compute_the_same_here_and_in_peft_merged_and_not(name, task, smollm2, minilm, tmp_path):
+    ids = torch.randint(200, 20_000, (2, 12), generator=torch.Generator().manual_seed(3))
+    model = real_model(name, smollm2, minilm)
+    state = {key: tensor.clone() for key, tensor in model.state_dict().items()}
+    inject_(model, LoraConfig(task_type=task, r=8, lora_alpha=8))
+    randomise_adapter(model, std=0.02)
+    with torch.no_grad():
+        ours = model(ids).logits
+        save_adapter(model, tmp_path / "ours")
+        theirs = peft.PeftModel.from_pretrained(real_model(name, smollm2, minilm), tmp_path / "ours").eval()
+        torch.testing.assert_close(theirs(ids).logits, ours, rtol=1e-5, atol=1e-5)
+        merge_(model)
+        torch.testing.assert_close(model(ids).logits, ours, rtol=1e-5, atol=1e-5)
+        eject_(model)
+        assert all(torch.equal(tensor, state[key]) for key, tensor in model.state_dict().items())
+        theirs.save_pretrained(tmp_path / "theirs")
+        load_adapter_(model, tmp_path / "theirs")
+        assert torch.equal(model(ids).logits, ours)
+
+
+def test_saving_the_same_adapter_twice_gives_the_same_bytes(tmp_path):
+    model = tiny("llama")
+    inject_(model, LoraConfig())
+    first, second = save_adapter(model, tmp_path / "a"), save_adapter(model, tmp_path / "b")
+    assert [(p.name, p.read_bytes()) for p in sorted(first.iterdir())] == [
+        (p.name, p.read_bytes()) for p in sorted(second.iterdir())
+    ]
+
+
+def test_the_saved_target_modules_match_the_adapted_modules_alone(tmp_path):
+    model = tiny("llama")
+    inject_(model, LoraConfig(target_modules=r".*\.1\.self_attn\.q_proj|.*v_proj"))
+    settings = json.loads((save_adapter(model, tmp_path) / SETTINGS).read_text())
+    assert settings["target_modules"] == ["1.self_attn.q_proj", "v_proj"]
+
+
+def test_an_adapter_is_read_without_a_model(folder):
+    adapter = read_adapter(folder)
+    update = adapter.low_rank["model.layers.1.self_attn.v_proj"]
+    assert (update.rank, update.shape, update.scale) == (4, (16, 32), 8.0)
+    torch.testing.assert_close(update.delta(), 8.0 * update.B @ update.A)
+
+
+def test_all_that_is_wrong_with_the_tensors_is_one_message_and_the_model_stays_as_it_was(folder):
+    def damage(tensors):
+        prefix = "base_model.model.model.layers."
+        del tensors[prefix + "0.self_attn.q_proj.lora_B.weight"]
+        tensors[prefix + "0.self_attn.v_proj.lora_A.weight"] = torch.zeros(4, 31)
+        tensors[prefix + "1.self_attn.q_proj.lora_A.weight"][0, 0] = float("nan")
+        tensors[prefix + "1.self_attn.k_proj.lora_A.weight"] = torch.zeros(4, 32)
+        tensors[prefix + "1.self_attn.k_proj.lora_B.weight"] = torch.zeros(16, 4)
+
+    edit(folder, damage)
+    model = tiny("llama")
+    with pytest.raises(CheckpointError) as error:
+        load_adapter_(model, folder)
+    message = str(error.value)
+    for part in (
+        "layers.0.self_attn.q_proj.lora_B.weight: missing",
+        "layers.0.self_attn.v_proj.lora_A.weight: the model needs [4, 32], the file holds [4, 31]",
+        "layers.1.self_attn.q_proj.lora_A.weight: 1 of 128 values are not finite",
+        "layers.1.self_attn.k_proj.lora_A.weight: the model has no place for it",
+    ):
+        assert part in message
+    assert not any(hasattr(m, "lora_A") for m in model.modules())
+
+
+def test_a_folder_made_for_another_model_says_so(folder):
+    with pytest.raises(CheckpointError, match=r"made for another model[\s\S]*'q_proj' matches no module"):
+        load_adapter_(tiny("gpt2"), folder)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("use_dora", True),
+        ("use_rslora", True),
+        ("rank_pattern", {"q_proj": 2}),
+        ("bias", "all"),
+        ("init_lora_weights", "pissa"),
+        ("layer_replication", [[0, 1]]),
+        ("peft_type", "IA3"),
+        ("a_field_of_the_future", {"on": 1}),
+    ],
+)
+def test_a_setting_that_is_not_supported_is_named(folder, field, value):
+    settings = json.loads((folder / SETTINGS).read_text())
+    (folder / SETTINGS).write_text(json.dumps({**settings, field: value}))
+    with pytest.raises(CheckpointError, match=field):
+        read_adapter(folder)
+
+
+def test_damaged_and_missing_files_are_named(folder, tmp_path):
+    whole = (folder / WEIGHTS).read_bytes()
+    (folder / WEIGHTS).write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(CheckpointError, match="damaged"):
+        load_adapter_(tiny("llama"), folder)
+    (folder / WEIGHTS).unlink()
+    (folder / SETTINGS).unlink()
+    with pytest.raises(
+        CheckpointError, match=r"adapter_config.json is missing[\s\S]*adapter_model.safetensors is miss"
+    ):
+        load_adapter_(tiny("llama"), folder)
+    with pytest.raises(CheckpointError, match="no adapter folder"):
+        load_adapter_(tiny("llama"), tmp_path / "nowhere")
+
+
+def test_pickle_files_are_refused_unread(folder):
+    (folder / WEIGHTS).unlink()
+    (folder / "adapter_model.bin").write_bytes(pickle.dumps({}))
+    with pytest.raises(CheckpointError, match="pickle"):
+        load_adapter_(tiny("llama"), folder)
+
+
+def test_an_embedding_of_another_base_is_refused(tmp_path):
+    model = tiny("llama-tied")
+    inject_(model, LoraConfig(target_modules=["embed_tokens"]))
+    save_adapter(model, tmp_path)
+    key = "base_model.model.model.embed_tokens.base_layer.weight"
+    edit(tmp_path, lambda tensors: tensors.update({key: model.lm_head.weight.detach().clone()}))
+    load_adapter_(tiny("llama-tied"), tmp_path)
+    edit(tmp_path, lambda tensors: tensors[key].add_(1))
+    with pytest.raises(CheckpointError, match=r"embed_tokens\.base_layer\.weight"):
+        load_adapter_(tiny("llama-tied"), tmp_path)
+
+
+def test_a_full_disk_leaves_the_adapter_that_was_there(folder, monkeypatch):
+    from rankwise.errors import StorageError
+
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    model = tiny("llama")
+    inject_(model, LoraConfig(r=4, target_modules=["q_proj", "v_proj"]))
+    randomise_adapter(model, seed=9)
+
+    def full(*_args, **_kwargs):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("rankwise.lora.checkpoint.save_file", full)
+    with pytest.raises(StorageError, match="No space left"):
+        save_adapter(model, folder)
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before

@@ -1,0 +1,204 @@
+import pytest
+import torch
+from conftest import randomise_adapter, tiny
+from torch import nn
+from torch.nn import functional as F
+
+from rankwise import LoraConfig, TaskType, adapters_off, eject_, inject_, trainable_parameters
+from rankwise.errors import ConfigError, TargetError
+
+IDS = torch.arange(3, 19).view(2, 8)
+FAMILIES = ["llama", "llama-tied", "gpt2", "gpt-neox", "bloom"]
+
+
+def targets_with_embedding(family):
+    names = {
+        "llama": ["embed_tokens", "q_proj", "down_proj"],
+        "llama-tied": ["embed_tokens", "q_proj"],
+        "gpt2": ["wte", "c_attn", "c_fc"],
+        "gpt-neox": ["embed_in", "query_key_value"],
+        "bloom": ["word_embeddings", "query_key_value"],
+    }
+    return names[family]
+
+
+@pytest.mark.parametrize("family", ["gpt-neox", "bloom"])
+def test_the_snippet_of_the_ecosystem_runs_as_it_stands(family):
+    model = tiny(family)
+    config = LoraConfig(
+        task_type=TaskType.CAUSAL_LM,
+        inference_mode=False,
+        r=8,
+        lora_alpha=32,
+        lora_dropout=0.1,
+        target_modules=["query_key_value"],
+    )
+    report = inject_(model, config)
+    assert [m.name.rpartition(".")[2] for m in report.matrices] == ["query_key_value"] * 2
+    assert sum(p.numel() for p in trainable_parameters(model)) == report.trainable_parameters == 2 * 8 * (96 + 32)
+    assert all(p.requires_grad == (id(p) in {id(t) for t in trainable_parameters(model)}) for p in model.parameters())
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_fresh_adapter_computes_exactly_as_the_base(family):
+    model = tiny(family)
+    before = model(IDS).logits
+    inject_(model, LoraConfig(target_modules=targets_with_embedding(family), lora_dropout=0.5))
+    assert torch.equal(model(IDS).logits, before)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_adapters_off_is_the_base_and_eject_gives_it_back_bit_for_bit(family):
+    model = tiny(family)
+    state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    trainable = {name: p.requires_grad for name, p in model.named_parameters()}
+    before = model(IDS).logits
+    inject_(model, LoraConfig(target_modules=targets_with_embedding(family)))
+    randomise_adapter(model)
+    assert not torch.equal(model(IDS).logits, before)
+    with adapters_off(model):
+        assert torch.equal(model(IDS).logits, before)
+    eject_(model)
+    assert model.state_dict().keys() == state.keys()
+    assert all(torch.equal(tensor, state[name]) for name, tensor in model.state_dict().items())
+    assert {name: p.requires_grad for name, p in model.named_parameters()} == trainable
+    assert torch.equal(model(IDS).logits, before)
+
+
+def test_adapters_come_back_on_after_an_error_inside_adapters_off():
+    model = tiny("llama")
+    inject_(model, LoraConfig())
+    randomise_adapter(model)
+    adapted = model(IDS).logits
+    with pytest.raises(ZeroDivisionError), adapters_off(model):
+        raise ZeroDivisionError
+    assert torch.equal(model(IDS).logits, adapted)
+
+
+def test_a_layer_computes_the_definition_of_lora():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 5), nn.Embedding(7, 4)).double()
+    inject_(model, LoraConfig(r=3, lora_alpha=12, target_modules=["0", "1"]))
+    randomise_adapter(model)
+    x, ids = torch.randn(2, 6, dtype=torch.float64), torch.tensor([3, 0, 3])
+    linear, embedding = model[0], model[1]
+    expected = F.linear(x, linear.base.weight, linear.base.bias) + 4 * (x @ linear.lora_A.T @ linear.lora_B.T)
+    torch.testing.assert_close(linear(x), expected, rtol=1e-12, atol=1e-12)
+    one_hot = F.one_hot(ids, 7).double()
+    expected = one_hot @ embedding.base.weight + 4 * (one_hot @ embedding.lora_A.T @ embedding.lora_B.T)
+    torch.testing.assert_close(embedding(ids), expected, rtol=1e-12, atol=1e-12)
+
+
+def test_dropout_acts_on_the_input_of_the_adapter_path_alone():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(400, 3, bias=False))
+    inject_(model, LoraConfig(r=2, lora_alpha=2, lora_dropout=0.25, target_modules=["0"]))
+    randomise_adapter(model)
+    layer, x = model[0].train(), torch.ones(1, 400)
+    torch.manual_seed(5)
+    mask = F.dropout(x, 0.25)
+    assert set(mask.unique().tolist()) == {0.0, pytest.approx(1 / 0.75)}
+    torch.manual_seed(5)
+    expected = layer.base(x) + mask @ layer.lora_A.T @ layer.lora_B.T
+    torch.testing.assert_close(layer(x), expected)
+    layer.eval()
+    torch.testing.assert_close(layer(x), layer.base(x) + x @ layer.lora_A.T @ layer.lora_B.T)
+
+
+def test_all_linear_means_every_linear_layer_but_the_output_head():
+    for family, head in (("llama", "lm_head"), ("gpt2", "lm_head"), ("gpt-neox", "embed_out"), ("bert", "classifier")):
+        model = tiny(family)
+        linear = {name for name, m in model.named_modules() if isinstance(m, nn.Linear) or type(m).__name__ == "Conv1D"}
+        task = TaskType.SEQ_CLS if family == "bert" else TaskType.CAUSAL_LM
+        adapted = {m.name for m in inject_(model, LoraConfig(task_type=task, r=2)).matrices}
+        assert adapted == linear - {head}
+
+
+def test_the_report_counts_what_the_formula_says():
+    model = tiny("llama")
+    report = inject_(model, LoraConfig(r=4, target_modules=["q_proj", "k_proj"]))
+    assert [(m.d, m.k, m.full, m.trained) for m in report.matrices] == [
+        (32, 32, 1024, 4 * 64),
+        (16, 32, 512, 4 * 48),
+    ] * 2
+    assert report.factor == (1024 + 512) / (256 + 192)
+    assert report.total_parameters == sum(p.numel() for p in tiny("llama").parameters())
+    assert report.share == report.trainable_parameters / report.total_parameters
+    assert "1,024" in str(report)
+
+
+def test_target_rules_are_those_of_peft():
+    peft = pytest.importorskip("peft")
+    for targets in (["q_proj", "mlp.up_proj"], r".*\.0\..*_proj", ["model.layers.1.self_attn.o_proj"], "all-linear"):
+        theirs = peft.get_peft_model(tiny("llama"), peft.LoraConfig(target_modules=targets)).targeted_module_names
+        ours = inject_(tiny("llama"), LoraConfig(target_modules=targets)).matrices
+        assert sorted(m.name for m in ours) == sorted(theirs)
+
+
+def test_every_pattern_that_matches_nothing_is_named_with_its_nearest_modules():
+    model = tiny("llama")
+    with pytest.raises(TargetError) as error:
+        inject_(model, LoraConfig(target_modules=["q_proj", "k_porj", "gate"]))
+    assert "'k_porj' matches no module (nearest: 'k_proj'" in str(error.value)
+    assert "'gate'" in str(error.value)
+    assert "'q_proj' matches" not in str(error.value)
+    assert not any(hasattr(m, "lora_A") for m in model.modules()), "a refused injection leaves the model as it was"
+
+
+@pytest.mark.parametrize(
+    ("targets", "message"),
+    [
+        ("q_proj", r'write target_modules=\["q_proj"\]'),
+        ("(", "not a regular expression"),
+        (["norm"], "cannot carry an adapter"),
+        ([], "target_modules is empty"),
+    ],
+)
+def test_patterns_that_cannot_be_used_say_why(targets, message):
+    with pytest.raises((TargetError, ConfigError), match=message):
+        inject_(tiny("llama"), LoraConfig(target_modules=targets))
+
+
+def test_a_module_whose_weight_is_read_behind_its_back_is_refused():
+    model = nn.ModuleDict({"attention": nn.MultiheadAttention(8, 2), "out": nn.Linear(8, 8)})
+    with pytest.raises(TargetError, match="would do nothing"):
+        inject_(model, LoraConfig(r=2, target_modules=["out_proj"]))
+    assert [m.name for m in inject_(model, LoraConfig(r=2)).matrices] == ["out"]
+
+
+def test_settings_that_cannot_be_are_all_named_at_once():
+    with pytest.raises(ConfigError) as error:
+        LoraConfig(r=0, lora_dropout=1.0, lora_alpha=-1)
+    assert all(name in str(error.value) for name in ("r must", "lora_dropout must", "lora_alpha must"))
+    for r in (-1, 2.5, True):
+        with pytest.raises(ConfigError, match="r must be a whole number"):
+            LoraConfig(r=r)
+    with pytest.raises(ConfigError, match=r"r = 17 is larger than a matrix[\s\S]*k_proj is 16 × 32"):
+        inject_(tiny("llama"), LoraConfig(r=17))
+
+
+def test_a_second_injection_is_refused():
+    model = tiny("llama")
+    inject_(model, LoraConfig())
+    with pytest.raises(ConfigError, match="already carries an adapter"):
+        inject_(model, LoraConfig())
+    eject_(model)
+    with pytest.raises(ConfigError, match="carries no adapter"):
+        eject_(model)
+
+
+def test_a_classifier_head_is_trained_as_a_copy_and_its_original_comes_back():
+    model = tiny("bert")
+    original = model.classifier
+    weight = original.weight.clone()
+    before = model(IDS).logits
+    report = inject_(model, LoraConfig(task_type="SEQ_CLS"))
+    assert report.heads == {"classifier": 32 * 5 + 5}
+    randomise_adapter(model)
+    assert not torch.equal(model(IDS).logits, before)
+    with adapters_off(model):
+        assert torch.equal(model(IDS).logits, before)
+    eject_(model)
+    assert model.classifier is original
+    assert torch.equal(original.weight, weight)
+    assert torch.equal(model(IDS).logits, before)

@@ -1,0 +1,97 @@
+from itertools import chain
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import tiny
+
+from rankwise import LoraConfig, TrainConfig, inject_, trainable_parameters
+from rankwise.data.examples import TextExample
+from rankwise.engine.engine import Engine
+from rankwise.errors import ConfigError, RankwiseError
+from rankwise.train.loop import shuffled_batches, step_count, training_steps
+
+EXAMPLES = [TextExample((5, 6, 7 + n, 8), (False, False, True, True), "here") for n in range(6)]
+
+
+def settings(**changes):
+    return TrainConfig(model="m", data=Path("d"), out=Path("o"), **{"batch_size": 3, "lr": 0.01, **changes})
+
+
+def engine(**changes):
+    model = tiny("llama")
+    torch.manual_seed(0)
+    inject_(model, LoraConfig(r=2, **changes))
+    return Engine(model, 2, EXAMPLES)
+
+
+def test_every_epoch_sees_every_item_once_in_another_order():
+    batches = list(shuffled_batches(range(10), 4, 6, seed=1))
+    first, second = [*chain(*batches[:3])], [*chain(*batches[3:])]
+    assert [len(batch) for batch in batches] == [4, 4, 2] * 2
+    assert sorted(first) == sorted(second) == list(range(10))
+    assert first != second
+    assert list(shuffled_batches(range(10), 4, 6, seed=1)) == batches
+
+
+def test_steps_count_whole_epochs_unless_max_steps_is_given():
+    assert step_count(10, settings(epochs=2)) == 8
+    assert step_count(10, settings(epochs=0.5)) == 2
+    assert step_count(10, settings(epochs=2, max_steps=3)) == 3
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+def test_training_lowers_the_loss_and_the_same_seed_gives_the_same_numbers(dropout):
+    runs = []
+    for _ in range(2):
+        run = engine(lora_dropout=dropout)
+        torch.manual_seed(7)
+        losses = [step.loss for step in training_steps(run, EXAMPLES, settings(epochs=20))]
+        runs.append((losses, [p.detach().clone() for p in trainable_parameters(run.model)]))
+    assert runs[0][0] == runs[1][0]
+    assert all(torch.equal(a, b) for a, b in zip(runs[0][1], runs[1][1], strict=True))
+    assert runs[0][0][-1] < 0.6 * runs[0][0][0]
+
+
+def test_only_the_adapter_moves():
+    run = engine()
+    base = {n: p.clone() for n, p in run.model.named_parameters() if not p.requires_grad}
+    list(training_steps(run, EXAMPLES, settings(epochs=2)))
+    assert all(torch.equal(p, base[n]) for n, p in run.model.named_parameters() if n in base)
+    assert all(p.abs().max() > 0 for p in trainable_parameters(run.model))
+
+
+def test_the_rate_rises_for_a_twentieth_of_the_steps_and_falls_to_nearly_zero():
+    rates = [step.learning_rate for step in training_steps(engine(), EXAMPLES, settings(max_steps=40))]
+    assert rates[0] == pytest.approx(0.005)
+    assert max(rates) == rates[1] == pytest.approx(0.01)
+    assert rates[2:] == sorted(rates[2:], reverse=True)
+    assert 0 < rates[-1] < 0.0003
+
+
+def test_a_loss_that_is_not_finite_stops_before_the_adapter_is_spoilt():
+    run = engine()
+    run.model.lm_head.weight.data[:] = float("inf")
+    before = [p.detach().clone() for p in trainable_parameters(run.model)]
+    with pytest.raises(RankwiseError, match="not finite at step 1"):
+        list(training_steps(run, EXAMPLES, settings()))
+    assert all(torch.equal(a, b) for a, b in zip(trainable_parameters(run.model), before, strict=True))
+
+
+def test_it_stops_between_two_steps():
+    steps = list(training_steps(engine(), EXAMPLES, settings(epochs=20), stopped=lambda: True))
+    assert len(steps) == 1
+
+
+def test_settings_that_cannot_be_are_all_named_at_once():
+    with pytest.raises(ConfigError) as error:
+        settings(lr=0, epochs=-1, batch_size=0, max_length=1, eval_fraction=1.0, max_steps=0)
+    for name in ("--lr", "--epochs", "--batch-size", "--max-length", "--eval-fraction", "--max-steps"):
+        assert name in str(error.value)
+
+
+def test_one_target_that_is_not_a_plain_name_is_a_regular_expression():
+    assert settings().targets == "all-linear"
+    assert settings(target_modules=("q_proj",)).targets == ("q_proj",)
+    assert settings(target_modules=("self_attn.q_proj", "up_proj")).targets == ("self_attn.q_proj", "up_proj")
+    assert settings(target_modules=(r".*\.q_proj",)).targets == r".*\.q_proj"
