@@ -2,7 +2,8 @@
 
 Both train the same adapter (same start values, bit for bit) on the same rows in the same order with the same optimiser
 and learning rates, SmolLM2-135M, r = 8, all linear layers, dropout 0, fp32. They take turns, `--repeats` times. The
-Trainer gets what helps it: no gradient checkpointing, no logging, no evaluation, padding to the longest row of a batch. Useful tokens are those that are not padding; the time is that of the training alone.
+Trainer gets what helps it: no gradient checkpointing, no logging, no evaluation, padding to the longest row of a batch.
+Useful tokens are those that are not padding; the time is that of the training alone.
 
     python benchmarks/train_vs_peft.py --steps 12 --repeats 3
 
@@ -19,6 +20,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 DATA = Path(__file__).parents[1] / "examples" / "text_to_sql"
 BATCH, RATE, RANK, ALPHA = 8, 1e-3, 8, 32
@@ -48,11 +50,11 @@ def prepare(steps: int):
 def run_rankwise(steps: int, folder: Path) -> float:
     """Train through rankwise's own loop; returns seconds."""
     from rankwise import TrainConfig, save_adapter
-    from rankwise.engine.engine import Engine
+    from rankwise.engine.engine import LanguageEngine
     from rankwise.train.loop import training_steps
 
     model, _, train, _, _ = prepare(steps)
-    engine = Engine(model, 2, train)
+    engine = LanguageEngine(model, 2, train)
     config = TrainConfig(model="", data=DATA, out=folder, batch_size=BATCH, lr=RATE, max_steps=steps)
     [*_, last] = training_steps(engine, train, config)
     save_adapter(model, folder)
@@ -86,8 +88,8 @@ def run_peft(steps: int, folder: Path) -> float:
     class InOrder(Trainer):
         """The Trainer with the batches of the other contestant."""
 
-        def get_train_dataloader(self):
-            return torch.utils.data.DataLoader(batches, batch_size=None, collate_fn=collate)
+        def get_train_dataloader(self) -> Any:
+            return [collate(batch) for batch in batches]
 
     warm_up = max(1, round(0.05 * steps))
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=RATE, weight_decay=0.0)
@@ -102,11 +104,12 @@ def run_peft(steps: int, folder: Path) -> float:
         disable_tqdm=True,
         max_grad_norm=1.0,
     )
-    trainer = InOrder(model, arguments, train_dataset=batches, optimizers=(optimizer, schedule))
+    given: Any = batches
+    trainer = InOrder(model, arguments, train_dataset=given, optimizers=(optimizer, schedule))
     begin = time.perf_counter()
     trainer.train()
     seconds = time.perf_counter() - begin
-    model.save_pretrained(folder)
+    model.save_pretrained(str(folder))
     return seconds
 
 
@@ -115,15 +118,16 @@ def held_out_loss(folder: Path) -> float:
     import torch
 
     from rankwise import eject_, load_adapter_
-    from rankwise.engine.engine import Engine
+    from rankwise.engine.engine import LanguageEngine
 
     model, _, _, held_out, _ = prepare(1)
     eject_(model)
     load_adapter_(model, folder)
-    engine = Engine(model, 2, held_out)
+    engine = LanguageEngine(model, 2, held_out)
     engine.packs = False
     with torch.no_grad():
-        losses = [engine.token_losses(held_out[start : start + 10]) for start in range(0, len(held_out), 10)]
+        parts = [engine.logits(held_out[start : start + 10]) for start in range(0, len(held_out), 10)]
+        losses = [torch.nn.functional.cross_entropy(*part, reduction="none") for part in parts]
     return torch.cat(losses).mean().item()
 
 
@@ -137,7 +141,7 @@ def contestant(name: str, steps: int, folder: Path) -> None:
 def main() -> None:
     import tempfile
 
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--steps", type=int, default=12)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--contestant", choices=["rankwise", "peft"], help=argparse.SUPPRESS)

@@ -65,7 +65,7 @@ _HOMES = {
     "trainable_parameters": "rankwise.lora.inject",
     "unmerge_": "rankwise.lora.merge",
 }
-__all__ = sorted([*_HOMES, "__version__"])
+__all__ = ["__version__", *_HOMES]  # pyright: ignore[reportUnsupportedDunderAll]
 
 
 def __getattr__(name: str) -> Any:

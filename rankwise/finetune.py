@@ -8,13 +8,13 @@ from typing import Any
 
 import torch
 
-from rankwise.data.examples import LabelExample, Prompt, TextExample, asked, label_examples, text_examples
+from rankwise.data.examples import Prompt, asked, examples_for
 from rankwise.data.rows import Row, read_rows, split_rows
-from rankwise.engine.engine import Engine
+from rankwise.engine.engine import Engine, engine_for
 from rankwise.errors import DataError
 from rankwise.lora.config import LoraConfig, TaskType
 from rankwise.lora.inject import inject_
-from rankwise.models.load import base_sha256, load_model, load_tokenizer, longest_input
+from rankwise.models.load import base_sha256, load_model, load_tokenizer, longest_input, pad_id
 from rankwise.train.config import TrainConfig
 from rankwise.train.evaluate import Evaluation, evaluate
 from rankwise.train.loop import Step, step_count, training_steps
@@ -29,8 +29,9 @@ TASK_TYPES = {"causal_lm": TaskType.CAUSAL_LM, "seq_cls": TaskType.SEQ_CLS}
 class Dataset:
     """Everything that a run learns from and is measured on."""
 
-    train: list[TextExample] | list[LabelExample]
-    held_out: list[TextExample] | list[LabelExample]
+    train: list[Any]
+    """TextExamples, or LabelExamples for seq_cls."""
+    held_out: list[Any]
     questions: list[Prompt]
     """Held-out prompts to answer, for exact match."""
     labels: list[str]
@@ -63,7 +64,7 @@ def finetune(config: TrainConfig, reporter: Reporter | None = None) -> dict[str,
         model = load_model(config.model, config.task, labels)
     data = _tokenise(config, train_rows, held_out_rows, tokenizer, labels, longest_input(model))
     report = inject_(model, lora)
-    engine = Engine(model, _pad_id(tokenizer), data.train)
+    engine = engine_for(config.task, model, pad_id(tokenizer), data.train)
     reporter.say(report.summary())
     reporter.say(_describe(data, engine))
 
@@ -109,15 +110,13 @@ def _tokenise(
     config: TrainConfig, train: list[Row], held_out: list[Row], tokenizer: Any, labels: list[str], limit: int
 ) -> Dataset:
     length = min(config.max_length, limit)
-    if config.task == "seq_cls":
-        sides = [label_examples(rows, tokenizer, labels, length, config.long_rows) for rows in (train, held_out)]
-        return Dataset(*sides, [], labels)
-    sides = [text_examples(rows, tokenizer, length, config.long_rows) for rows in (train, held_out)]
-    return Dataset(*sides, [asked(row, tokenizer) for row in held_out[: config.eval_answers]], [])
+    sides = [examples_for(config.task, rows, tokenizer, labels, length, config.long_rows) for rows in (train, held_out)]
+    questions = held_out[: config.eval_answers] if config.task == "causal_lm" else []
+    return Dataset(sides[0], sides[1], [asked(row, tokenizer) for row in questions], labels)
 
 
 def _train(
-    engine: Engine, data: Dataset, config: TrainConfig, run: RunFolder, reporter: Reporter
+    engine: Engine[Any], data: Dataset, config: TrainConfig, run: RunFolder, reporter: Reporter
 ) -> tuple[list[Step], bool]:
     """All steps, and whether the user ended them early. What was learned so far stays in the model either way."""
     steps: list[Step] = []
@@ -159,7 +158,7 @@ def _first_interrupt(reporter: Reporter) -> Iterator[Callable[[], bool]]:
             signal.signal(name, handler)
 
 
-def _evaluate(engine: Engine, tokenizer: Any, data: Dataset, reporter: Reporter, name: str) -> Evaluation | None:
+def _evaluate(engine: Engine[Any], tokenizer: Any, data: Dataset, reporter: Reporter, name: str) -> Evaluation | None:
     if not data.held_out:
         return None
     with reporter.stage(name) as stage:
@@ -177,11 +176,7 @@ def _measured(before: Evaluation | None, after: Evaluation | None) -> dict[str, 
     }
 
 
-def _describe(data: Dataset, engine: Engine) -> str:
+def _describe(data: Dataset, engine: Engine[Any]) -> str:
     tokens = sum(len(example.ids) for example in data.train)
     path = "packed, no padding" if engine.packs else f"padded, because {engine.padded_because}"
     return f"{len(data.train):,} rows train ({tokens:,} tokens), {len(data.held_out):,} are held out; {path}"
-
-
-def _pad_id(tokenizer: Any) -> int:
-    return tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id or 0

@@ -31,11 +31,11 @@ def main(options: list[str]) -> int:
     config = parse(EvalConfig, options, "eval")
     if config.answers is not None and config.answers < 0:
         raise ConfigError(f"--answers must be at least 0, found {config.answers}")
-    from rankwise.data.examples import asked, label_examples, text_examples
+    from rankwise.data.examples import asked, examples_for
     from rankwise.data.rows import read_rows
-    from rankwise.engine.engine import Engine
+    from rankwise.engine.engine import engine_for
     from rankwise.models.adapted import load_adapted
-    from rankwise.models.load import longest_input
+    from rankwise.models.load import longest_input, pad_id
     from rankwise.train.evaluate import evaluate
     from rankwise.train.progress import Reporter
 
@@ -44,12 +44,9 @@ def main(options: list[str]) -> int:
         adapted = load_adapted(config.model, config.adapter)
     rows, tokenizer = read_rows(config.data, adapted.task), adapted.tokenizer
     length = min(config.max_length, longest_input(adapted.model))
-    if adapted.task == "seq_cls":
-        examples, questions = label_examples(rows, tokenizer, adapted.labels, length, config.long_rows), []
-    else:
-        examples = text_examples(rows, tokenizer, length, config.long_rows)
-        questions = [asked(row, tokenizer) for row in rows[: config.answers]]
-    engine = Engine(adapted.model, tokenizer.pad_token_id or 0, examples)
+    examples = examples_for(adapted.task, rows, tokenizer, adapted.labels, length, config.long_rows)
+    questions = [asked(row, tokenizer) for row in rows[: config.answers]] if adapted.task == "causal_lm" else []
+    engine = engine_for(adapted.task, adapted.model, pad_id(tokenizer), examples)
     with reporter.stage("evaluating") as stage:
         measured = evaluate(engine, tokenizer, examples, questions, stage.update)
     print(json.dumps({"loss": measured.loss, measured.metric_name: measured.metric, "rows": measured.rows}))

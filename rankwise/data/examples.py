@@ -28,6 +28,11 @@ class TextExample:
         """Number of tokens before the first trained one."""
         return self.trained.index(True)
 
+    def short(self) -> "TextExample":
+        """The first trained token with the 24 tokens before it."""
+        part = slice(max(0, self.prompt_length - 24), self.prompt_length + 1)
+        return TextExample(self.ids[part], self.trained[part], self.place)
+
 
 @dataclass(frozen=True)
 class LabelExample:
@@ -36,6 +41,10 @@ class LabelExample:
     ids: tuple[int, ...]
     label: int
     place: str
+
+    def short(self) -> "LabelExample":
+        """The first 24 tokens."""
+        return LabelExample(self.ids[:24], self.label, self.place)
 
 
 E = TypeVar("E", TextExample, LabelExample)
@@ -47,6 +56,17 @@ class Prompt:
 
     ids: tuple[int, ...]
     answer: str | None
+
+
+def examples_for(
+    task: str, rows: Sequence[Row], tokenizer: Tokenizer, labels: Sequence[str], max_length: int, long_rows: LongRows
+) -> list[Any]:
+    """TextExamples for "causal_lm" or LabelExamples for "seq_cls"; see `text_examples` and `label_examples`."""
+    if not rows:
+        return []
+    if task == "seq_cls":
+        return label_examples(rows, tokenizer, labels, max_length, long_rows)
+    return text_examples(rows, tokenizer, max_length, long_rows)
 
 
 def text_examples(rows: Sequence[Row], tokenizer: Tokenizer, max_length: int, long_rows: LongRows) -> list[TextExample]:

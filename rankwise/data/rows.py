@@ -45,7 +45,7 @@ def read_rows(path: Path, task: str) -> list[Row]:
     for row in rows:
         problems += [f"{row.place}: {problem}" for problem in _problems(row.fields, shape, task)]
     if problems:
-        raise DataError(f"{path} cannot be used, {len(problems)} problems:\n{listing(problems)}")
+        raise DataError(f"{path} cannot be used; problems: {len(problems)}\n{listing(problems)}")
     return rows
 
 
@@ -64,7 +64,7 @@ def read_prompts(path: Path) -> list[Row]:
     if not rows and not problems:
         raise DataError(f"{path} holds no prompt; rankwise needs one JSON object a line")
     if problems:
-        raise DataError(f"{path} cannot be used, {len(problems)} problems:\n{listing(problems)}")
+        raise DataError(f"{path} cannot be used; problems: {len(problems)}\n{listing(problems)}")
     return rows
 
 
@@ -123,7 +123,7 @@ def _missing(fields: Mapping[str, Any], shape: str | None, task: str) -> str:
         for shape_name in wanted
         for name in SHAPES[shape_name]
         for found in fields
-        if name not in fields and nearest(found, [name], most=1)
+        if name not in fields and found not in SHAPES[shape_name] and nearest(found, [name], most=1)
     ]
     other = next((t for t in TASK_SHAPES if t != task and _shape_of(fields, t)), None)
     if other:

@@ -1,12 +1,16 @@
 """Greedy answers to many prompts, batched by length."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 
 from rankwise.data.examples import Prompt
 from rankwise.engine.batch import pad
+from rankwise.lora.inject import named_lora_layers
+from rankwise.lora.merge import merge_, unmerge_
+from rankwise.models.load import pad_id
 
 
 def generate(
@@ -19,14 +23,40 @@ def generate(
 ) -> list[str]:
     """The most likely answer to each prompt, token by token, until its end-of-turn token or `max_new_tokens`.
 
+    An adapter in the model is merged meanwhile, so that its tokens cost no more than the base model's.
     Returns the answers in the order of `prompts`, without special tokens. `on_batch` is told how many are done.
     """
+    with _merged(model):
+        return _generate(model, tokenizer, prompts, max_new_tokens, batch_size, on_batch)
+
+
+@contextmanager
+def _merged(model: Any) -> Iterator[None]:
+    """Merge an adapter that is at work beside the weights, and go back when the block ends."""
+    if not any(layer.active and not layer.merged for _, layer in named_lora_layers(model)):
+        yield
+        return
+    merge_(model)
+    try:
+        yield
+    finally:
+        unmerge_(model)
+
+
+def _generate(
+    model: Any,
+    tokenizer: Any,
+    prompts: Sequence[Prompt],
+    max_new_tokens: int,
+    batch_size: int,
+    on_batch: Callable[[int], None],
+) -> list[str]:
     order = sorted(range(len(prompts)), key=lambda index: len(prompts[index].ids))
     answers = [""] * len(prompts)
-    pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    filler = pad_id(tokenizer)
     for start in range(0, len(order), batch_size):
         batch = order[start : start + batch_size]
-        ids, mask = pad([prompts[index].ids for index in batch], pad_id, model.device, left=True)
+        ids, mask = pad([prompts[index].ids for index in batch], filler, model.device, left=True)
         with torch.no_grad():
             output = model.generate(
                 input_ids=ids,
@@ -37,7 +67,7 @@ def generate(
                 temperature=None,
                 top_p=None,
                 top_k=None,
-                pad_token_id=pad_id,
+                pad_token_id=filler,
                 eos_token_id=_end_tokens(model, tokenizer),
             )
         texts = tokenizer.batch_decode(output[:, ids.shape[1] :], skip_special_tokens=True)

@@ -4,10 +4,15 @@ Throughout rankwise a weight is seen as the d × k matrix (out × in) of h = W·
 [in, out]; nn.Embedding, a linear map of one-hot rows, as [in, out] too (vocabulary × dimension).
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
 from rankwise.errors import MergeError
+
+BaseLayer = Any
+"""A layer with a weight: nn.Linear, transformers' Conv1D, nn.Embedding, or one that looks like them."""
 
 
 def is_conv1d(module: nn.Module) -> bool:
@@ -22,7 +27,7 @@ def is_stored_transposed(base: nn.Module) -> bool:
     return isinstance(base, nn.Embedding) or is_conv1d(base)
 
 
-def dimensions(base: nn.Module) -> tuple[int, int]:
+def dimensions(base: BaseLayer) -> tuple[int, int]:
     """(d, k) of a base layer: its output and its input width."""
     if isinstance(base, nn.Embedding):
         return base.embedding_dim, base.num_embeddings
@@ -32,7 +37,7 @@ def dimensions(base: nn.Module) -> tuple[int, int]:
     return base.out_features, base.in_features
 
 
-def read_weight(base: nn.Module) -> Tensor:
+def read_weight(base: BaseLayer) -> Tensor:
     """The dense weight as a [d, k] view; raises MergeError if the layer keeps it in another form (quantised)."""
     weight = base.weight
     if not isinstance(weight, Tensor) or not weight.is_floating_point() or tuple(weight.shape) != _stored_shape(base):
@@ -43,7 +48,7 @@ def read_weight(base: nn.Module) -> Tensor:
     return weight.detach().T if is_stored_transposed(base) else weight.detach()
 
 
-def replace_weight(base: nn.Module, matrix: Tensor) -> nn.Parameter:
+def replace_weight(base: BaseLayer, matrix: Tensor) -> nn.Parameter:
     """Put a new parameter with the values of `matrix` [d, k] in place of the layer's own and return the old parameter.
 
     The old parameter is not written to, so a module that shares it keeps its values.
@@ -54,7 +59,7 @@ def replace_weight(base: nn.Module, matrix: Tensor) -> nn.Parameter:
     return old
 
 
-def _stored_shape(base: nn.Module) -> tuple[int, int]:
+def _stored_shape(base: BaseLayer) -> tuple[int, int]:
     d, k = dimensions(base)
     return (k, d) if is_stored_transposed(base) else (d, k)
 

@@ -91,8 +91,12 @@ class LoraConfig:
     def heads(self) -> tuple[str, ...]:
         """Names of all modules that are trained in full: the user's own and the task's."""
         own = tuple(self.modules_to_save or ())
-        task = self.task_type.head_names if isinstance(self.task_type, TaskType) else ()
-        return own + tuple(name for name in task if name not in own)
+        return own + tuple(name for name in self.task_heads if name not in own)
+
+    @property
+    def task_heads(self) -> tuple[str, ...]:
+        """Names of the heads that the task trains in full, whether a model has them or not."""
+        return TaskType(self.task_type).head_names if self.task_type is not None else ()
 
 
 def _task_type(value: TaskType | str | None) -> TaskType | None:

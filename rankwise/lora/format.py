@@ -38,7 +38,7 @@ _OFF: dict[str, Any] = {
     "rank_pattern": {},
     "target_parameters": None,
     "trainable_token_indices": None,
-    "use_bdlora": False,
+    "use_bdlora": None,
     "use_dora": False,
     "use_qalora": False,
     "use_rslora": False,
@@ -105,7 +105,7 @@ def from_settings(settings: Mapping[str, Any], trainable: bool) -> LoraConfig:
     ours["inference_mode"] = not trainable
     try:
         # PEFT writes the task's head names among the user's own, also those that the model does not have.
-        task_heads = LoraConfig(task_type=ours.get("task_type")).heads
+        task_heads = LoraConfig(task_type=ours.get("task_type")).task_heads
         own_heads = [name for name in ours.get("modules_to_save") or () if name not in task_heads]
         return LoraConfig(**{**ours, "modules_to_save": own_heads or None})
     except ValueError as error:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from rankwise.lora.base_weight import dimensions, replace_weight, working_dtype
+from rankwise.lora.base_weight import BaseLayer, dimensions, replace_weight, working_dtype
 from rankwise.lora.config import LoraConfig
 from rankwise.lora.low_rank import LowRank
 
@@ -18,9 +18,9 @@ from rankwise.lora.low_rank import LowRank
 class _Wrapper(nn.Module):
     """A module in the place of another one, `base`, whose attributes (in_features, weight, …) it passes on."""
 
-    base: nn.Module
+    base: BaseLayer
 
-    def __init__(self, base: nn.Module) -> None:
+    def __init__(self, base: BaseLayer) -> None:
         super().__init__()
         self.base = base
         self.active = True
@@ -41,7 +41,7 @@ class LoraLayer(_Wrapper):
     lora_A is [r, k], lora_B is [d, r]; both are fp32, or fp64 over an fp64 base.
     """
 
-    def __init__(self, base: nn.Module, config: LoraConfig, generator: torch.Generator | None = None) -> None:
+    def __init__(self, base: BaseLayer, config: LoraConfig, generator: torch.Generator | None = None) -> None:
         super().__init__(base)
         d, k = dimensions(base)
         kind: dict[str, Any] = {"dtype": working_dtype(base.weight), "device": base.weight.device}
@@ -126,7 +126,7 @@ class LoraEmbedding(LoraLayer):
 class TrainedCopy(_Wrapper):
     """A module that is trained in full (a classifier head): a copy is trained, the original stays as it was."""
 
-    def __init__(self, base: nn.Module, config: LoraConfig) -> None:
+    def __init__(self, base: BaseLayer, config: LoraConfig) -> None:
         super().__init__(base)
         self.trained = deepcopy(base).requires_grad_(not config.inference_mode)
 

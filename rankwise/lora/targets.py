@@ -37,8 +37,8 @@ def select_heads(model: nn.Module, config: LoraConfig) -> list[str]:
     chosen = [name for name in names if any(matches_name(name, head) for head in config.heads)]
     unmatched = [entry for entry in config.modules_to_save or () if not any(matches_name(n, entry) for n in names)]
     problems = [f"modules_to_save {entry!r} matches no module{nearest(entry, _endings(names))}" for entry in unmatched]
-    if config.task_type is not None and config.task_type.head_names and not chosen:
-        wanted = " or ".join(config.task_type.head_names)
+    if config.task_heads and not chosen:
+        wanted = " or ".join(config.task_heads)
         problems.append(f"task_type {config.task_type} trains a head named {wanted}; this model has none")
     if problems:
         raise TargetError(f"{type(model).__name__} lacks modules that the configuration names:\n" + listing(problems))

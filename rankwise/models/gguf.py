@@ -60,7 +60,7 @@ def _convert(path: Path, folder: Path) -> None:
             [pre_tokenizers.Digits(individual_digits=True), backend.pre_tokenizer]
         )
     # A model that was read from GGUF refuses to be saved; its weights in a plain model do not.
-    config = unpacked.config
+    config: Any = unpacked.config
     if hasattr(config, "quantization_config"):
         del config.quantization_config
     plain = AutoModelForCausalLM.from_config(config)

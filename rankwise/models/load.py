@@ -55,6 +55,11 @@ def load_tokenizer(name: str) -> Any:
     return tokenizer
 
 
+def pad_id(tokenizer: Any) -> int:
+    """The token that fills up a batch; masked everywhere, so any will do for a tokenizer that names none."""
+    return next((i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id) if i is not None), 0)
+
+
 def longest_input(model: Any) -> int:
     """The most tokens that the model's positions allow."""
     return getattr(model.config, "max_position_embeddings", None) or 10**9

@@ -5,8 +5,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch.nn import functional as F
 
-from rankwise.data.examples import LabelExample, Prompt, TextExample
+from rankwise.data.examples import E, LabelExample, Prompt
 from rankwise.engine.engine import Engine
 from rankwise.engine.generate import generate
 from rankwise.lora.inject import set_adapter_training
@@ -29,9 +30,9 @@ class Evaluation:
 
 
 def evaluate(
-    engine: Engine,
+    engine: Engine[E],
     tokenizer: Any,
-    examples: Sequence[TextExample] | Sequence[LabelExample],
+    examples: Sequence[E],
     prompts: Sequence[Prompt] = (),
     on_progress: Callable[[str], None] = lambda text: None,
 ) -> Evaluation:
@@ -41,27 +42,23 @@ def evaluate(
     the longest reference, which no match needs.
     """
     set_adapter_training(engine.model, False)
-    losses, counts, right = [], [], 0
     ordered = sorted(examples, key=lambda example: len(example.ids))
-    with torch.no_grad():
-        for start in range(0, len(ordered), BATCH):
-            batch = ordered[start : start + BATCH]
-            on_progress(f"held-out loss {start}/{len(ordered)}")
-            losses += engine.example_losses(batch)
-            if isinstance(batch[0], LabelExample):
-                counts += [1] * len(batch)
-                predicted = engine.class_logits(batch).argmax(-1).tolist()
-                right += sum(p == example.label for p, example in zip(predicted, batch, strict=True))
-            else:
-                counts += [sum(example.trained[1:]) for example in batch]
-    loss = sum(value * count for value, count in zip(losses, counts, strict=True)) / sum(counts)
+    loss, counted, right = 0.0, 0, 0
+    for start in range(0, len(ordered), BATCH):
+        on_progress(f"held-out loss {start}/{len(ordered)}")
+        with torch.no_grad():
+            logits, targets = engine.logits(ordered[start : start + BATCH])
+        loss += F.cross_entropy(logits, targets, reduction="sum").item()
+        counted += len(targets)
+        right += int((logits.argmax(-1) == targets).sum())
     if isinstance(ordered[0], LabelExample):
-        return Evaluation(loss, "accuracy", right / len(ordered), len(ordered))
-    return Evaluation(loss, "exact_match", _exact_match(engine, tokenizer, prompts, on_progress), len(ordered))
+        return Evaluation(loss / counted, "accuracy", right / counted, len(ordered))
+    metric = _exact_match(engine, tokenizer, prompts, on_progress)
+    return Evaluation(loss / counted, "exact_match", metric, len(ordered))
 
 
 def _exact_match(
-    engine: Engine, tokenizer: Any, prompts: Sequence[Prompt], on_progress: Callable[[str], None]
+    engine: Engine[Any], tokenizer: Any, prompts: Sequence[Prompt], on_progress: Callable[[str], None]
 ) -> float | None:
     prompts = [prompt for prompt in prompts if prompt.answer is not None]
     references = [prompt.answer or "" for prompt in prompts]

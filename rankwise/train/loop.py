@@ -43,7 +43,7 @@ class Step:
 
 
 def training_steps(
-    engine: Engine, examples: Sequence[Any], config: TrainConfig, stopped: Callable[[], bool] = lambda: False
+    engine: Engine[Any], examples: Sequence[Any], config: TrainConfig, stopped: Callable[[], bool] = lambda: False
 ) -> Iterator[Step]:
     """Train the adapter in the engine's model and yield each step; ends early, between two steps, once `stopped()`.
 
@@ -67,7 +67,7 @@ def training_steps(
             )
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        rate = schedule.get_last_lr()[0]
+        rate = float(schedule.get_last_lr()[0])
         schedule.step()
         tokens = sum(len(example.ids) for example in batch)
         yield Step(number, total, loss.item(), rate, norm.item(), tokens, time.perf_counter() - begin)

@@ -76,16 +76,16 @@ def test_the_same_seed_gives_the_same_adapter_byte_for_byte_and_run_yaml_repeats
 
 
 def test_a_classifier_learns_and_is_evaluated_and_merged_with_its_labels(tmp_path, capsys):
-    labels = {"translate", "timer", "weather", "joke"}
+    labels = {"translate", "timer", "weather", "tell_joke"}
     rows = [row for row in INTENTS if row["label"] in labels]
-    data = jsonl(tmp_path / "data.jsonl", rows[:160])
-    test = jsonl(tmp_path / "test.jsonl", rows[160:])
+    data = jsonl(tmp_path / "data.jsonl", rows[:150])
+    test = jsonl(tmp_path / "test.jsonl", rows[150:])
     run = tmp_path / "run"
     options = ["--model", "minilm-l6", "--task", "seq_cls", "--data", data, "--out", str(run), "--epochs", "3"]
     assert main(["train", *options]) == 0
     result = json.loads((run / "result.json").read_text())
     assert result["metric_name"] == "accuracy"
-    assert result["metric_before"] < 0.6 < 0.9 < result["metric_after"]
+    assert result["metric_before"] < 0.8 < 0.9 < result["metric_after"]
     capsys.readouterr()
     assert main(["eval", "--adapter", str(run), "--data", test]) == 0
     measured = json.loads(capsys.readouterr().out)
@@ -94,7 +94,7 @@ def test_a_classifier_learns_and_is_evaluated_and_merged_with_its_labels(tmp_pat
     merged = AutoModelForSequenceClassification.from_pretrained(tmp_path / "merged").eval()
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "merged")
     right = 0
-    for row in rows[160:]:
+    for row in rows[150:]:
         with torch.no_grad():
             logits = merged(**tokenizer(row["text"], return_tensors="pt")).logits
         right += merged.config.id2label[logits.argmax().item()] == row["label"]
@@ -166,16 +166,16 @@ def test_an_interrupted_run_leaves_a_usable_adapter(tiny_llama_folder, sql, tmp_
 
 def test_a_killed_run_leaves_its_last_checkpoint(tiny_llama_folder, sql, tmp_path):
     out = tmp_path / "run"
-    options = ["--model", tiny_llama_folder, "--data", sql, "--out", out, "--max-steps", "1000", "--r", "2"]
+    options = ["--model", tiny_llama_folder, "--data", sql, "--out", out, "--max-steps", "200", "--r", "2"]
     command = [sys.executable, "-m", "rankwise", "train", *map(str, options), "--eval-fraction", "0"]
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, cwd=ROOT) as process:
         assert process.stderr is not None
         for line in process.stderr:
-            if line.startswith("step 150/"):
+            if line.startswith("step 50/"):
                 break
         os.kill(process.pid, signal.SIGKILL)
     [checkpoint] = [path for path in (out / "checkpoints").iterdir() if not path.name.startswith(".")]
-    assert int(checkpoint.name.removeprefix("step-")) >= 100
+    assert int(checkpoint.name.removeprefix("step-")) >= 40
     load_adapter_(AutoModelForCausalLM.from_pretrained(tiny_llama_folder), checkpoint)
 
 

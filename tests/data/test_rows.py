@@ -49,7 +49,7 @@ def test_bad_rows_are_named_by_file_and_line(tmp_path, rows, task, message):
 def test_all_bad_rows_are_in_one_message(tmp_path):
     with pytest.raises(DataError) as error:
         read_rows(write(tmp_path / "data.jsonl", GOOD, "{", {"prompt": 1, "completion": 2}, "]"), "causal_lm")
-    assert "4 problems" in str(error.value)
+    assert "problems: 4" in str(error.value)
     assert all(f"data.jsonl:{line}:" in str(error.value) for line in (2, 3, 4))
 
 

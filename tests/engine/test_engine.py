@@ -5,12 +5,13 @@ import random
 import pytest
 import torch
 from conftest import tiny
+from torch import nn
 from torch.nn import functional as F
 
 from rankwise import LoraConfig, inject_, trainable_parameters
 from rankwise.data.examples import LabelExample, TextExample
 from rankwise.engine.batch import pack
-from rankwise.engine.engine import Engine
+from rankwise.engine.engine import ClassifierEngine, LanguageEngine
 
 CAUSAL = ["llama", "llama-tied", "qwen2", "mistral-window", "gpt2", "gpt-neox"]
 
@@ -45,7 +46,12 @@ def reference_loss(model, examples):
 
 
 def adapted(family):
+    """An fp64 model with an adapter; transformers' own RMSNorm rounds to fp32 inside, so torch's takes its place."""
     model = tiny(family, torch.float64)
+    for name, module in list(model.named_modules()):
+        if type(module).__name__.endswith("RMSNorm"):
+            norm = nn.RMSNorm(module.weight.shape, eps=module.variance_epsilon, dtype=torch.float64)
+            model.set_submodule(name, norm)
     inject_(model, LoraConfig(r=4, task_type="SEQ_CLS" if family == "bert" else "CAUSAL_LM"))
     generator = torch.Generator().manual_seed(1)
     for parameter in trainable_parameters(model):
@@ -61,7 +67,7 @@ def gradients(model, loss):
 @pytest.mark.parametrize("family", CAUSAL)
 def test_packed_loss_and_gradients_are_those_of_each_example_by_itself(family, common):
     model, examples = adapted(family), conversations(5, common)
-    engine = Engine(model, 2, examples)
+    engine = LanguageEngine(model, 2, examples)
     assert engine.padded_because is None
     loss, expected = engine.loss(examples), reference_loss(model, examples)
     torch.testing.assert_close(loss, expected, rtol=1e-10, atol=0)
@@ -89,16 +95,18 @@ def test_a_prefix_never_holds_a_trained_token_even_if_all_rows_are_equal():
 @pytest.mark.parametrize("family", [*CAUSAL, "bloom"])
 def test_the_padded_path_gives_the_same_loss_and_gradients(family):
     model, examples = adapted(family), conversations(5, 3)
-    engine = Engine(model, 2, examples)
+    engine = LanguageEngine(model, 2, examples)
     engine.packs = False
     loss, expected = engine.loss(examples), reference_loss(model, examples)
     torch.testing.assert_close(loss, expected, rtol=1e-10, atol=0)
     ours, theirs = gradients(model, loss), gradients(model, expected)
-    assert (ours - theirs).abs().max() <= 1e-10 * theirs.abs().max()
+    # BLOOM takes its softmax in fp32 whatever the model's type.
+    tolerance = 1e-5 if family == "bloom" else 1e-10
+    assert (ours - theirs).abs().max() <= tolerance * theirs.abs().max()
 
 
 def test_a_model_that_packing_cannot_serve_says_why_and_is_padded():
-    engine = Engine(tiny("bloom"), 2, conversations(3, 0))
+    engine = LanguageEngine(tiny("bloom"), 2, conversations(3, 0))
     assert not engine.packs
     assert engine.padded_because
 
@@ -110,25 +118,19 @@ def test_packed_classification_is_that_of_each_text_by_itself():
         LabelExample(tuple(draw.randrange(3, 96) for _ in range(draw.randrange(3, 12))), draw.randrange(5), "here")
         for _ in range(6)
     ]
-    engine = Engine(model, 0, texts)
+    engine = ClassifierEngine(model, 0, texts)
     assert engine.padded_because is None
     expected = torch.cat([model(torch.tensor([text.ids])).logits for text in texts])
-    torch.testing.assert_close(engine.class_logits(texts), expected, rtol=1e-10, atol=1e-12)
+    torch.testing.assert_close(engine.logits(texts)[0], expected, rtol=1e-10, atol=1e-12)
     loss = F.cross_entropy(expected, torch.tensor([text.label for text in texts]))
     ours, theirs = gradients(model, engine.loss(texts)), gradients(model, loss)
     assert (ours - theirs).abs().max() <= 1e-10 * theirs.abs().max()
 
 
-def test_example_losses_are_the_means_of_their_trained_tokens():
-    model, examples = adapted("llama"), conversations(4, 2)
-    losses = Engine(model, 2, examples).example_losses(examples)
-    assert losses == pytest.approx([reference_loss(model, [example]).item() for example in examples], rel=1e-9)
-
-
 def test_the_attention_of_the_model_is_put_back_also_after_an_error():
     model, examples = tiny("llama"), conversations(3, 0)
     before = model.config._attn_implementation
-    engine = Engine(model, 2, examples)
+    engine = LanguageEngine(model, 2, examples)
     engine.loss(examples)
     assert model.config._attn_implementation == before
     with pytest.raises(IndexError):

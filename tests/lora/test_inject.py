@@ -1,3 +1,4 @@
+import peft
 import pytest
 import torch
 from conftest import randomise_adapter, tiny
@@ -97,7 +98,7 @@ def test_dropout_acts_on_the_input_of_the_adapter_path_alone():
     layer, x = model[0].train(), torch.ones(1, 400)
     torch.manual_seed(5)
     mask = F.dropout(x, 0.25)
-    assert set(mask.unique().tolist()) == {0.0, pytest.approx(1 / 0.75)}
+    assert mask.unique().tolist() == pytest.approx([0, 1 / 0.75])
     torch.manual_seed(5)
     expected = layer.base(x) + mask @ layer.lora_A.T @ layer.lora_B.T
     torch.testing.assert_close(layer(x), expected)
@@ -106,7 +107,7 @@ def test_dropout_acts_on_the_input_of_the_adapter_path_alone():
 
 
 def test_all_linear_means_every_linear_layer_but_the_output_head():
-    for family, head in (("llama", "lm_head"), ("gpt2", "lm_head"), ("gpt-neox", "embed_out"), ("bert", "classifier")):
+    for family, head in (("llama", "lm_head"), ("gpt2", "lm_head"), ("gpt-neox", "lm_head"), ("bert", "classifier")):
         model = tiny(family)
         linear = {name for name, m in model.named_modules() if isinstance(m, nn.Linear) or type(m).__name__ == "Conv1D"}
         task = TaskType.SEQ_CLS if family == "bert" else TaskType.CAUSAL_LM
@@ -128,7 +129,6 @@ def test_the_report_counts_what_the_formula_says():
 
 
 def test_target_rules_are_those_of_peft():
-    peft = pytest.importorskip("peft")
     for targets in (["q_proj", "mlp.up_proj"], r".*\.0\..*_proj", ["model.layers.1.self_attn.o_proj"], "all-linear"):
         theirs = peft.get_peft_model(tiny("llama"), peft.LoraConfig(target_modules=targets)).targeted_module_names
         ours = inject_(tiny("llama"), LoraConfig(target_modules=targets)).matrices
