@@ -1,17 +1,11 @@
 #!/bin/sh
-# Tune SmolLM2-135M to write SQL, measure it on 100 questions that it has not seen, and show answers before and after.
+# Tune SmolLM2-135M to write SQL; measure it before and after on 100 questions about tables that it has not seen.
 set -eu
-cd "$(dirname "$0")/text_to_sql"
-runs=../../runs
-rm -rf "$runs/demo"
+cd "$(dirname "$0")/.."
+rm -rf runs/demo
 
-rankwise train --model smollm2-135m --data train.jsonl --eval-data valid.jsonl --eval-answers 0 \
-    --r 8 --batch-size 4 --lr 2e-3 --max-steps 150 --out "$runs/demo"
+rankwise train --model smollm2-135m --data examples/text_to_sql/train.jsonl --eval-data examples/text_to_sql/test.jsonl \
+    --r 8 --lr 2e-3 --batch-size 4 --max-steps 135 --out runs/demo
 
-echo; echo "100 test questions, base model:"
-rankwise eval --model smollm2-135m --data test.jsonl
-echo; echo "100 test questions, with the adapter:"
-rankwise eval --adapter "$runs/demo" --data test.jsonl
-
-echo; echo "Three of them, before and after:"
-rankwise generate --adapter "$runs/demo" --file test.jsonl --first 3 --use both --max-new-tokens 60
+printf '\nThree of the questions, before and after:\n'
+rankwise generate --adapter runs/demo --file examples/text_to_sql/test.jsonl --first 3 --use both --max-new-tokens 60

@@ -73,7 +73,12 @@ def finetune(config: TrainConfig, reporter: Reporter | None = None) -> dict[str,
     run.start(config)
     steps, interrupted = _train(engine, data, config, run, reporter)
     run.save_adapter(model, labels)
-    after = None if interrupted else _evaluate(engine, tokenizer, data, reporter, "evaluating after")
+    after = None
+    try:
+        if not interrupted:
+            after = _evaluate(engine, tokenizer, data, reporter, "evaluating after")
+    except KeyboardInterrupt:
+        interrupted = True
     result = {
         **_measured(before, after),
         "trainable_parameters": report.trainable_parameters,

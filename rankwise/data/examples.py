@@ -207,9 +207,9 @@ def _fit(examples: list[E], max_length: int, long_rows: LongRows) -> list[E]:
     if too_long and long_rows == "error":
         longest = max(len(e.ids) for e in too_long)
         raise DataError(
-            f"{len(too_long)} of {len(examples)} rows are longer than --max-length {max_length} tokens (the longest "
-            f"has {longest}). Raise --max-length, or say what to do with them: --long-rows cut (their end is cut off "
-            f"and not trained) or --long-rows drop (they are left out):\n"
+            f"{len(too_long)} of {len(examples)} rows are longer than {max_length} tokens, all that --max-length and the "
+            f"model allow (the longest has {longest}). Raise --max-length as far as the model goes, or say what to do with "
+            "them: --long-rows cut (their end is cut off and not trained) or --long-rows drop (they are left out):\n"
             + listing([f"{e.place}: {len(e.ids)} tokens" for e in too_long])
         )
     if long_rows == "drop":

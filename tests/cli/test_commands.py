@@ -189,7 +189,7 @@ def test_a_killed_run_leaves_its_last_checkpoint(tiny_llama_folder, sql, tmp_pat
         (["--target-modules", "q_porj"], "nearest: 'q_proj'"),
         (["--data", "nowhere.jsonl"], "no such data file: nowhere.jsonl"),
         (["--model", "smollm"], "nearest: 'smollm2-135m'"),
-        (["--max-length", "60"], "rows are longer than --max-length 60"),
+        (["--max-length", "60"], "rows are longer than 60 tokens"),
         (["--task", "seq_cls"], "fits --task causal_lm"),
     ],
 )
