@@ -75,6 +75,8 @@ def text_examples(rows: Sequence[Row], tokenizer: Tokenizer, max_length: int, lo
     Raises DataError if rows are longer than `max_length` tokens and `long_rows` is "error", if a cut row would have no
     trained token, or if the chat template refuses a row or renders a conversation's turns out of order.
     """
+    if tokenizer.eos_token is None:
+        raise DataError("the model's tokenizer names no end-of-text token (eos_token), so no answer could end")
     examples, problems = [], []
     for row in rows:
         try:
@@ -207,10 +209,10 @@ def _fit(examples: list[E], max_length: int, long_rows: LongRows) -> list[E]:
     if too_long and long_rows == "error":
         longest = max(len(e.ids) for e in too_long)
         raise DataError(
-            f"{len(too_long)} of {len(examples)} rows are longer than {max_length} tokens, all that --max-length and the "
-            f"model allow (the longest has {longest}). Raise --max-length as far as the model goes, or say what to do with "
-            "them: --long-rows cut (their end is cut off and not trained) or --long-rows drop (they are left out):\n"
-            + listing([f"{e.place}: {len(e.ids)} tokens" for e in too_long])
+            f"{len(too_long)} of {len(examples)} rows are longer than {max_length} tokens, all that --max-length and "
+            f"the model allow (the longest has {longest}). Raise --max-length as far as the model goes, or say what to "
+            "do with them: --long-rows cut (their end is cut off and not trained) or --long-rows drop (they are left "
+            "out):\n" + listing([f"{e.place}: {len(e.ids)} tokens" for e in too_long])
         )
     if long_rows == "drop":
         kept = [e for e in examples if len(e.ids) <= max_length]

@@ -34,9 +34,15 @@ def load_model(name: str, task: str, labels: Sequence[str] = ()) -> Any:
         source["ignore_mismatched_sizes"] = True
     with _quiet():
         try:
-            model = kind.from_pretrained(folder, **source)
+            model, loading = kind.from_pretrained(folder, **source, output_loading_info=True)
         except Exception as error:
             raise ModelError(f"{name} cannot be loaded for {task}: {error}") from error
+    missing = sorted(loading["missing_keys"])
+    if task == "causal_lm" and missing:
+        raise ModelError(
+            f"{name} is no causal language model: {len(missing)} weights that one needs are not in its files "
+            f"({', '.join(missing[:3])}, …). Choose a model that generates text, or --task seq_cls"
+        )
     if task == "seq_cls" and model.config.pad_token_id is None:
         model.config.pad_token_id = model.config.eos_token_id
     return model.to(_device()).eval()

@@ -39,6 +39,9 @@ class TrainConfig:
     """Stop after so many optimiser steps, however many epochs that is."""
     batch_size: int = 8
     """Rows in one optimiser step."""
+    batches: Literal["random", "alike"] = "random"
+    """random: rows in any order. alike (causal_lm): rows with the same beginning, such as a document with several
+    questions, share a batch of at most --batch-size rows, and the beginning is computed once."""
     max_length: int = 1024
     """Longest row, in tokens."""
     long_rows: Literal["error", "cut", "drop"] = "error"
@@ -65,6 +68,8 @@ class TrainConfig:
         for name, least in (("batch_size", 1), ("max_length", 2), ("eval_answers", 0), ("seed", 0)):
             if getattr(self, name) < least:
                 yield f"--{name.replace('_', '-')} must be at least {least}, found {getattr(self, name)}"
+        if self.batches == "alike" and self.task != "causal_lm":
+            yield "--batches alike needs --task causal_lm; a classifier's rows share nothing"
         if self.max_steps is not None and self.max_steps < 1:
             yield f"--max-steps must be at least 1, found {self.max_steps}"
 

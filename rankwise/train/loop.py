@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
+from rankwise.data.examples import TextExample
 from rankwise.engine.engine import Engine
 from rankwise.errors import RankwiseError
 from rankwise.lora.inject import set_adapter_training, trainable_parameters
@@ -52,11 +53,11 @@ def training_steps(
     """
     parameters = trainable_parameters(engine.model)
     optimizer = AdamW(parameters, lr=config.lr, weight_decay=0.0)
-    total = step_count(len(examples), config)
+    total = step_count(examples, config)
     schedule = _warm_up_then_fall(optimizer, total)
     set_adapter_training(engine.model, True)
     begin = time.perf_counter()
-    for number, batch in enumerate(shuffled_batches(examples, config.batch_size, total, config.seed), start=1):
+    for number, batch in enumerate(_batches(examples, config, total), start=1):
         loss = engine.loss(batch)
         loss.backward()
         norm = nn.utils.clip_grad_norm_(parameters, LARGEST_GRADIENT)
@@ -76,9 +77,37 @@ def training_steps(
     set_adapter_training(engine.model, False)
 
 
-def step_count(rows: int, config: TrainConfig) -> int:
+def step_count(examples: Sequence[Any], config: TrainConfig) -> int:
     """Optimiser steps of a run: those of its epochs, or max_steps where that is given."""
-    return config.max_steps or max(1, ceil(config.epochs * ceil(rows / config.batch_size)))
+    alike = config.batches == "alike"
+    epoch = len(alike_batches(examples, config.batch_size)) if alike else ceil(len(examples) / config.batch_size)
+    return config.max_steps or max(1, ceil(config.epochs * epoch))
+
+
+def _batches(examples: Sequence[Any], config: TrainConfig, count: int) -> Iterator[list[Any]]:
+    if config.batches == "alike":
+        whole = alike_batches(examples, config.batch_size)
+        return (batch for [batch] in shuffled_batches(whole, 1, count, config.seed))
+    return shuffled_batches(examples, config.batch_size, count, config.seed)
+
+
+def alike_batches(examples: Sequence[TextExample], batch_size: int) -> list[list[TextExample]]:
+    """Batches of at most `batch_size` rows whose prompts share at least half of their tokens, from the beginning.
+
+    The engine computes what they share once.
+    """
+    batches: list[list[TextExample]] = []
+    for example in sorted(examples, key=lambda example: example.ids):
+        if batches and len(batches[-1]) < batch_size and _begins_alike(batches[-1][0], example):
+            batches[-1].append(example)
+        else:
+            batches.append([example])
+    return batches
+
+
+def _begins_alike(one: TextExample, other: TextExample) -> bool:
+    half = max(one.prompt_length, other.prompt_length) // 2
+    return one.ids[:half] == other.ids[:half]
 
 
 def shuffled_batches(items: Sequence[T], batch_size: int, count: int, seed: int) -> Iterator[list[T]]:

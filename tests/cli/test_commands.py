@@ -260,6 +260,11 @@ def test_labels_that_train_lacks_are_named(tmp_path, capsys):
     assert "held_out.jsonl:1: 'z'" in capsys.readouterr().err
 
 
+def test_an_encoder_is_refused_as_a_language_model(sql, tmp_path, capsys):
+    assert main(["train", "--model", "minilm-l6", "--data", sql, "--out", str(tmp_path / "run")]) == 2
+    assert "minilm-l6 is no causal language model" in capsys.readouterr().err
+
+
 def test_an_unknown_command_names_the_nearest(capsys):
     assert main(["trian"]) == 2
     assert "'train'" in capsys.readouterr().err

@@ -1,3 +1,4 @@
+import random
 from itertools import chain
 from pathlib import Path
 
@@ -9,7 +10,7 @@ from rankwise import LoraConfig, TrainConfig, inject_, trainable_parameters
 from rankwise.data.examples import TextExample
 from rankwise.engine.engine import LanguageEngine
 from rankwise.errors import ConfigError, RankwiseError
-from rankwise.train.loop import shuffled_batches, step_count, training_steps
+from rankwise.train.loop import alike_batches, shuffled_batches, step_count, training_steps
 
 EXAMPLES = [TextExample((5, 6, 7 + n, 8), (False, False, True, True), "here") for n in range(6)]
 
@@ -37,9 +38,36 @@ def test_every_epoch_sees_every_item_once_in_another_order():
 
 
 def test_steps_count_whole_epochs_unless_max_steps_is_given():
-    assert step_count(10, settings(epochs=2)) == 8
-    assert step_count(10, settings(epochs=0.5)) == 2
-    assert step_count(10, settings(epochs=2, max_steps=3)) == 3
+    assert step_count(range(10), settings(epochs=2)) == 8
+    assert step_count(range(10), settings(epochs=0.5)) == 2
+    assert step_count(range(10), settings(epochs=2, max_steps=3)) == 3
+
+
+def test_alike_batches_hold_every_row_once_and_share_half_of_their_prompts():
+    draw = random.Random(0)
+    rows = []
+    for _ in range(20):
+        start = [draw.randrange(9) for _ in range(12)]
+        for _ in range(draw.randrange(1, 6)):
+            ids = (*start, *(draw.randrange(9) for _ in range(draw.randrange(2, 12))), 3, 3)
+            rows.append(TextExample(ids, (False,) * (len(ids) - 2) + (True, True), "here"))
+    draw.shuffle(rows)
+    batches = alike_batches(rows, 3)
+    assert sorted(row.ids for batch in batches for row in batch) == sorted(row.ids for row in rows)
+    assert max(map(len, batches)) == 3
+    for batch in batches:
+        for row in batch:
+            half = max(row.prompt_length, batch[0].prompt_length) // 2
+            assert row.ids[:half] == batch[0].ids[:half]
+    config = settings(batches="alike")
+    assert step_count(rows, config) == len(batches)
+
+
+def test_training_on_alike_batches_sees_every_row_once_an_epoch():
+    run = engine()
+    config = settings(batches="alike", epochs=1)
+    steps = list(training_steps(run, EXAMPLES, config))
+    assert sum(step.tokens for step in steps) == sum(len(example.ids) for example in EXAMPLES)
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
@@ -83,6 +111,11 @@ def test_a_loss_that_is_not_finite_stops_before_the_adapter_is_spoilt():
 def test_it_stops_between_two_steps():
     steps = list(training_steps(engine(), EXAMPLES, settings(epochs=20), stopped=lambda: True))
     assert len(steps) == 1
+
+
+def test_a_classifier_has_no_alike_batches():
+    with pytest.raises(ConfigError, match="--batches alike needs --task causal_lm"):
+        settings(batches="alike", task="seq_cls")
 
 
 def test_settings_that_cannot_be_are_all_named_at_once():
