@@ -8,6 +8,7 @@ from typing import Any
 
 from rankwise import atomic
 from rankwise.errors import MissingDependency, ModelError
+from rankwise.models.quiet import quiet
 
 # llama.cpp's pre-tokenizers that take every digit by itself before the byte-level split; transformers' reader leaves
 # that step out, which splits "a  2" (two blanks before a digit) another way than the model was trained with.
@@ -31,7 +32,7 @@ def dequantised(path: Path) -> Path:
     folder = cache_folder() / "gguf" / f"{path.stem}-{digest[:16]}"
     if not folder.is_dir():
         print(f"De-quantising {path.name} once into {folder} …", file=sys.stderr)
-        with atomic.replacing(folder) as temporary:
+        with atomic.replacing(folder) as temporary, quiet():
             _convert(path, temporary)
     return folder
 

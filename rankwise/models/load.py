@@ -1,10 +1,7 @@
 """Loading a base model and its tokenizer with transformers, and writing a merged one."""
 
-import contextlib
 import hashlib
-import logging
-import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +12,7 @@ from rankwise import atomic
 from rankwise.errors import ModelError
 from rankwise.lora.inject import adapters_off, named_wrappers
 from rankwise.models.locate import local_path
+from rankwise.models.quiet import quiet
 
 
 def load_model(name: str, task: str, labels: Sequence[str] = ()) -> Any:
@@ -32,7 +30,7 @@ def load_model(name: str, task: str, labels: Sequence[str] = ()) -> Any:
         kind = AutoModelForSequenceClassification
         source |= {"id2label": dict(enumerate(labels)), "label2id": {label: i for i, label in enumerate(labels)}}
         source["ignore_mismatched_sizes"] = True
-    with _quiet():
+    with quiet():
         try:
             model, loading = kind.from_pretrained(folder, **source, output_loading_info=True)
         except Exception as error:
@@ -53,7 +51,7 @@ def load_tokenizer(name: str) -> Any:
     from transformers import AutoTokenizer
 
     folder = local_path(name)
-    with _quiet():
+    with quiet():
         try:
             tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
         except Exception as error:
@@ -102,7 +100,7 @@ def save_merged(model: Any, tokenizer: Any, folder: Path) -> None:
     tied = getattr(model.config, "tie_word_embeddings", False)
     if tied and head is not None and head.weight is not embedding.weight:
         model.config.tie_word_embeddings = False
-    with atomic.replacing(folder) as temporary, _quiet():
+    with atomic.replacing(folder) as temporary, quiet():
         model.save_pretrained(temporary)
         tokenizer.save_pretrained(temporary)
 
@@ -110,20 +108,3 @@ def save_merged(model: Any, tokenizer: Any, folder: Path) -> None:
 def _device() -> torch.device:
     # Not verified on a GPU.
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Without transformers' notes on new classifier heads and its progress bars; errors still rise."""
-    from transformers.utils import logging as transformers_logging
-
-    level = transformers_logging.get_verbosity()
-    transformers_logging.set_verbosity(logging.ERROR)
-    transformers_logging.disable_progress_bar()
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        transformers_logging.set_verbosity(level)
-        transformers_logging.enable_progress_bar()
