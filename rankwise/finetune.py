@@ -12,8 +12,9 @@ from rankwise.data.examples import Prompt, asked, examples_for
 from rankwise.data.rows import Row, read_rows, split_rows
 from rankwise.engine.engine import Engine, engine_for
 from rankwise.errors import DataError
-from rankwise.lora.config import LoraConfig, TaskType
+from rankwise.lora.config import LoraConfig
 from rankwise.lora.inject import inject_
+from rankwise.models.adapted import TASK_TYPES
 from rankwise.models.load import base_sha256, load_model, load_tokenizer, longest_input, pad_id
 from rankwise.train.config import TrainConfig
 from rankwise.train.evaluate import Evaluation, evaluate
@@ -21,8 +22,6 @@ from rankwise.train.loop import Step, step_count, training_steps
 from rankwise.train.progress import Reporter, peak_memory_bytes
 from rankwise.train.report import render_report
 from rankwise.train.run_folder import RunFolder
-
-TASK_TYPES = {"causal_lm": TaskType.CAUSAL_LM, "seq_cls": TaskType.SEQ_CLS}
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from rankwise.lora.config import TaskType
 from rankwise.models.load import load_model, load_tokenizer
 
 LABELS_FILE = "labels.json"
-TASKS = {TaskType.CAUSAL_LM: "causal_lm", TaskType.SEQ_CLS: "seq_cls"}
+TASK_TYPES = {"causal_lm": TaskType.CAUSAL_LM, "seq_cls": TaskType.SEQ_CLS}
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ def load_adapted(base: str | None, adapter: Path | None) -> Adapted:
     base = base or config.base_model_name_or_path
     if base is None:
         raise ConfigError(f"the adapter in {folder} does not say what its base model is; give it with --model")
-    task = TASKS.get(config.task_type or TaskType.CAUSAL_LM)  # pyright: ignore[reportArgumentType]
+    task = next((task for task, kind in TASK_TYPES.items() if kind == (config.task_type or TaskType.CAUSAL_LM)), None)
     if task is None:
         raise ConfigError(f"the adapter in {folder} is for {config.task_type}, which this command does not serve")
     labels = read_labels(folder) if task == "seq_cls" else []

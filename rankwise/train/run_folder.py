@@ -50,7 +50,8 @@ class RunFolder:
         """Write checkpoints/step-…/, an adapter folder, and remove the one before."""
         checkpoints = self.path / "checkpoints"
         newest = checkpoints / f"step-{step:06}"
-        _save(model, labels, newest)
+        with atomic.replacing(newest) as temporary:
+            _save(model, labels, temporary)
         for older in checkpoints.iterdir():
             if older != newest:
                 shutil.rmtree(older)

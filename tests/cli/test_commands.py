@@ -1,10 +1,10 @@
 """The commands as a user types them, on a tiny model with SmolLM2's tokenizer and on MiniLM."""
 
 import json
-import os
 import signal
 import subprocess
 import sys
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -142,16 +142,21 @@ def test_merge_writes_a_folder_that_plain_transformers_loads(train, tiny_llama_f
     assert len(AutoTokenizer.from_pretrained(tmp_path / "merged")) == 49152
 
 
+@contextmanager
+def training_at(line_start, *options):
+    """`rankwise train` in a process of its own, once it has printed a line that begins so."""
+    command = [sys.executable, "-m", "rankwise", "train", *map(str, options)]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, cwd=ROOT) as process:
+        assert process.stderr is not None
+        assert any(line.startswith(line_start) for line in process.stderr)
+        yield process
+
+
 @pytest.mark.parametrize("signals", [1, 2])
 def test_an_interrupted_run_leaves_a_usable_adapter(tiny_llama_folder, sql, tmp_path, signals):
     out = tmp_path / "run"
     options = ["--model", tiny_llama_folder, "--data", sql, "--out", out, "--epochs", "500", "--eval-answers", "0"]
-    command = [sys.executable, "-m", "rankwise", "train", *map(str, options), "--r", "2"]
-    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, cwd=ROOT) as process:
-        assert process.stderr is not None
-        for line in process.stderr:
-            if line.startswith("step 1/"):
-                break
+    with training_at("step 1/", *options, "--r", "2") as process:
         for _ in range(signals):
             process.send_signal(signal.SIGINT)
         rest = process.stderr.read()
@@ -167,16 +172,13 @@ def test_an_interrupted_run_leaves_a_usable_adapter(tiny_llama_folder, sql, tmp_
 def test_a_killed_run_leaves_its_last_checkpoint(tiny_llama_folder, sql, tmp_path):
     out = tmp_path / "run"
     options = ["--model", tiny_llama_folder, "--data", sql, "--out", out, "--max-steps", "200", "--r", "2"]
-    command = [sys.executable, "-m", "rankwise", "train", *map(str, options), "--eval-fraction", "0"]
-    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, cwd=ROOT) as process:
-        assert process.stderr is not None
-        for line in process.stderr:
-            if line.startswith("step 50/"):
-                break
-        os.kill(process.pid, signal.SIGKILL)
-    [checkpoint] = [path for path in (out / "checkpoints").iterdir() if not path.name.startswith(".")]
-    assert int(checkpoint.name.removeprefix("step-")) >= 40
-    load_adapter_(AutoModelForCausalLM.from_pretrained(tiny_llama_folder), checkpoint)
+    with training_at("step 50/", *options, "--eval-fraction", "0") as process:
+        process.kill()
+    # A kill between writing the newest and removing the one before leaves both, whole.
+    checkpoints = [path for path in (out / "checkpoints").iterdir() if not path.name.startswith(".")]
+    assert max(int(checkpoint.name.removeprefix("step-")) for checkpoint in checkpoints) >= 40
+    for checkpoint in checkpoints:
+        load_adapter_(AutoModelForCausalLM.from_pretrained(tiny_llama_folder), checkpoint)
 
 
 @pytest.mark.parametrize(
