@@ -44,7 +44,7 @@ def prepare(steps: int):
     torch.manual_seed(0)
     model = load_model("smollm2-135m", "causal_lm")
     inject_(model, LoraConfig(task_type="CAUSAL_LM", r=RANK, lora_alpha=ALPHA))
-    return model, tokenizer, train, held_out, list(shuffled_batches(train, BATCH, steps, seed=0))
+    return model, tokenizer, train, held_out, list(shuffled_batches([[row] for row in train], BATCH, steps, seed=0))
 
 
 def run_rankwise(steps: int, folder: Path) -> float:

@@ -124,7 +124,7 @@ def _train(
 ) -> tuple[list[Step], bool]:
     """All steps, and whether the user ended them early. What was learned so far stays in the model either way."""
     steps: list[Step] = []
-    total = step_count(data.train, config)
+    total = step_count(len(data.train), config)
     with _first_interrupt(reporter) as interrupted, reporter.training(total) as view:
         try:
             for step in training_steps(engine, data.train, config, stopped=interrupted):

@@ -1,11 +1,12 @@
 """Attention over packed examples: one stream of tokens without padding, each example attending to itself alone.
 
 Registered with transformers as the attention "rankwise_packed". How the stream is cut travels as a keyword argument of
-the model, `packing`, so that no model code is patched. A prefix that all examples begin with may stand once at the head
-of the stream: every example then attends to it and to itself, and autograd sums the prefix's gradient over them.
-Symbols: T tokens in the stream, H query heads, G key/value heads, D head width, P prefix, t tokens of one example.
+the model, `packing`, so that no model code is patched. A beginning that several examples share may stand once in the
+stream: what follows it attends to it and to itself, and autograd sums its gradient over all that follow.
+Symbols: T tokens in the stream, H query heads, G key/value heads, D head width, t tokens of a segment, P before it.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,10 +20,25 @@ PACKED = "rankwise_packed"
 
 @dataclass(frozen=True)
 class Packing:
-    """How a stream is cut: the length of the shared prefix (0: none), then that of each example without it."""
+    """How a stream is cut into segments: whole examples, or a beginning that several share and the ends that follow.
 
-    prefix: int
+    A segment attends to itself and to all that leads to it: the segment `before` it, the one before that, and so on.
+    """
+
     lengths: tuple[int, ...]
+    """Tokens of each segment, in the order of the stream."""
+    before: tuple[int | None, ...]
+    """For each segment the index of the one that it continues, which stands earlier; None: it begins an example."""
+
+    @classmethod
+    def of_whole_examples(cls, lengths: Sequence[int]) -> "Packing":
+        """Examples that share nothing."""
+        return cls(tuple(lengths), (None,) * len(lengths))
+
+    def path(self, segment: int) -> list[int]:
+        """The segments from the beginning of an example to this one."""
+        before = self.before[segment]
+        return [segment] if before is None else [*self.path(before), segment]
 
 
 def packed_attention(
@@ -39,21 +55,19 @@ def packed_attention(
     packing: Packing | None = None,
     **_: Any,
 ) -> tuple[Tensor, None]:
-    """query [1, H, T, D], key and value [1, G, T, D] → output [1, T, H, D]; exact, example by example.
+    """query [1, H, T, D], key and value [1, G, T, D] → output [1, T, H, D]; exact, segment by segment.
 
-    split and cat copy once each way; a slice per example would fill a zero tensor of the whole stream for each of them
+    split and cat copy once each way; a slice per segment would fill a zero tensor of the whole stream for each of them
     in the backward pass.
     """
     if packing is None or softcap is not None:
         raise ValueError("packed attention needs its packing and serves no soft-capped scores")
     causal = is_causal if is_causal is not None else getattr(module, "is_causal", True)
-    parts = [packing.prefix, *packing.lengths] if packing.prefix else list(packing.lengths)
-    queries, keys, values = (x.split(parts, dim=2) for x in (query, key, value))
+    queries, keys, values = (x.split(packing.lengths, dim=2) for x in (query, key, value))
     outputs = []
-    for index, q in enumerate(queries):
-        k, v = keys[index], values[index]
-        if packing.prefix and index:
-            k, v = torch.cat([keys[0], k], dim=2), torch.cat([values[0], v], dim=2)
+    for segment, q in enumerate(queries):
+        path = packing.path(segment)
+        k, v = (torch.cat([x[i] for i in path], dim=2) if path[1:] else x[segment] for x in (keys, values))
         plain = q.shape[2] == k.shape[2] and not (sliding_window and k.shape[2] > sliding_window)
         outputs.append(
             F.scaled_dot_product_attention(
@@ -71,7 +85,7 @@ def packed_attention(
 
 
 def _mask(query: Tensor, key: Tensor, causal: bool, window: int | None) -> Tensor:
-    """[t, P + t]: which keys a query sees, for an example behind a prefix or one that is longer than the window."""
+    """[t, P + t]: which keys a query sees, for a segment behind others or one that is longer than the window."""
     keys = torch.arange(key.shape[2], device=key.device)
     distance = keys[key.shape[2] - query.shape[2] :, None] - keys[None, :]
     seen = distance >= 0 if causal else torch.ones_like(distance, dtype=torch.bool)

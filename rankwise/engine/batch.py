@@ -2,12 +2,16 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 
 import torch
 from torch import Tensor
 
 from rankwise.data.examples import LabelExample, TextExample
 from rankwise.engine.attention import Packing
+
+_LEAST_SAVED = 16
+"""Tokens that a shared segment must save: attention works segment by segment, and a short one is not worth its call."""
 
 
 @dataclass(frozen=True)
@@ -25,23 +29,65 @@ class Stream:
     """[n], the trained tokens"""
 
 
-def pack(examples: Sequence[TextExample], share_prefix: bool, device: torch.device) -> Stream:
-    """Pack conversations; with `share_prefix` the tokens that all of them begin with stand once, at the head."""
-    prefix = _common_prefix(examples) if share_prefix and len(examples) > 1 else 0
-    ids, positions = list(examples[0].ids[:prefix]), list(range(prefix))
+def pack(examples: Sequence[TextExample], device: torch.device) -> Stream:
+    """Pack conversations; a beginning that several of them share stands once in the stream."""
+    layout = _Layout(examples)
+    layout.place(range(len(examples)), start=0, before=None)
+    ends = list(accumulate(layout.lengths))
     predictors, targets = [], []
-    for example in examples:
-        start = len(ids) - prefix
-        ids += example.ids[prefix:]
-        positions += range(prefix, len(example.ids))
-        for place in range(1, len(example.ids)):
-            if example.trained[place]:
-                # The prefix ends before the last prompt token, so a predictor never lies inside it.
-                predictors.append(start + place - 1)
-                targets.append(example.ids[place])
-    lengths = tuple(len(example.ids) - prefix for example in examples)
-    tensors = [torch.tensor(values, device=device) for values in (ids, positions, predictors, targets)]
-    return Stream(tensors[0][None], tensors[1][None], Packing(prefix, lengths), tensors[2], tensors[3])
+    for index, example in enumerate(examples):
+        # What is shared ends before the last prompt token, so all predictors lie in the example's own end.
+        shift = ends[layout.own[index]] - len(example.ids) - 1
+        places = [place for place in range(1, len(example.ids)) if example.trained[place]]
+        predictors += [shift + place for place in places]
+        targets += [example.ids[place] for place in places]
+    tensors = [torch.tensor(values, device=device) for values in (layout.ids, layout.positions, predictors, targets)]
+    packing = Packing(tuple(layout.lengths), tuple(layout.before))
+    return Stream(tensors[0][None], tensors[1][None], packing, tensors[2], tensors[3])
+
+
+class _Layout:
+    """The segments of a stream, written one by one: a trie of the examples' prompts."""
+
+    def __init__(self, examples: Sequence[TextExample]) -> None:
+        self.examples = examples
+        self.ids: list[int] = []
+        self.positions: list[int] = []
+        self.lengths: list[int] = []
+        self.before: list[int | None] = []
+        self.own = [0] * len(examples)
+        """For each example the segment that it shares with no other."""
+
+    def place(self, group: Sequence[int], start: int, before: int | None) -> None:
+        """Write the examples of `group`, which agree up to `start`, from there on; segment `before` holds the rest."""
+        if len(group) == 1:
+            self.own[group[0]] = self._write(group[0], start, len(self.examples[group[0]].ids), before)
+            return
+        end = self._agree_until(group, start)
+        branches: dict[int, list[int]] = {}
+        for index in group:
+            # An example whose prompt ends here goes on alone; those with the same next token go on together.
+            over = end >= self.examples[index].prompt_length - 1
+            branches.setdefault(-1 - index if over else self.examples[index].ids[end], []).append(index)
+        if (end - start) * (len(group) - 1) >= _LEAST_SAVED:
+            start, before = end, self._write(group[0], start, end, before)
+        for branch in branches.values():
+            self.place(branch, start, before)
+
+    def _agree_until(self, group: Sequence[int], start: int) -> int:
+        rows = [self.examples[index] for index in group]
+        most = max(min(row.prompt_length for row in rows) - 1, start)
+        first = rows[0].ids
+        return next(
+            (place for place in range(start, most) if any(row.ids[place] != first[place] for row in rows)), most
+        )
+
+    def _write(self, index: int, start: int, end: int, before: int | None) -> int:
+        self.ids += self.examples[index].ids[start:end]
+        self.positions += range(start, end)
+        self.lengths.append(end - start)
+        self.before.append(before)
+        return len(self.lengths) - 1
 
 
 def pack_texts(examples: Sequence[LabelExample], device: torch.device) -> Stream:
@@ -51,7 +97,7 @@ def pack_texts(examples: Sequence[LabelExample], device: torch.device) -> Stream
     positions = torch.cat([torch.arange(length, device=device) for length in lengths])
     firsts = torch.tensor(lengths, device=device).cumsum(0) - torch.tensor(lengths, device=device)
     targets = torch.tensor([example.label for example in examples], device=device)
-    return Stream(ids[None], positions[None], Packing(0, lengths), firsts, targets)
+    return Stream(ids[None], positions[None], Packing.of_whole_examples(lengths), firsts, targets)
 
 
 def pad(rows: Sequence[Sequence[int]], pad_id: int, device: torch.device, left: bool = False) -> tuple[Tensor, Tensor]:
@@ -64,13 +110,3 @@ def pad(rows: Sequence[Sequence[int]], pad_id: int, device: torch.device, left: 
         ids[index, where] = torch.tensor(row, device=device)
         mask[index, where] = 1
     return ids, mask
-
-
-def _common_prefix(examples: Sequence[TextExample]) -> int:
-    """Tokens that all examples begin with, up to one before the last prompt token of any of them."""
-    most = min(example.prompt_length for example in examples) - 1
-    first = examples[0].ids
-    return next(
-        (place for place in range(most) if any(example.ids[place] != first[place] for example in examples)),
-        max(most, 0),
-    )

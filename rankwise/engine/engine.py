@@ -20,9 +20,10 @@ _SAME = 1e-3
 class Engine(ABC, Generic[E]):
     """Runs a transformers model on examples.
 
-    The packed path (no padding; a common prefix of causal examples computed once; the output head at trained tokens
-    only) gives the loss and the gradients of the plain padded path up to rounding. At construction both are compared
-    on short pieces of `sample`; a model that packing cannot serve takes the padded path, and `padded_because` says why.
+    The packed path (no padding; a beginning that causal examples share computed once; the output head at trained
+    tokens only) gives the loss and the gradients of the plain padded path up to rounding. At construction both are
+    compared on short pieces of `sample`; a model that packing cannot serve takes the padded path, and `padded_because`
+    says why.
     """
 
     def __init__(self, model: Any, pad_id: int, sample: Sequence[E]) -> None:
@@ -81,7 +82,7 @@ class LanguageEngine(Engine[TextExample]):
     """For causal language models: the loss counts trained tokens."""
 
     def _packed(self, examples: Sequence[TextExample]) -> tuple[Tensor, Tensor]:
-        stream = pack(examples, share_prefix=True, device=self._device)
+        stream = pack(examples, self._device)
         with self._packed_attention():
             output = self.model(**_inputs(stream), logits_to_keep=stream.predictors, use_cache=False)
         return output.logits[0], stream.targets

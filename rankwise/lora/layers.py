@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 from rankwise.lora.base_weight import BaseLayer, dimensions, replace_weight, working_dtype
 from rankwise.lora.config import LoraConfig
+from rankwise.lora.linear_function import LinearWithUpdate
 from rankwise.lora.low_rank import LowRank
 
 
@@ -92,13 +93,28 @@ class LoraLinear(LoraLayer):
 
     def forward(self, x: Tensor) -> Tensor:
         """x: [..., k] → [..., d]"""
-        result = self.base(x)
         if not self.active or self.merged:
-            return result
+            return self.base(x)
         # A and B go to the type of x, never x to theirs: they are small, x is not.
-        hidden = F.linear(F.dropout(x, self.dropout, self.training), self.lora_A.to(x.dtype))
-        update = torch.addmm(result.flatten(0, -2), hidden.flatten(0, -2), self.lora_B.to(x.dtype).T, alpha=self.scale)
+        A, B = self.lora_A.to(x.dtype), self.lora_B.to(x.dtype)
+        if self._is_plain(x):
+            return LinearWithUpdate.apply(x, self.base.weight, self.base.bias, A, B, self.scale)
+        result = self.base(x)
+        hidden = F.linear(F.dropout(x, self.dropout, self.training), A)
+        update = torch.addmm(result.flatten(0, -2), hidden.flatten(0, -2), B.T, alpha=self.scale)
         return update.view(result.shape)
+
+    def _is_plain(self, x: Tensor) -> bool:
+        """Whether base(x) is W·x + bias and nothing else, with W frozen, and x reaches the adapter as it is."""
+        base = self.base
+        return (
+            type(base) is nn.Linear
+            and base.weight.dtype == x.dtype
+            and not base.weight.requires_grad
+            and not (base._forward_hooks or base._forward_pre_hooks)
+            and not (self.training and self.dropout)
+            and not torch.is_autocast_enabled(x.device.type)
+        )
 
 
 class LoraEmbedding(LoraLayer):

@@ -41,7 +41,7 @@ class TrainConfig:
     """Rows in one optimiser step."""
     batches: Literal["random", "alike"] = "random"
     """random: rows in any order. alike (causal_lm): rows with the same beginning, such as a document with several
-    questions, share a batch of at most --batch-size rows, and the beginning is computed once."""
+    questions, go together, up to half a batch of them, and the beginning is computed once."""
     max_length: int = 1024
     """Longest row, in tokens."""
     long_rows: Literal["error", "cut", "drop"] = "error"

@@ -53,7 +53,7 @@ def training_steps(
     """
     parameters = trainable_parameters(engine.model)
     optimizer = AdamW(parameters, lr=config.lr, weight_decay=0.0)
-    total = step_count(examples, config)
+    total = step_count(len(examples), config)
     schedule = _warm_up_then_fall(optimizer, total)
     set_adapter_training(engine.model, True)
     begin = time.perf_counter()
@@ -77,32 +77,29 @@ def training_steps(
     set_adapter_training(engine.model, False)
 
 
-def step_count(examples: Sequence[Any], config: TrainConfig) -> int:
-    """Optimiser steps of a run: those of its epochs, or max_steps where that is given."""
-    alike = config.batches == "alike"
-    epoch = len(alike_batches(examples, config.batch_size)) if alike else ceil(len(examples) / config.batch_size)
-    return config.max_steps or max(1, ceil(config.epochs * epoch))
+def step_count(rows: int, config: TrainConfig) -> int:
+    """Optimiser steps of a run over so many rows: those of its epochs, or max_steps where that is given."""
+    return config.max_steps or max(1, ceil(config.epochs * ceil(rows / config.batch_size)))
 
 
 def _batches(examples: Sequence[Any], config: TrainConfig, count: int) -> Iterator[list[Any]]:
-    if config.batches == "alike":
-        whole = alike_batches(examples, config.batch_size)
-        return (batch for [batch] in shuffled_batches(whole, 1, count, config.seed))
-    return shuffled_batches(examples, config.batch_size, count, config.seed)
+    alike = config.batches == "alike"
+    groups = families(examples, config.batch_size // 2) if alike else [[example] for example in examples]
+    return shuffled_batches(groups, config.batch_size, count, config.seed)
 
 
-def alike_batches(examples: Sequence[TextExample], batch_size: int) -> list[list[TextExample]]:
-    """Batches of at most `batch_size` rows whose prompts share at least half of their tokens, from the beginning.
+def families(examples: Sequence[TextExample], most: int) -> list[list[TextExample]]:
+    """Groups of at most `most` rows whose prompts share at least half of their tokens, from the beginning.
 
-    The engine computes what they share once.
+    The engine computes what rows of a batch share once.
     """
-    batches: list[list[TextExample]] = []
+    groups: list[list[TextExample]] = []
     for example in sorted(examples, key=lambda example: example.ids):
-        if batches and len(batches[-1]) < batch_size and _begins_alike(batches[-1][0], example):
-            batches[-1].append(example)
+        if groups and len(groups[-1]) < most and _begins_alike(groups[-1][0], example):
+            groups[-1].append(example)
         else:
-            batches.append([example])
-    return batches
+            groups.append([example])
+    return groups
 
 
 def _begins_alike(one: TextExample, other: TextExample) -> bool:
@@ -110,17 +107,18 @@ def _begins_alike(one: TextExample, other: TextExample) -> bool:
     return one.ids[:half] == other.ids[:half]
 
 
-def shuffled_batches(items: Sequence[T], batch_size: int, count: int, seed: int) -> Iterator[list[T]]:
-    """`count` batches; every epoch sees every item once, in another order drawn from `seed`."""
+def shuffled_batches(groups: Sequence[Sequence[T]], batch_size: int, count: int, seed: int) -> Iterator[list[T]]:
+    """`count` batches; every epoch sees every item once, the groups in another order drawn from `seed`."""
     generator = random.Random(seed)
     made = 0
     while True:
-        order = list(range(len(items)))
+        order = list(groups)
         generator.shuffle(order)
-        for start in range(0, len(order), batch_size):
+        items = [item for group in order for item in group]
+        for start in range(0, len(items), batch_size):
             if made == count:
                 return
-            yield [items[index] for index in order[start : start + batch_size]]
+            yield items[start : start + batch_size]
             made += 1
 
 
