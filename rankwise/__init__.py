@@ -32,7 +32,6 @@ if TYPE_CHECKING:
     from rankwise.lora.checkpoint import save_adapter as save_adapter
     from rankwise.lora.config import LoraConfig as LoraConfig
     from rankwise.lora.config import TaskType as TaskType
-    from rankwise.lora.inject import InjectReport as InjectReport
     from rankwise.lora.inject import adapters_off as adapters_off
     from rankwise.lora.inject import eject_ as eject_
     from rankwise.lora.inject import inject_ as inject_
@@ -42,13 +41,14 @@ if TYPE_CHECKING:
     from rankwise.lora.merge import merge_ as merge_
     from rankwise.lora.merge import merge_and_remove_ as merge_and_remove_
     from rankwise.lora.merge import unmerge_ as unmerge_
+    from rankwise.lora.report import InjectReport as InjectReport
     from rankwise.train.config import TrainConfig as TrainConfig
 
 __version__ = "0.1.0"
 
 _HOMES = {
     "Adapter": "rankwise.lora.checkpoint",
-    "InjectReport": "rankwise.lora.inject",
+    "InjectReport": "rankwise.lora.report",
     "LoraConfig": "rankwise.lora.config",
     "LowRank": "rankwise.lora.low_rank",
     "MergeReport": "rankwise.lora.merge",

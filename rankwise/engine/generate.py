@@ -8,7 +8,7 @@ import torch
 
 from rankwise.data.examples import Prompt
 from rankwise.engine.batch import pad
-from rankwise.lora.inject import named_lora_layers
+from rankwise.lora.layers import named_lora_layers
 from rankwise.lora.merge import merge_, unmerge_
 from rankwise.models.load import pad_id
 

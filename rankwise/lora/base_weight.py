@@ -1,9 +1,11 @@
 """Reading and writing the dense weight of a base layer, whichever way round the layer stores it.
 
 Throughout rankwise a weight is seen as the d × k matrix (out × in) of h = W·x. transformers' Conv1D stores it as
-[in, out]; nn.Embedding, a linear map of one-hot rows, as [in, out] too (vocabulary × dimension).
+[in, out]; nn.Embedding, a linear map of one-hot rows, as [in, out] too (vocabulary × dimension); a convolution as
+[out, in / groups, *kernel], of which k is all but the first; nn.MultiheadAttention keeps q, k and v as one [3·E, E].
 """
 
+from math import prod
 from typing import Any
 
 import torch
@@ -12,7 +14,8 @@ from torch import Tensor, nn
 from rankwise.errors import MergeError
 
 BaseLayer = Any
-"""A layer with a weight: nn.Linear, transformers' Conv1D, nn.Embedding, or one that looks like them."""
+"""A layer with a weight: nn.Linear, transformers' Conv1D, nn.Embedding, a convolution, or one that looks like them."""
+CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
 def is_conv1d(module: nn.Module) -> bool:
@@ -28,40 +31,44 @@ def is_stored_transposed(base: nn.Module) -> bool:
 
 
 def dimensions(base: BaseLayer) -> tuple[int, int]:
-    """(d, k) of a base layer: its output and its input width."""
+    """(d, k) of a base layer: its output and its input width (of a convolution: of one group, kernel included)."""
     if isinstance(base, nn.Embedding):
         return base.embedding_dim, base.num_embeddings
+    if isinstance(base, CONVOLUTIONS):
+        return base.out_channels, base.in_channels // base.groups * prod(base.kernel_size)
+    if isinstance(base, nn.MultiheadAttention):
+        return 3 * base.embed_dim, base.embed_dim
     if is_conv1d(base):
         k, d = base.weight.shape
         return d, k
     return base.out_features, base.in_features
 
 
-def read_weight(base: BaseLayer) -> Tensor:
-    """The dense weight as a [d, k] view; raises MergeError if the layer keeps it in another form (quantised)."""
-    weight = base.weight
-    if not isinstance(weight, Tensor) or not weight.is_floating_point() or tuple(weight.shape) != _stored_shape(base):
+def weight_name(base: BaseLayer) -> str:
+    """The name of the parameter that holds the matrix."""
+    return "in_proj_weight" if isinstance(base, nn.MultiheadAttention) else "weight"
+
+
+def bias_name(base: BaseLayer) -> str:
+    """The name of the bias that goes with the matrix; the layer may have none."""
+    return "in_proj_bias" if isinstance(base, nn.MultiheadAttention) else "bias"
+
+
+def as_matrix(base: BaseLayer, weight: Tensor) -> Tensor:
+    """A stored weight of a base layer as a [d, k] view; raises MergeError for another form (quantised)."""
+    plain = type(weight) in (nn.Parameter, Tensor) and weight.is_floating_point()
+    if not plain or weight.numel() != prod(dimensions(base)):
         raise MergeError(
             f"the weight of a {type(base).__name__} cannot be read as a dense matrix "
-            f"(found {getattr(weight, 'dtype', type(weight).__name__)}); keep the adapter unmerged"
+            f"(found {type(weight).__name__} of {weight.dtype}); keep the adapter unmerged"
         )
-    return weight.detach().T if is_stored_transposed(base) else weight.detach()
+    return weight.detach().T if is_stored_transposed(base) else weight.detach().flatten(1)
 
 
-def replace_weight(base: BaseLayer, matrix: Tensor) -> nn.Parameter:
-    """Put a new parameter with the values of `matrix` [d, k] in place of the layer's own and return the old parameter.
-
-    The old parameter is not written to, so a module that shares it keeps its values.
-    """
-    old = base.weight
-    stored = matrix.T.contiguous() if is_stored_transposed(base) else matrix.contiguous()
-    base.weight = nn.Parameter(stored.to(old.dtype), requires_grad=False)
-    return old
-
-
-def _stored_shape(base: BaseLayer) -> tuple[int, int]:
-    d, k = dimensions(base)
-    return (k, d) if is_stored_transposed(base) else (d, k)
+def as_stored(base: BaseLayer, matrix: Tensor) -> Tensor:
+    """A [d, k] matrix in the form in which a base layer stores its weight."""
+    stored = matrix.T if is_stored_transposed(base) else matrix
+    return stored.contiguous().view(getattr(base, weight_name(base)).shape)
 
 
 def working_dtype(weight: Tensor) -> torch.dtype:

@@ -11,20 +11,15 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from rankwise import atomic
-from rankwise.errors import CheckpointError, RankwiseError, listing, nearest
+from rankwise.errors import CheckpointError, ConfigError, RankwiseError, listing, nearest
 from rankwise.lora import format
-from rankwise.lora.base_weight import is_conv1d
+from rankwise.lora.adapters import delete_adapter_
+from rankwise.lora.base_weight import bias_name, is_conv1d
 from rankwise.lora.config import LoraConfig
-from rankwise.lora.inject import (
-    InjectReport,
-    inject_,
-    injection,
-    named_lora_layers,
-    named_wrappers,
-    plan_injection,
-)
-from rankwise.lora.layers import LoraEmbedding, LoraLayer
+from rankwise.lora.inject import DEFAULT, inject_, injection, plan_injection, set_active
+from rankwise.lora.layers import LoraLayer, named_base_modules, named_wrappers
 from rankwise.lora.low_rank import LowRank
+from rankwise.lora.report import InjectReport
 from rankwise.lora.targets import shortest_names
 
 
@@ -34,36 +29,49 @@ class Adapter:
 
     config: LoraConfig
     low_rank: dict[str, LowRank]
-    """The update of each adapted module, by its name in the base model."""
-    heads: dict[str, Tensor]
-    """Parameters of the modules that are trained in full, by name, and base weights that PEFT stored beside them."""
+    """The update of each adapted module, by its name in the base model; a convolution's kernel is flattened into k."""
+    rest: dict[str, Tensor]
+    """Everything else by its name in the file: modules trained in full, magnitudes, biases, rows of embeddings, and
+    base weights that PEFT stored beside them."""
 
 
-def save_adapter(model: nn.Module, folder: str | Path) -> Path:
-    """Write the adapter in `model` to `folder` as adapter_config.json and adapter_model.safetensors (PEFT's format).
+def save_adapter(model: nn.Module, folder: str | Path, adapter: str | None = None) -> Path:
+    """Write an adapter of `model` to `folder` as adapter_config.json and adapter_model.safetensors (PEFT's format).
 
-    The same adapter gives the same bytes. A file is replaced in one step, so a kill leaves the old one or the new one.
-    Returns the folder. Raises ConfigError if the model carries no adapter, StorageError if it cannot be written.
+    `adapter` may be left out if there is only one. The same adapter gives the same bytes. A file is replaced in one
+    step, so a kill leaves the old one or the new one. An adapter that started from a part of the base (PiSSA, OLoRA, …)
+    is written as plain LoRA of twice the rank, which any reader of the format can use on the original base.
+    Returns the folder. Raises ConfigError if the model carries no such adapter, StorageError if it cannot be written.
     """
     folder = Path(folder)
     injected = injection(model)
-    tensors: dict[str, Tensor] = {}
-    for name, layer in named_wrappers(model):
-        if isinstance(layer, LoraLayer):
-            end_A, end_B = format.FACTORS[isinstance(layer, LoraEmbedding)]
-            tensors[f"{name}.{end_A}"], tensors[f"{name}.{end_B}"] = layer.lora_A, layer.lora_B
-        else:
-            tensors |= {f"{name}.{key}": tensor for key, tensor in layer.trained.state_dict().items()}
+    if adapter is None and len(injected.configs) > 1:
+        raise ConfigError(f"which adapter? This model carries {', '.join(injected.configs)}")
+    adapter = adapter or next(iter(injected.configs))
+    if adapter not in injected.configs:
+        raise ConfigError(f"this model carries no adapter named {adapter!r}{nearest(adapter, injected.configs)}")
+    layers = {
+        name: layer
+        for name, layer in named_wrappers(model)
+        if isinstance(layer, LoraLayer) and adapter in layer.updates
+    }
+    updates = [layer.update(adapter) for layer in layers.values()]
+    doubled = any(update.start_A is not None for update in updates)
+    tensors = _slots(model, adapter)
+    if doubled:
+        # The second half is the start, subtracted.
+        whole = {id(u.lora_A): u.factors()[0] for u in updates} | {id(u.lora_B): u.factors()[1] for u in updates}
+        tensors = {name: whole.get(id(tensor), tensor) for name, tensor in tensors.items()}
     stored = {
         format.PREFIX + key: tensor.detach().cpu().contiguous().clone() for key, tensor in sorted(tensors.items())
     }
-    layers = named_lora_layers(model)
-    adapted = {name for name, _ in layers}
-    others = [name for name, _ in model.named_modules() if name not in adapted]
+    others = [name for name, _ in named_base_modules(model) if name not in layers]
+    targets = [name for name, layer in layers.items() if not layer.inside_attention]
     settings = format.to_settings(
-        injected.config,
-        shortest_names(adapted, others),
-        all(is_conv1d(layer.base) for _, layer in layers),
+        injected.configs[adapter],
+        shortest_names(targets, others),
+        bool(layers) and all(is_conv1d(layer.base) for layer in layers.values()),
+        doubled,
     )
     with atomic.replacing(folder / format.WEIGHTS_FILE) as temporary:
         save_file(stored, temporary, metadata={"format": "pt"})
@@ -75,36 +83,63 @@ def read_adapter(folder: str | Path) -> Adapter:
     """Read an adapter folder without a model.
 
     Raises CheckpointError, with every problem at once, if files are missing or damaged, if a setting is not supported,
-    if A or B of a module is missing, has another rank than r or a value that is not finite; and for pickle files.
+    if A or B of a module is missing, has another rank than its own or a value that is not finite; for pickle files; and
+    for an adapter that can only be read beside its base.
     """
     folder = Path(folder)
     config, tensors, problems = _read_files(folder, trainable=False)
-    low_rank, heads = _sort_tensors(config, tensors, problems)
+    if isinstance(config.init_lora_weights, str):
+        problems.append(f"init_lora_weights = {config.init_lora_weights!r} can only be undone with the base model")
+    low_rank, rest = _sort_tensors(config, tensors, problems)
     _raise_if(problems, folder)
-    return Adapter(config, low_rank, heads)
+    return Adapter(config, low_rank, rest)
 
 
-def load_adapter_(model: nn.Module, folder: str | Path, trainable: bool = False) -> InjectReport:
-    """Put the adapter in `folder` into `model`, in place; it is frozen unless `trainable`.
+def load_adapter_(
+    model: nn.Module, folder: str | Path, trainable: bool = False, adapter: str = DEFAULT
+) -> InjectReport:
+    """Put the adapter in `folder` into `model`, in place, and let it work; it is frozen unless `trainable`.
 
     Strict both ways: every tensor of the file must land in the model and every parameter of the adapter must arrive.
-    Returns the report of what is adapted. Raises CheckpointError, with every problem in one message, and leaves the
-    model as it was.
+    Returns the report of what is adapted. Raises CheckpointError, with every problem in one message, and ConfigError
+    for a name that is taken; the model is then as it was.
     """
     folder = Path(folder)
     config, tensors, problems = _read_files(folder, trainable)
     _sort_tensors(config, tensors, problems)
+    before = dict(injection(model).active) if adapter != DEFAULT or hasattr(model, "_rankwise_injection") else {}
     try:
-        plan = plan_injection(model, config)
+        plan_injection(model, config, adapter)
     except RankwiseError as error:
         _raise_if([*problems, f"it was made for another model: {error}"], folder)
         raise
-    expected = _expected_shapes(model, plan)
-    problems += _mismatches(expected, tensors, model)
-    _raise_if(problems, folder)
-    inject_(model, config)
-    _copy_into(model, tensors)
-    return plan
+    report = inject_(model, config, adapter=adapter)
+    problems += _mismatches(_slots(model, adapter), tensors, model)
+    if problems:
+        delete_adapter_(model, adapter)
+        if before:
+            set_active(model, before)
+        _raise_if(problems, folder)
+    with torch.no_grad():
+        for name, slot in _slots(model, adapter).items():
+            slot.copy_(tensors[name])
+    return report
+
+
+def _slots(model: nn.Module, adapter: str) -> dict[str, Tensor]:
+    """Every tensor of an adapter by its name in the file, or a view of it."""
+    slots: dict[str, Tensor] = {}
+    adapted = set()
+    for name, layer in named_wrappers(model):
+        if adapter in layer.adapters():
+            slots |= format.named_tensors(name, layer, adapter)
+            adapted |= {id(layer.base)} if isinstance(layer, LoraLayer) else set()
+    modules = {id(module): name for name, module in named_base_modules(model)}
+    for bias in injection(model).biases:
+        if bias.adapter == adapter:
+            module = bias.module
+            slots[format.name_of_bias(modules[id(module)], id(module) in adapted, bias_name(module))] = bias.trained
+    return slots
 
 
 def _read_files(folder: Path, trainable: bool) -> tuple[LoraConfig, dict[str, Tensor], list[str]]:
@@ -156,36 +191,28 @@ def _sort_tensors(
         if tensor.is_floating_point() and not torch.isfinite(tensor).all():
             count = int((~torch.isfinite(tensor)).sum())
             problems.append(f"{name}: {count:,} of {tensor.numel():,} values are not finite (NaN or infinite)")
-    for end_A, end_B in format.FACTORS.values():
+    for end_A, end_B in (("lora_A.weight", "lora_B.weight"), ("lora_embedding_A", "lora_embedding_B")):
         for name in [name for name in tensors if name.endswith("." + end_A)]:
-            module = name.removesuffix("." + end_A)
-            A, B = rest.pop(name), rest.pop(f"{module}.{end_B}", None)
-            if B is not None and A.ndim == B.ndim == 2:
-                low_rank[module] = LowRank(A, B, config.scale)
-                if A.shape[0] != config.r or B.shape[1] != config.r:
-                    problems.append(f"{module}: r is {config.r}, found A {list(A.shape)} and B {list(B.shape)}")
-            else:
-                problems.append(f"{module}.{end_B}: missing or not a matrix")
+            module, other = format.module_of(name)[0], name.removesuffix(end_A) + end_B
+            A, B = rest.pop(name), rest.pop(other, None)
+            r = config.rank_of(module)
+            if B is None or A.ndim != B.ndim or A.ndim < 2:
+                problems.append(f"{other}: missing or not a matrix")
+                continue
+            low_rank[module] = LowRank(A.flatten(1), B.flatten(1), config.scale_of(module))
+            # The second factor of a convolution with groups holds a group's share of r.
+            if A.shape[0] != r or (B.shape[1] != r and not (B.ndim > 2 and r % B.shape[1] == 0)):
+                problems.append(f"{module}: r is {r}, found A {list(A.shape)} and B {list(B.shape)}")
     return low_rank, rest
 
 
-def _expected_shapes(model: nn.Module, plan: InjectReport) -> dict[str, tuple[int, ...]]:
-    shapes: dict[str, tuple[int, ...]] = {}
-    for m in plan.matrices:
-        end_A, end_B = format.FACTORS[isinstance(model.get_submodule(m.name), nn.Embedding)]
-        shapes[f"{m.name}.{end_A}"], shapes[f"{m.name}.{end_B}"] = (m.r, m.k), (m.d, m.r)
-    for head in plan.heads:
-        shapes |= {f"{head}.{key}": tuple(t.shape) for key, t in model.get_submodule(head).state_dict().items()}
-    return shapes
-
-
-def _mismatches(expected: dict[str, tuple[int, ...]], tensors: dict[str, Tensor], model: nn.Module) -> list[str]:
+def _mismatches(expected: dict[str, Tensor], tensors: dict[str, Tensor], model: nn.Module) -> list[str]:
     problems = []
-    for name, shape in expected.items():
+    for name, slot in expected.items():
         if name not in tensors:
             problems.append(f"{name}: missing from the file")
-        elif tuple(tensors[name].shape) != shape:
-            problems.append(f"{name}: the model needs {list(shape)}, the file holds {list(tensors[name].shape)}")
+        elif tensors[name].shape != slot.shape:
+            problems.append(f"{name}: the model needs {list(slot.shape)}, the file holds {list(tensors[name].shape)}")
     for name in tensors.keys() - expected.keys():
         if not _is_unchanged_base_weight(name, tensors[name], model):
             problems.append(f"{name}: the model has no place for it{nearest(name, expected)}")
@@ -195,21 +222,9 @@ def _mismatches(expected: dict[str, tuple[int, ...]], tensors: dict[str, Tensor]
 def _is_unchanged_base_weight(name: str, tensor: Tensor, model: nn.Module) -> bool:
     """PEFT stores an adapted embedding's base weight beside the adapter; it must be the one of this model."""
     module, _, parameter = name.rpartition(".base_layer.")
-    if not module:
-        return False
-    own = model.state_dict().get(f"{module}.{parameter}")
-    return own is not None and torch.equal(own.cpu().to(tensor.dtype), tensor)
-
-
-@torch.no_grad()
-def _copy_into(model: nn.Module, tensors: dict[str, Tensor]) -> None:
-    for name, layer in named_wrappers(model):
-        if isinstance(layer, LoraLayer):
-            end_A, end_B = format.FACTORS[isinstance(layer, LoraEmbedding)]
-            layer.lora_A.copy_(tensors[f"{name}.{end_A}"])
-            layer.lora_B.copy_(tensors[f"{name}.{end_B}"])
-        else:
-            layer.trained.load_state_dict({key: tensors[f"{name}.{key}"] for key in layer.trained.state_dict()})
+    found = dict(named_base_modules(model)).get(module) if module else None
+    own = getattr(found, parameter, None)
+    return isinstance(own, Tensor) and torch.equal(own.detach().cpu().to(tensor.dtype), tensor)
 
 
 def _raise_if(problems: list[str], folder: Path) -> None:

@@ -1,8 +1,10 @@
 """The settings of a LoRA adapter, under the names that the ecosystem uses for them."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from enum import StrEnum
+from typing import Any, Literal
 
 from rankwise.errors import ConfigError, listing
 
@@ -51,6 +53,34 @@ class LoraConfig:
     name, or "all-linear": every linear layer but the output head."""
     modules_to_save: Sequence[str] | None = None
     """Modules (exact name or dotted suffix) that are copied, trained in full and saved with the adapter."""
+    exclude_modules: Sequence[str] | str | None = None
+    """Target modules to leave out, matched as target_modules are."""
+    target_parameters: Sequence[str] | None = None
+    """Names (exact or dotted suffix) of parameters that get an update of their own, such as the fused 3-D weights of
+    a mixture's experts: [experts, out, in], or [experts, in, out] where the module computes x·W."""
+    layers_to_transform: Sequence[int] | int | None = None
+    """Adapt only the blocks of these indices (the first number in a module's name)."""
+    layers_pattern: Sequence[str] | str | None = None
+    """Name of the list of blocks that layers_to_transform counts in, where a model has several."""
+    rank_pattern: Mapping[str, int] = field(default_factory=dict)
+    """Other ranks for some modules: the end of a name, or a regular expression of it → r. The first match counts."""
+    alpha_pattern: Mapping[str, float] = field(default_factory=dict)
+    """Other values of lora_alpha for some modules, as in rank_pattern."""
+    bias: Literal["none", "all", "lora_only"] = "none"
+    """Whether bias vectors train too: all of the model's, or those of the adapted layers. The base's own are kept."""
+    lora_bias: bool = False
+    """Give B a bias: h = W0·x + scale·(B·A·x + b)."""
+    trainable_token_indices: Sequence[int] | Mapping[str, Sequence[int]] | None = None
+    """Tokens whose rows of the embedding train, as indices, or by the name of an embedding."""
+    init_lora_weights: bool | str = True
+    """How A and B start: True (A Kaiming-uniform, B zero), "gaussian", "orthogonal", "pissa", "pissa_niter_<n>",
+    "olora", "eva", "lora_ga", "corda"; False: both random, so that the adapter changes the model from the start."""
+    use_rslora: bool = False
+    """Scale by lora_alpha / √r (Kalajdzievski 2023, arXiv 2312.03732) instead of lora_alpha / r."""
+    use_dora: bool = False
+    """Train direction and length of the rows of W apart (DoRA, Liu et al. 2024, arXiv 2402.09353)."""
+    fan_in_fan_out: bool = False
+    """Whether the adapted weights are stored as [in, out]. The layers themselves say so; this is a note for others."""
     inference_mode: bool = False
     """True: the adapter is not trained."""
     base_model_name_or_path: str | None = None
@@ -58,34 +88,65 @@ class LoraConfig:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "task_type", _task_type(self.task_type))
-        for name in ("target_modules", "modules_to_save"):
+        for name in (*_LISTS, "layers_to_transform"):
             value = getattr(self, name)
-            if value is not None and not isinstance(value, str):
+            if value is not None and not isinstance(value, str | int):
                 object.__setattr__(self, name, tuple(value))
         problems = list(self._problems())
         if problems:
             raise ConfigError("this LoRA configuration cannot be:\n" + listing(problems))
 
     def _problems(self):
-        if isinstance(self.r, bool) or not isinstance(self.r, int) or self.r < 1:
+        if not _is_whole(self.r, 1):
             yield f"r must be a whole number of at least 1, found {self.r!r}"
         if not _is_number(self.lora_alpha) or self.lora_alpha <= 0:
             yield f"lora_alpha must be a number above 0, found {self.lora_alpha!r}"
         if not _is_number(self.lora_dropout) or not 0 <= self.lora_dropout < 1:
             yield f"lora_dropout must lie in [0, 1), found {self.lora_dropout!r}"
-        if not self.target_modules:
+        if not self.target_modules and not self.target_parameters and not self.trainable_token_indices:
             yield "target_modules is empty; name at least one module, or leave it out for all linear layers"
-        for name in ("target_modules", "modules_to_save"):
+        for name in _LISTS:
             value = getattr(self, name)
             if isinstance(value, tuple) and not all(isinstance(entry, str) for entry in value):
                 yield f"{name} must hold names, found {value!r}"
-        if isinstance(self.modules_to_save, str):
-            yield f'modules_to_save must be a list, found a string; write ["{self.modules_to_save}"]'
+        for name in ("modules_to_save", "target_parameters"):
+            if isinstance(getattr(self, name), str):
+                yield f'{name} must be a list, found a string; write ["{getattr(self, name)}"]'
+        yield from self._problems_of_patterns()
+        if self.bias not in ("none", "all", "lora_only"):
+            yield f'bias must be "none", "all" or "lora_only", found {self.bias!r}'
+        start = self.init_lora_weights
+        if not isinstance(start, bool) and not (isinstance(start, str) and _STARTS.fullmatch(start)):
+            yield f"init_lora_weights {start!r} is not known; choose True, False, {', '.join(STARTS)}"
+        if self.lora_bias and (self.use_dora or not isinstance(start, bool)):
+            yield "lora_bias goes with the plain layer (use_dora off) and init_lora_weights True or False alone"
 
-    @property
-    def scale(self) -> float:
-        """The factor before B·A."""
-        return self.lora_alpha / self.r
+    def _problems_of_patterns(self):
+        for name, least in (("rank_pattern", 1), ("alpha_pattern", 0)):
+            for key, value in getattr(self, name).items():
+                fits = _is_whole(value, 1) if least else _is_number(value) and value > 0
+                if not fits:
+                    wanted = "a whole number of at least 1" if least else "above 0"
+                    yield f"{name}[{key!r}] must be {wanted}, found {value!r}"
+                if not _compiles(key):
+                    yield f"{name} key {key!r} is not a regular expression"
+        indices = self.layers_to_transform
+        if indices is not None:
+            if not all(_is_whole(index, 0) for index in ([indices] if isinstance(indices, int) else indices)):
+                yield f"layers_to_transform must hold indices from 0, found {indices!r}"
+            if isinstance(self.target_modules, str) and self.target_modules != ALL_LINEAR:
+                yield "layers_to_transform goes with a list of target_modules; a regular expression can name the layers"
+        elif self.layers_pattern:
+            yield "layers_pattern says where layers_to_transform counts, which is not set"
+
+    def rank_of(self, name: str) -> int:
+        """The rank of the update of a module."""
+        return _first_match(self.rank_pattern, name, self.r)
+
+    def scale_of(self, name: str) -> float:
+        """The factor before B·A in a module."""
+        alpha, r = _first_match(self.alpha_pattern, name, self.lora_alpha), self.rank_of(name)
+        return alpha / r**0.5 if self.use_rslora else alpha / r
 
     @property
     def heads(self) -> tuple[str, ...]:
@@ -99,6 +160,28 @@ class LoraConfig:
         return TaskType(self.task_type).head_names if self.task_type is not None else ()
 
 
+_LISTS = ("target_modules", "modules_to_save", "exclude_modules", "target_parameters", "layers_pattern")
+STARTS = ("gaussian", "orthogonal", "pissa", "pissa_niter_<n>", "olora", "eva", "lora_ga", "corda")
+_STARTS = re.compile("gaussian|orthogonal|pissa(_niter_[1-9][0-9]*)?|olora|eva|lora_ga|corda")
+
+
+def pattern_matches(pattern: str, name: str) -> bool:
+    """Whether a key of rank_pattern or alpha_pattern means the module `name`."""
+    return re.match(rf"(.*\.)?({pattern})$", name) is not None
+
+
+def _first_match(patterns: Mapping[str, Any], name: str, otherwise: Any) -> Any:
+    return next((value for pattern, value in patterns.items() if pattern_matches(pattern, name)), otherwise)
+
+
+def _compiles(pattern: str) -> bool:
+    try:
+        re.compile(pattern)
+    except re.error:
+        return False
+    return True
+
+
 def _task_type(value: TaskType | str | None) -> TaskType | None:
     if value is None:
         return None
@@ -107,6 +190,10 @@ def _task_type(value: TaskType | str | None) -> TaskType | None:
     except ValueError:
         names = ", ".join(TaskType)
         raise ConfigError(f"task_type {value!r} is not known; choose one of {names}, or None") from None
+
+
+def _is_whole(value: object, least: int) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= least
 
 
 def _is_number(value: object) -> bool:

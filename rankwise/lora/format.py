@@ -1,83 +1,146 @@
 """PEFT's adapter folder (0.21): names of files, tensors and settings, translated to and from ours."""
 
 from collections.abc import Mapping
+from dataclasses import fields
 from typing import Any
+
+from torch import Tensor
 
 from rankwise.errors import CheckpointError
 from rankwise.lora.config import LoraConfig
+from rankwise.lora.embedding import LoraEmbedding
+from rankwise.lora.layers import LoraLayer, Wrapper
+from rankwise.lora.trained import TokenRows, TrainedCopy
+from rankwise.lora.update import Update
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
 PICKLE_FILE = "adapter_model.bin"
 PREFIX = "base_model.model."
 
-FACTORS = {False: ("lora_A.weight", "lora_B.weight"), True: ("lora_embedding_A", "lora_embedding_B")}
-"""The ends of the names of A and B, for a linear layer and for an embedding (True)."""
-
 # What adapter_config.json holds beyond our own settings, at the values that switch it off.
 _OFF: dict[str, Any] = {
     "alora_invocation_tokens": None,
-    "alpha_pattern": {},
     "arrow_config": None,
-    "bias": "none",
     "corda_config": None,
     "ensure_weight_tying": False,
     "eva_config": None,
-    "exclude_modules": None,
     "kasa_config": None,
     "layer_replication": None,
-    "layers_pattern": None,
-    "layers_to_transform": None,
     "loftq_config": {},
-    "lora_bias": False,
     "lora_ga_config": None,
     "megatron_config": None,
     "megatron_core": "megatron.core",
     "monteclora_config": None,
     "qalora_group_size": 16,
-    "rank_pattern": {},
-    "target_parameters": None,
-    "trainable_token_indices": None,
     "use_bdlora": None,
-    "use_dora": False,
     "use_qalora": False,
-    "use_rslora": False,
     "velora_config": None,
 }
 # These say where an adapter came from or how it was started; they do not change what it computes.
-_NOTES = ("auto_mapping", "fan_in_fan_out", "peft_type", "peft_version", "revision")
-_PLAIN_STARTS = (True, False, "gaussian", "orthogonal", "eva")
-_OURS = (
-    "task_type",
-    "r",
-    "lora_alpha",
-    "lora_dropout",
-    "target_modules",
-    "modules_to_save",
-    "inference_mode",
-    "base_model_name_or_path",
+_NOTES = ("auto_mapping", "eva_config", "peft_type", "peft_version", "revision")
+_OURS = tuple(f.name for f in fields(LoraConfig))
+_PLAIN_STARTS = (True, False, "gaussian", "orthogonal", "eva", "mica")
+_STARTS_FROM_WEIGHT = ("pissa", "olora")
+"""The start takes a part of the base away, which can be found again from the base."""
+
+
+def named_tensors(name: str, layer: Wrapper, adapter: str) -> dict[str, Tensor]:
+    """What is on disk for one layer: names in the file (without PREFIX) → the adapter's tensors, or views of them."""
+    if isinstance(layer, LoraLayer):
+        return _of_update(_path(name, layer), layer, layer.update(adapter))
+    if isinstance(layer, TokenRows):
+        return {f"{name}.token_adapter.trainable_tokens_delta": layer.rows[adapter]}
+    if isinstance(layer, TrainedCopy):
+        return {f"{name}.{key}": tensor for key, tensor in layer.copies[adapter].state_dict(keep_vars=True).items()}
+    return {}
+
+
+def _of_update(name: str, layer: LoraLayer, update: Update) -> dict[str, Tensor]:
+    embedding = isinstance(layer, LoraEmbedding)
+    end_A, end_B = ("lora_embedding_A", "lora_embedding_B") if embedding else ("lora_A.weight", "lora_B.weight")
+    tensors: dict[str, Tensor] = {f"{name}.{end_A}": update.lora_A, f"{name}.{end_B}": update.lora_B}
+    if update.lora_bias is not None:
+        tensors[f"{name}.lora_B.bias"] = update.lora_bias
+    if update.magnitude is not None:
+        # A convolution's lines up with its output: [1, d, 1, …].
+        ones = [1] * (update.lora_A.ndim - 2)
+        tensors[f"{name}.lora_magnitude_vector"] = update.magnitude.view(*([1, -1, *ones] if ones else [-1]))
+    return tensors
+
+
+def name_of_bias(module: str, adapted: bool, bias: str) -> str:
+    """The name in the file of a bias that trains; an adapted module lies one level deeper there."""
+    return ".".join(part for part in (module, "base_layer" if adapted else "", bias) if part)
+
+
+def _path(name: str, layer: LoraLayer) -> str:
+    """PEFT reaches the output projection of an nn.MultiheadAttention through the wrapper around that."""
+    parent, _, last = name.rpartition(".")
+    return f"{parent}.base_layer.{last}" if layer.inside_attention else name
+
+
+def module_of(name: str) -> tuple[str, str]:
+    """(module in the base model, end of the name) of a tensor in the file."""
+    for end in ENDS:
+        if name.endswith("." + end):
+            return name.removesuffix("." + end).replace(".base_layer.", "."), end
+    module, _, end = name.rpartition(".")
+    return module, end
+
+
+ENDS = (
+    "lora_A.weight",
+    "lora_B.weight",
+    "lora_B.bias",
+    "lora_embedding_A",
+    "lora_embedding_B",
+    "lora_magnitude_vector",
+    "token_adapter.trainable_tokens_delta",
 )
 
 
-def to_settings(config: LoraConfig, target_modules: list[str], transposed: bool) -> dict[str, Any]:
-    """The content of adapter_config.json for a saved adapter; `transposed`: its layers store weights as [in, out]."""
+def to_settings(config: LoraConfig, target_modules: list[str], transposed: bool, doubled: bool) -> dict[str, Any]:
+    """The content of adapter_config.json for a saved adapter.
+
+    `transposed`: its layers store weights as [in, out]. `doubled`: it started from a part of the base, which is stored
+    as the second half of a rank that is twice as large; the factor before B·A stays.
+    """
+    grown = (2**0.5 if config.use_rslora else 2) if doubled else 1
+    more = 2 if doubled else 1
+    own = {name: getattr(config, name) for name in _OURS}
     return {
         **_OFF,
+        **{name: list(value) if isinstance(value, tuple) else value for name, value in own.items()},
+        "alpha_pattern": {key: _whole(alpha * grown) for key, alpha in config.alpha_pattern.items()},
         "auto_mapping": None,
-        "base_model_name_or_path": config.base_model_name_or_path,
+        # The names below say it all.
+        "exclude_modules": None,
         "fan_in_fan_out": transposed,
         "inference_mode": True,
         "init_lora_weights": True,
-        # Some readers take whole numbers only.
-        "lora_alpha": int(config.lora_alpha) if config.lora_alpha == int(config.lora_alpha) else config.lora_alpha,
-        "lora_dropout": config.lora_dropout,
+        "layers_pattern": None,
+        "layers_to_transform": None,
+        "lora_alpha": _whole(config.lora_alpha * grown),
         "modules_to_save": list(config.heads) or None,
         "peft_type": "LORA",
-        "r": config.r,
+        "r": config.r * more,
+        "rank_pattern": {key: r * more for key, r in config.rank_pattern.items()},
         "revision": None,
         "target_modules": target_modules,
-        "task_type": config.task_type,
+        "trainable_token_indices": _plain_tokens(config.trainable_token_indices),
     }
+
+
+def _whole(alpha: float) -> float:
+    """Some readers take whole numbers only."""
+    return int(alpha) if alpha == int(alpha) else alpha
+
+
+def _plain_tokens(tokens: Any) -> Any:
+    if isinstance(tokens, Mapping):
+        return {name: list(indices) for name, indices in tokens.items()}
+    return None if tokens is None else list(tokens)
 
 
 def from_settings(settings: Mapping[str, Any], trainable: bool) -> LoraConfig:
@@ -92,21 +155,24 @@ def from_settings(settings: Mapping[str, Any], trainable: bool) -> LoraConfig:
         if name not in settings:
             problems.append(f"{name} is missing")
     for name, value in settings.items():
-        if name in _OURS or name in _NOTES:
-            continue
         if name == "init_lora_weights":
-            if value not in _PLAIN_STARTS:
-                problems.append(f"{name} = {value!r} starts from a changed base and is not supported")
-        elif value != _OFF.get(name) and value not in (None, False, "", [], {}):
+            if value not in (*_PLAIN_STARTS, *_STARTS_FROM_WEIGHT):
+                problems.append(
+                    f"{name} = {value!r} starts from a changed base, which the file does not hold; save it again as "
+                    "plain LoRA (PEFT: save_pretrained with path_initial_model_for_weight_conversion)"
+                )
+        elif name not in (*_OURS, *_NOTES) and value != _OFF.get(name) and value not in (None, False, "", [], {}):
             problems.append(f"{name} = {value!r} is set and not supported")
     if problems:
         raise CheckpointError("\n".join(problems))
-    ours = {name: settings[name] for name in _OURS if name in settings}
+    ours = {name: settings[name] for name in _OURS if settings.get(name) is not None}
     ours["inference_mode"] = not trainable
+    if ours.get("init_lora_weights") not in _STARTS_FROM_WEIGHT:
+        ours["init_lora_weights"] = True
     try:
         # PEFT writes the task's head names among the user's own, also those that the model does not have.
         task_heads = LoraConfig(task_type=ours.get("task_type")).task_heads
         own_heads = [name for name in ours.get("modules_to_save") or () if name not in task_heads]
         return LoraConfig(**{**ours, "modules_to_save": own_heads or None})
-    except ValueError as error:
+    except (TypeError, ValueError) as error:
         raise CheckpointError(str(error)) from None

@@ -3,141 +3,200 @@
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import nn
 
-from rankwise.errors import ConfigError, listing
-from rankwise.lora.base_weight import dimensions
-from rankwise.lora.config import LoraConfig
-from rankwise.lora.layers import LoraEmbedding, LoraLayer, LoraLinear, TrainedCopy
-from rankwise.lora.targets import select_heads, select_targets
+from rankwise.errors import ConfigError, listing, nearest
+from rankwise.lora.base_weight import bias_name, dimensions
+from rankwise.lora.config import LoraConfig, pattern_matches
+from rankwise.lora.kinds import layer_kind
+from rankwise.lora.layers import LoraLayer, Wrapper, named_base_modules, named_wrappers
+from rankwise.lora.report import AdaptedMatrix, InjectReport
+from rankwise.lora.targets import select_heads, select_targets, select_tokens
+from rankwise.lora.tied import is_tied_head
+from rankwise.lora.trained import TiedTokenHead, TokenRows, TrainedBias, TrainedCopy
 
-
-@dataclass(frozen=True)
-class AdaptedMatrix:
-    """One adapted d × k matrix and the rank of its update."""
-
-    name: str
-    d: int
-    k: int
-    r: int
-
-    @property
-    def full(self) -> int:
-        """d·k, what full fine-tuning would train."""
-        return self.d * self.k
-
-    @property
-    def trained(self) -> int:
-        """r·(d + k), what the adapter trains."""
-        return self.r * (self.d + self.k)
-
-
-@dataclass(frozen=True)
-class InjectReport:
-    """What `inject_` did. Printing it gives a table."""
-
-    matrices: tuple[AdaptedMatrix, ...]
-    heads: dict[str, int]
-    """Modules that are trained in full, with their number of parameters."""
-    total_parameters: int
-    """Parameters of the base model; a shared one counts once."""
-
-    @property
-    def trainable_parameters(self) -> int:
-        return sum(m.trained for m in self.matrices) + sum(self.heads.values())
-
-    @property
-    def share(self) -> float:
-        """Trained numbers as a share of the base model's."""
-        return self.trainable_parameters / self.total_parameters
-
-    @property
-    def factor(self) -> float:
-        """How many times fewer numbers the adapter trains than the matrices that it adapts hold."""
-        return sum(m.full for m in self.matrices) / sum(m.trained for m in self.matrices)
-
-    def __str__(self) -> str:
-        width = max(len(m.name) for m in self.matrices)
-        lines = [f"{'matrix':<{width}} {'d':>7} {'k':>7} {'r':>4} {'d·k':>13} → {'r·(d+k)':>11}"]
-        lines += [
-            f"{m.name:<{width}} {m.d:>7} {m.k:>7} {m.r:>4} {m.full:>13,} → {m.trained:>11,}" for m in self.matrices
-        ]
-        lines += [f"{name}: trained in full, {count:,} numbers" for name, count in self.heads.items()]
-        return "\n".join([*lines, self.summary()])
-
-    def summary(self) -> str:
-        """The totals in one line."""
-        full, adapter = sum(m.full for m in self.matrices), sum(m.trained for m in self.matrices)
-        return (
-            f"{len(self.matrices)} matrices: {full:,} → {adapter:,} numbers, {self.factor:,.1f} times fewer; "
-            f"{self.trainable_parameters:,} of {self.total_parameters:,} parameters train ({self.share:.2%})"
-        )
+ATTRIBUTE = "_rankwise_injection"
+DEFAULT = "default"
 
 
 @dataclass
 class Injection:
     """What is in a model now; kept on the model itself under `ATTRIBUTE`."""
 
-    config: LoraConfig
-    report: InjectReport
     requires_grad: dict[str, bool] = field(repr=False)
     """Whether each base parameter trained before."""
+    configs: dict[str, LoraConfig] = field(default_factory=dict)
+    """The configuration of each adapter, by the adapter's name."""
+    active: dict[str, float] = field(default_factory=dict)
+    """The adapters at work and the weight of each in the sum."""
+    biases: list[TrainedBias] = field(default_factory=list)
 
 
-ATTRIBUTE = "_rankwise_injection"
-
-
-def plan_injection(model: nn.Module, config: LoraConfig) -> InjectReport:
+def plan_injection(model: nn.Module, config: LoraConfig, adapter: str = DEFAULT) -> InjectReport:
     """What `inject_` would do, without touching the model. Raises what `inject_` raises."""
-    if getattr(model, ATTRIBUTE, None) is not None:
-        raise ConfigError("this model already carries an adapter; take it out first: rankwise.eject_(model)")
-    heads = select_heads(model, config)
-    matrices = tuple(
-        AdaptedMatrix(name, *dimensions(model.get_submodule(name)), config.r)
-        for name in select_targets(model, config, heads)
-    )
-    too_small = [f"{m.name} is {m.d} × {m.k}" for m in matrices if config.r > min(m.d, m.k)]
-    if too_small:
+    return _plan(model, config, adapter)[0]
+
+
+def _plan(model: nn.Module, config: LoraConfig, adapter: str) -> tuple[InjectReport, dict[str, tuple[int, ...]]]:
+    """The report, and the tokens to train by the name of their embedding."""
+    present = getattr(model, ATTRIBUTE, None)
+    if present is not None and adapter in present.configs:
         raise ConfigError(
-            f"r = {config.r} is larger than a matrix that it adapts; an update cannot have a higher rank than "
-            f"min(d, k). Choose a smaller r, or leave these out of target_modules:\n{listing(too_small)}"
+            f"this model already carries an adapter named {adapter!r}; choose another name, or take it out first: "
+            "rankwise.delete_adapter_ (one adapter) or rankwise.eject_ (all)"
         )
-    counts = {name: sum(p.numel() for p in model.get_submodule(name).parameters()) for name in heads}
-    return InjectReport(matrices, counts, sum(p.numel() for p in model.parameters()))
+    if not adapter.replace("-", "_").isidentifier() or hasattr(nn.ModuleDict, adapter):
+        raise ConfigError(f"{adapter!r} cannot name an adapter; take letters, digits, - and _, and no method's name")
+    if present is not None and config.bias != "none" and present.biases:
+        raise ConfigError(f'bias="{config.bias}": only one adapter can train biases, and one here already does')
+    if present is not None and config.use_dora and any(getattr(w, "merged", None) for _, w in named_wrappers(model)):
+        raise ConfigError("a DoRA adapter cannot work beside a merged one; go back first: rankwise.unmerge_(model)")
+    modules = dict(named_base_modules(model))
+    heads = select_heads(modules, config, type(model).__name__)
+    names = select_targets(model, modules, config, heads)
+    tokens = select_tokens(model, modules, config, taken={*names, *heads})
+    matrices = tuple(AdaptedMatrix(name, *dimensions(modules[name]), config.rank_of(name)) for name in names)
+    _check_ranks(matrices, modules, config)
+    counts = {name: sum(p.numel() for p in modules[name].parameters()) for name in heads}
+    # Parameters of adapters that are already there do not count as the base's.
+    base = {id(p): p.numel() for module in modules.values() for p in module.parameters(recurse=False)}
+    report = InjectReport(matrices, counts, sum(base.values()), _extra(matrices, tokens, modules, config))
+    return report, tokens
 
 
-def inject_(model: nn.Module, config: LoraConfig, generator: torch.Generator | None = None) -> InjectReport:
+def _check_ranks(matrices: tuple[AdaptedMatrix, ...], modules: dict[str, nn.Module], config: LoraConfig) -> None:
+    problems = [
+        f"{m.name} is {m.d} × {m.k}, and r = {m.r} is larger; an update cannot have a higher rank than min(d, k)"
+        for m in matrices
+        if m.r > min(m.d, m.k)
+    ]
+    for m in matrices:
+        groups = getattr(modules[m.name], "groups", 1)
+        if m.r % groups:
+            problems.append(f"{m.name} has {groups} groups, which r = {m.r} must be a multiple of")
+    for option in ("rank_pattern", "alpha_pattern"):
+        for key in getattr(config, option):
+            if not any(pattern_matches(key, m.name) for m in matrices):
+                endings = {m.name.rpartition(".")[2] for m in matrices}
+                problems.append(f"{option} key {key!r} matches no adapted module{nearest(key, endings)}")
+    if problems:
+        raise ConfigError(
+            "the ranks do not fit; choose others, or leave modules out of target_modules:\n" + listing(problems)
+        )
+
+
+def _extra(
+    matrices: tuple[AdaptedMatrix, ...],
+    tokens: dict[str, tuple[int, ...]],
+    modules: dict[str, nn.Module],
+    config: LoraConfig,
+) -> dict[str, int]:
+    rows = {f"{name}: {len(ids):,} rows": len(ids) * dimensions(modules[name])[0] for name, ids in tokens.items()}
+    per_row = sum(m.d for m in matrices)
+    biases = sum(bias.numel() for bias in _bias_parameters(matrices, modules, config).values())
+    return {
+        **rows,
+        **({"magnitudes": per_row} if config.use_dora else {}),
+        **({"biases of B": per_row} if config.lora_bias else {}),
+        **({"biases of the model": biases} if config.bias != "none" else {}),
+    }
+
+
+def _bias_parameters(
+    matrices: tuple[AdaptedMatrix, ...], modules: dict[str, nn.Module], config: LoraConfig
+) -> dict[str, nn.Parameter]:
+    """The base's biases that train, by the name of their module."""
+    names = {"none": [], "lora_only": [m.name for m in matrices], "all": list(modules)}[config.bias]
+    found = {name: getattr(modules[name], bias_name(modules[name]), None) for name in names}
+    return {name: bias for name, bias in found.items() if isinstance(bias, nn.Parameter)}
+
+
+def inject_(
+    model: nn.Module, config: LoraConfig, generator: torch.Generator | None = None, adapter: str = DEFAULT
+) -> InjectReport:
     """Freeze `model` and put an adapter beside each target module, in place. At first it computes what it did before.
 
-    `generator` draws the adapter's start values; without it they come from torch's global generator.
-    Returns the report of what is adapted. Raises TargetError for patterns that match nothing, ConfigError for an r
-    larger than a matrix or a model that already carries an adapter; the model is then unchanged.
+    `generator` draws the adapter's start values; without it they come from torch's global generator. A model may carry
+    several adapters, each with its name; the new one is then the one at work (`activate_` chooses others).
+    Returns the report of what is adapted. Raises TargetError for patterns that match nothing, ConfigError for ranks
+    that do not fit or a name that is taken; the model is then unchanged.
     """
-    report = plan_injection(model, config)
-    requires_grad = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
-    model.requires_grad_(False)
-    for matrix in report.matrices:
-        base = model.get_submodule(matrix.name)
-        kind = LoraEmbedding if isinstance(base, nn.Embedding) else LoraLinear
-        model.set_submodule(matrix.name, kind(base, config, generator), strict=True)
-    for name in report.heads:
-        model.set_submodule(name, TrainedCopy(model.get_submodule(name), config), strict=True)
-    setattr(model, ATTRIBUTE, Injection(config, report, requires_grad))
+    report, tokens = _plan(model, config, adapter)
+    modules = dict(named_base_modules(model))
+    wrappers = dict(named_wrappers(model))
+    grown: dict[str, Wrapper] = {}
+    try:
+        for matrix in report.matrices:
+            layer = _wrapper(matrix.name, modules, wrappers, layer_kind(modules[matrix.name]) or LoraLayer)
+            grown[matrix.name] = layer
+            layer.inside_attention = isinstance(modules[matrix.name.rpartition(".")[0]], nn.MultiheadAttention)
+            layer.add(adapter, config, matrix.name, generator)
+        for name in report.heads:
+            grown[name] = layer = _wrapper(name, modules, wrappers, TrainedCopy)
+            layer.add(adapter, config)
+        for name, indices in tokens.items():
+            grown[name] = layer = _wrapper(name, modules, wrappers, TokenRows)
+            layer.add(adapter, config, indices)
+            for head, module in modules.items():
+                if is_tied_head(module, modules[name]):
+                    wrappers.setdefault(head, TiedTokenHead(module, layer))
+                    grown[head] = wrappers[head]
+    except Exception:
+        for layer in grown.values():
+            if adapter in layer.adapters():
+                layer.remove(adapter)
+        raise
+    _freeze(model)
+    for name, layer in grown.items():
+        put(model, name, layer)
+    injected: Injection = getattr(model, ATTRIBUTE)
+    injected.configs[adapter] = config
+    biases = _bias_parameters(report.matrices, modules, config)
+    injected.biases += [TrainedBias(modules[name], adapter, config) for name in biases]
+    set_active(model, {adapter: 1.0})
     return report
 
 
+def _wrapper(name: str, modules: dict[str, nn.Module], wrappers: dict[str, Wrapper], kind: type) -> Any:
+    """The wrapper that is already around a module, or a new one."""
+    found = wrappers.get(name)
+    if found is not None and not isinstance(found, kind):
+        raise ConfigError(f"{name} is already adapted as a {type(found).__name__}; it cannot be a {kind.__name__} too")
+    return found if found is not None else kind(modules[name])
+
+
+def _freeze(model: nn.Module) -> None:
+    if getattr(model, ATTRIBUTE, None) is None:
+        setattr(model, ATTRIBUTE, Injection({name: p.requires_grad for name, p in model.named_parameters()}))
+        model.requires_grad_(False)
+
+
+def put(model: nn.Module, name: str, module: nn.Module) -> None:
+    """Put a module in the place that `name` has in the base model."""
+    parent_name, _, last = name.rpartition(".")
+    parent = model
+    for part in parent_name.split(".") if parent_name else ():
+        parent = getattr(parent, part)
+        parent = parent.base if isinstance(parent, Wrapper) else parent
+    setattr(parent, last, module)
+
+
 def eject_(model: nn.Module) -> nn.Module:
-    """Take the adapter out, in place: the very base modules return, every tensor bit for bit as it was.
+    """Take all adapters out, in place: the very base modules return, every tensor bit for bit as it was.
 
     Returns the model. Raises ConfigError if there is no adapter.
     """
     injected = injection(model)
-    for name, layer in named_wrappers(model):
+    for bias in injected.biases:
+        bias.show(())
+    # From the innermost outwards, so that the names still lead there.
+    for name, layer in reversed(named_wrappers(model)):
         if isinstance(layer, LoraLayer):
             layer.unmerge()
-        model.set_submodule(name, layer.base, strict=True)
+        put(model, name, layer.base)
     delattr(model, ATTRIBUTE)
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(injected.requires_grad[name])
@@ -147,7 +206,11 @@ def eject_(model: nn.Module) -> nn.Module:
 @contextmanager
 def adapters_off(model: nn.Module) -> Iterator[None]:
     """Let the model compute as the base alone while the block lasts, merged or not, also if the block raises."""
+    biases = getattr(model, ATTRIBUTE).biases if hasattr(model, ATTRIBUTE) else []
     with ExitStack() as stack:
+        for bias in biases:
+            bias.show(())
+            stack.callback(bias.show, dict(injection(model).active))
         for _, layer in named_wrappers(model):
             stack.enter_context(layer.off())
         yield
@@ -161,26 +224,30 @@ def injection(model: nn.Module) -> Injection:
     return found
 
 
-def named_wrappers(model: nn.Module) -> list[tuple[str, LoraLayer | TrainedCopy]]:
-    """All layers of the adapter with their names in the base model, in the model's order."""
-    return [(name, module) for name, module in model.named_modules() if isinstance(module, LoraLayer | TrainedCopy)]
-
-
-def named_lora_layers(model: nn.Module) -> list[tuple[str, LoraLayer]]:
-    """The layers that carry a low-rank update, with their names in the base model."""
-    return [(name, layer) for name, layer in named_wrappers(model) if isinstance(layer, LoraLayer)]
+def set_active(model: nn.Module, active: dict[str, float]) -> None:
+    """Let these adapters, each with its weight, work in every layer where they have a share."""
+    injected = injection(model)
+    injected.active = dict(active)
+    for bias in injected.biases:
+        bias.show(active)
+    for _, layer in named_wrappers(model):
+        own = layer.adapters()
+        layer.active = {name: weight for name, weight in active.items() if name in own}
 
 
 def trainable_parameters(model: nn.Module) -> list[nn.Parameter]:
-    """The parameters of the adapter that train, told by the type of their layer and not by a name."""
-    own = []
-    for _, layer in named_wrappers(model):
-        own += [layer.lora_A, layer.lora_B] if isinstance(layer, LoraLayer) else list(layer.trained.parameters())
+    """The parameters of the adapters at work that train, told by the type of their layer and not by a name."""
+    injected = injection(model)
+    own = [p for _, layer in named_wrappers(model) for name in layer.active for p in layer.parameters_of(name)]
+    own += [bias.trained for bias in injected.biases if bias.adapter in injected.active]
     return [parameter for parameter in own if parameter.requires_grad]
 
 
 def set_adapter_training(model: nn.Module, training: bool) -> None:
-    """Switch the adapter's dropout on or off. The frozen base stays in evaluation mode: it is a fixed function."""
+    """Switch the adapters' dropout on or off. The frozen base stays in evaluation mode: it is a fixed function."""
     model.eval()
     for _, layer in named_wrappers(model):
-        layer.training = training
+        if isinstance(layer, LoraLayer):
+            layer.updates.train(training)
+        elif isinstance(layer, TrainedCopy):
+            layer.copies.train(training)

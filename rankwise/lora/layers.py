@@ -1,22 +1,21 @@
-"""The layers that carry an adapter beside a frozen base layer, by composition: they call it, and never look inside."""
+"""The layers that carry adapters beside a frozen base layer, by composition: they call it, and never look inside."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from copy import deepcopy
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
-from rankwise.lora.base_weight import BaseLayer, dimensions, replace_weight, working_dtype
+from rankwise.errors import MergeError
+from rankwise.lora.base_weight import BaseLayer, as_matrix, as_stored, bias_name, weight_name, working_dtype
 from rankwise.lora.config import LoraConfig
-from rankwise.lora.linear_function import LinearWithUpdate
-from rankwise.lora.low_rank import LowRank
+from rankwise.lora.update import Update
+from rankwise.lora.variants import from_shape, from_weight
 
 
-class _Wrapper(nn.Module):
+class Wrapper(nn.Module):
     """A module in the place of another one, `base`, whose attributes (in_features, weight, …) it passes on."""
 
     base: BaseLayer
@@ -24,7 +23,8 @@ class _Wrapper(nn.Module):
     def __init__(self, base: BaseLayer) -> None:
         super().__init__()
         self.base = base
-        self.active = True
+        self.active: dict[str, float] = {}
+        """The adapters at work and the weight of each in the sum."""
         self.train(base.training)
 
     def __getattr__(self, name: str) -> Any:
@@ -35,125 +35,254 @@ class _Wrapper(nn.Module):
                 raise
             return getattr(self.base, name)
 
+    def adapters(self) -> set[str]:
+        """The adapters that have a share in this layer."""
+        raise NotImplementedError
 
-class LoraLayer(_Wrapper):
-    """A frozen base layer of d × k and its update (scale)·B·A; B starts at zero, so at first it is the base exactly.
+    def remove(self, adapter: str) -> None:
+        """Forget an adapter's share."""
+        raise NotImplementedError
 
-    lora_A is [r, k], lora_B is [d, r]; both are fp32, or fp64 over an fp64 base.
-    """
-
-    def __init__(self, base: BaseLayer, config: LoraConfig, generator: torch.Generator | None = None) -> None:
-        super().__init__(base)
-        d, k = dimensions(base)
-        kind: dict[str, Any] = {"dtype": working_dtype(base.weight), "device": base.weight.device}
-        self.scale = config.scale
-        self.dropout = float(config.lora_dropout)
-        self.lora_A = nn.Parameter(torch.empty(config.r, k, **kind), requires_grad=not config.inference_mode)
-        self.lora_B = nn.Parameter(torch.zeros(d, config.r, **kind), requires_grad=not config.inference_mode)
-        self.unmerged_weight: nn.Parameter | None = None
-        self.reset(generator)
-
-    def reset(self, generator: torch.Generator | None = None) -> None:
-        """Draw A from U(±1/√k) and set B to zero."""
-        nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5), generator=generator)
-        nn.init.zeros_(self.lora_B)
-
-    @property
-    def low_rank(self) -> LowRank:
-        return LowRank(self.lora_A.detach(), self.lora_B.detach(), self.scale)
-
-    @property
-    def merged(self) -> bool:
-        return self.unmerged_weight is not None
-
-    def merge(self, matrix: Tensor) -> None:
-        """Let the base compute with `matrix` [d, k]; the base's own parameter is kept for `unmerge`."""
-        self.unmerged_weight = replace_weight(self.base, matrix)
-
-    def unmerge(self) -> None:
-        """Put back the very parameter that the base had before `merge`."""
-        if self.unmerged_weight is not None:
-            self.base.weight, self.unmerged_weight = self.unmerged_weight, None
+    def parameters_of(self, adapter: str) -> list[nn.Parameter]:
+        """What an adapter trains here."""
+        raise NotImplementedError
 
     @contextmanager
     def off(self) -> Iterator[None]:
-        """Compute as the base alone while the block lasts, merged or not."""
-        active, merged = self.active, self.base.weight
-        self.active = False
-        if self.unmerged_weight is not None:
-            self.base.weight = self.unmerged_weight
-        try:
-            yield
-        finally:
-            self.active, self.base.weight = active, merged
-
-
-class LoraLinear(LoraLayer):
-    """A linear layer (nn.Linear, transformers' Conv1D, or one that computes like them) with its update."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        """x: [..., k] → [..., d]"""
-        if not self.active or self.merged:
-            return self.base(x)
-        # A and B go to the type of x, never x to theirs: they are small, x is not.
-        A, B = self.lora_A.to(x.dtype), self.lora_B.to(x.dtype)
-        if self._is_plain(x):
-            return LinearWithUpdate.apply(x, self.base.weight, self.base.bias, A, B, self.scale)
-        result = self.base(x)
-        hidden = F.linear(F.dropout(x, self.dropout, self.training), A)
-        update = torch.addmm(result.flatten(0, -2), hidden.flatten(0, -2), B.T, alpha=self.scale)
-        return update.view(result.shape)
-
-    def _is_plain(self, x: Tensor) -> bool:
-        """Whether base(x) is W·x + bias and nothing else, with W frozen, and x reaches the adapter as it is."""
-        base = self.base
-        return (
-            type(base) is nn.Linear
-            and base.weight.dtype == x.dtype
-            and not base.weight.requires_grad
-            and not (base._forward_hooks or base._forward_pre_hooks)
-            and not (self.training and self.dropout)
-            and not torch.is_autocast_enabled(x.device.type)
-        )
-
-
-class LoraEmbedding(LoraLayer):
-    """An embedding with its update: a linear map of one-hot x, d = embedding_dim and k = num_embeddings."""
-
-    def reset(self, generator: torch.Generator | None = None) -> None:
-        """A = 0 and B from N(0, 1), the other way round than in a linear layer, as the format's readers expect."""
-        nn.init.zeros_(self.lora_A)
-        nn.init.normal_(self.lora_B, generator=generator)
-
-    def forward(self, ids: Tensor) -> Tensor:
-        """ids: [...] → [..., d]"""
-        result = self.base(ids)
-        if not self.active or self.merged:
-            return result
-        rows = F.embedding(ids, self.lora_A.T)
-        if self.training and self.dropout:
-            # x is one-hot: dropping entries of x drops the whole row of a token or nothing of it.
-            rows = rows * F.dropout(torch.ones_like(rows[..., :1]), self.dropout)
-        # Gemma's embeddings multiply what they look up; ΔW is part of that table.
-        scale = self.scale * getattr(self.base, "embed_scale", 1.0)
-        return result + ((rows @ self.lora_B.T) * scale).to(result.dtype)
-
-
-class TrainedCopy(_Wrapper):
-    """A module that is trained in full (a classifier head): a copy is trained, the original stays as it was."""
-
-    def __init__(self, base: BaseLayer, config: LoraConfig) -> None:
-        super().__init__(base)
-        self.trained = deepcopy(base).requires_grad_(not config.inference_mode)
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        return (self.trained if self.active else self.base)(*args, **kwargs)
-
-    @contextmanager
-    def off(self) -> Iterator[None]:
-        """Compute with the original while the block lasts."""
-        active, self.active = self.active, False
+        """Compute as the base alone while the block lasts."""
+        active, self.active = self.active, {}
         try:
             yield
         finally:
             self.active = active
+
+
+class LoraLayer(Wrapper):
+    """A frozen base layer of d × k and the updates that adapters add to it. The kinds of layers derive from this one.
+
+    A kind says how large the factors are (`factor_shapes`), what B·A makes of an input (`product`), and where in the
+    output the d numbers lie (`output_dim`).
+    """
+
+    output_dim = -1
+    inside_attention = False
+    """Whether this is the output projection of an nn.MultiheadAttention."""
+
+    def __init__(self, base: BaseLayer) -> None:
+        super().__init__(base)
+        self.updates = nn.ModuleDict()
+        self.rows: dict[str, Tensor] | None = None
+        """Which rows of the batch use which adapter, while every row uses one of its own."""
+        self.merged: dict[str, float] = {}
+        self.unmerged: dict[str, nn.Parameter | None] = {}
+        """The base's own parameters, by name, while merged ones stand in their place."""
+        self._squared_norms: Tensor | None = None
+
+    def factor_shapes(self, r: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """The shapes of A and B."""
+        raise NotImplementedError
+
+    def product(self, update: Update, x: Tensor) -> Tensor:
+        """scale·B·A·x, with the update's dropout on x, in the layout of the base's output."""
+        raise NotImplementedError
+
+    def add(self, adapter: str, config: LoraConfig, name: str, generator: torch.Generator | None = None) -> None:
+        """Give an adapter its share; `name` is the layer's own in the model."""
+        shapes = self.factor_shapes(config.rank_of(name))
+        weight = self.own(weight_name(self.base))
+        update = Update(config, name, *shapes, dtype=working_dtype(weight), device=weight.device)
+        self.start(update, config, generator)
+        if update.magnitude is not None:
+            with torch.no_grad():
+                update.magnitude.copy_(self.row_lengths(update))
+        self.updates[adapter] = update.train(self.training)
+
+    def start(self, update: Update, config: LoraConfig, generator: torch.Generator | None) -> None:
+        """Set the start values of an update."""
+        how = config.init_lora_weights
+        if taken := from_weight(how):
+            A, B = taken(self.base_matrix(), update.r, update.scale)
+            update.begin_at(A.reshape(update.lora_A.shape), B.reshape(update.lora_B.shape))
+        elif drawn := from_shape(how):
+            d, k = self.base_matrix().shape
+            A, B = drawn(d, k, update.r, generator)
+            update.set(A.reshape(update.lora_A.shape), B.reshape(update.lora_B.shape))
+        else:
+            self.draw(update, how, generator)
+
+    def draw(self, update: Update, how: bool | str, generator: torch.Generator | None) -> None:
+        """A from U(±1/√k) and B zero; "gaussian": A from N(0, 1/r²); False: B random too."""
+        if how == "gaussian":
+            nn.init.normal_(update.lora_A, std=1 / update.r, generator=generator)
+        else:
+            nn.init.kaiming_uniform_(update.lora_A, a=math.sqrt(5), generator=generator)
+        if how is False:
+            nn.init.kaiming_uniform_(update.lora_B, a=math.sqrt(5), generator=generator)
+        else:
+            nn.init.zeros_(update.lora_B)
+
+    def adapters(self) -> set[str]:
+        return set(self.updates)
+
+    def remove(self, adapter: str) -> None:
+        del self.updates[adapter]
+        self.active.pop(adapter, None)
+
+    def parameters_of(self, adapter: str) -> list[nn.Parameter]:
+        return list(self.updates[adapter].parameters()) if adapter in self.updates else []
+
+    def update(self, adapter: str) -> Update:
+        found = self.updates[adapter]
+        assert isinstance(found, Update)
+        return found
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """What the base makes of x, and the sum of the changes by the adapters at work."""
+        plain = result = self.base(x, *args, **kwargs)
+        if self.rows is not None:
+            return self._change_rows(x, result)
+        for adapter, weight in self.beside().items():
+            result = result + self.change(self.update(adapter), x, plain, weight)
+        return result
+
+    def beside(self) -> dict[str, float]:
+        """The adapters that work beside the base's weight, which no longer holds those that are merged."""
+        if not self.merged and self.active.keys() <= self.updates.keys():
+            return self.active
+        return {name: w for name, w in self.active.items() if name in self.updates and name not in self.merged}
+
+    def change(self, update: Update, x: Tensor, plain: Tensor, weight: float = 1.0) -> Tensor:
+        """What an update adds to `plain`, the base's output for x, times `weight`."""
+        change = self.product(update, x)
+        if update.lora_bias is not None:
+            change = change + self._along_output(update.lora_bias * update.scale)
+        if update.magnitude is not None:
+            gain = self._along_output(update.magnitude / self.row_lengths(update)).to(plain.dtype)
+            bias = self.own(bias_name(self.base))
+            change = (gain - 1) * (plain if bias is None else plain - self._along_output(bias)) + gain * change
+        return (change if weight == 1 else change * weight).to(plain.dtype)
+
+    def _change_rows(self, x: Tensor, result: Tensor) -> Tensor:
+        for adapter, rows in (self.rows or {}).items():
+            if adapter in self.updates:
+                change = self.change(self.update(adapter), x[rows], result[rows])
+                result = result.index_add(0, rows, change)
+        return result
+
+    def _along_output(self, values: Tensor) -> Tensor:
+        """[d] → a shape that lines up with the output."""
+        return values if self.output_dim == -1 else values.view(-1, *[1] * (-self.output_dim - 1))
+
+    @torch.no_grad()
+    def row_lengths(self, update: Update) -> Tensor:
+        """‖W0 + ΔW‖ of each row [d], by ‖W‖² + 2s·⟨W·Aᵀ, B⟩ + s²·B·(A·Aᵀ)·Bᵀ, so without a dense ΔW.
+
+        A constant for the gradient (DoRA, section 4.3).
+        """
+        weight = self.base_matrix()
+        if self._squared_norms is None or self._squared_norms.device != weight.device:
+            self._squared_norms = weight.to(working_dtype(weight)).square().sum(1)
+        A, B = self.row_factors(update)
+        s = update.scale
+        grouped = weight.to(A.dtype).view(*A.shape[:-2], -1, weight.shape[1])
+        cross = (grouped @ A.transpose(-2, -1) * B).sum(-1)
+        own = (B @ (A @ A.transpose(-2, -1)) * B).sum(-1)
+        squared = self._squared_norms.to(A.dtype) + (2 * s * cross + s * s * own).flatten()
+        return squared.clamp_min(torch.finfo(A.dtype).tiny).sqrt()
+
+    def own(self, name: str) -> Any:
+        """The base's own parameter of this name (or None), whatever is merged."""
+        return self.unmerged[name] if name in self.unmerged else getattr(self.base, name, None)
+
+    def base_matrix(self) -> Tensor:
+        """The base's own weight as [d, k]; raises MergeError if it cannot be read as a dense matrix."""
+        return as_matrix(self.base, self.own(weight_name(self.base)))
+
+    def row_factors(self, update: Update) -> tuple[Tensor, Tensor]:
+        """The factors as matrices of the rows of `base_matrix`."""
+        low_rank = update.low_rank()
+        return low_rank.A, low_rank.B
+
+    def delta(self, adapter: str, dtype: torch.dtype) -> Tensor:
+        """What merging an adapter adds to `base_matrix`, [d, k] in `dtype`."""
+        update = self.update(adapter)
+        A, B = (factor.to(dtype) for factor in self.row_factors(update))
+        change = (B @ A).flatten(0, -2).mul_(update.scale)
+        if update.magnitude is not None:
+            weight = self.base_matrix().to(dtype)
+            changed = weight + change
+            change = changed * (update.magnitude.detach().to(dtype) / changed.norm(dim=1))[:, None] - weight
+        return change
+
+    def bias_delta(self, adapter: str, dtype: torch.dtype) -> Tensor | None:
+        """What merging an adapter adds to the base's bias, [d]."""
+        update = self.update(adapter)
+        return None if update.lora_bias is None else update.lora_bias.detach().to(dtype) * update.scale
+
+    def merge(self, matrix: Tensor, bias: Tensor | None, adapters: dict[str, float]) -> None:
+        """Let the base compute with `matrix` [d, k] (and `bias`); its own parameters are kept for `unmerge`."""
+        self._replace(weight_name(self.base), as_stored(self.base, matrix))
+        if bias is not None:
+            self._replace(bias_name(self.base), bias)
+        self.merged = dict(adapters)
+
+    def _replace(self, name: str, values: Tensor) -> None:
+        self.unmerged.setdefault(name, getattr(self.base, name))
+        setattr(self.base, name, nn.Parameter(values, requires_grad=False))
+
+    def unmerge(self) -> None:
+        """Put back the very parameters that the base had before `merge`."""
+        for name, parameter in self.unmerged.items():
+            setattr(self.base, name, parameter)
+        self.unmerged, self.merged = {}, {}
+
+    @contextmanager
+    def off(self) -> Iterator[None]:
+        merged = {name: getattr(self.base, name) for name in self.unmerged}
+        rows, self.rows = self.rows, None
+        for name, parameter in self.unmerged.items():
+            setattr(self.base, name, parameter)
+        try:
+            with super().off():
+                yield
+        finally:
+            self.rows = rows
+            for name, parameter in merged.items():
+                setattr(self.base, name, parameter)
+
+
+def refuse_merged_dora(layer: LoraLayer, active: Sequence[str]) -> None:
+    """DoRA needs what the base itself computes, which a merged base no longer does."""
+    beside = [name for name in active if name in layer.updates and name not in layer.merged]
+    if layer.merged and any(layer.update(name).magnitude is not None for name in beside):
+        raise MergeError(
+            f"{', '.join(beside)}: a DoRA adapter cannot work beside a merged one; merge both, or unmerge first"
+        )
+
+
+def named_base_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """All modules of the base model with their names in it, as if no adapter were there."""
+    stack = [("", model)]
+    while stack:
+        name, module = stack.pop()
+        base = module.base if isinstance(module, Wrapper) else module
+        yield name, base
+        children = [(f"{name}.{key}" if name else key, child) for key, child in base.named_children()]
+        stack += reversed(children)
+
+
+def named_wrappers(model: nn.Module) -> list[tuple[str, Wrapper]]:
+    """All layers that adapters have put in place of others, with their names in the base model, in its order."""
+    found, stack = [], [("", model)]
+    while stack:
+        name, module = stack.pop()
+        if isinstance(module, Wrapper):
+            found.append((name, module))
+            module = module.base
+        stack += reversed([(f"{name}.{key}" if name else key, child) for key, child in module.named_children()])
+    return found
+
+
+def named_lora_layers(model: nn.Module) -> list[tuple[str, LoraLayer]]:
+    """The layers that carry low-rank updates, with their names in the base model."""
+    return [(name, layer) for name, layer in named_wrappers(model) if isinstance(layer, LoraLayer)]

@@ -1,15 +1,17 @@
-"""Adding an adapter into the weights (no extra work at inference) and going back to the very base."""
+"""Adding adapters into the weights (no extra work at inference) and going back to the very base."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from rankwise.errors import MergeError, listing
-from rankwise.lora.base_weight import read_weight, working_dtype
-from rankwise.lora.inject import ATTRIBUTE, injection, named_lora_layers, named_wrappers
-from rankwise.lora.layers import TrainedCopy
+from rankwise.errors import ConfigError, MergeError, listing
+from rankwise.lora.base_weight import bias_name
+from rankwise.lora.inject import ATTRIBUTE, injection, put
+from rankwise.lora.layers import LoraLayer, named_lora_layers, named_wrappers, refuse_merged_dora
 from rankwise.lora.tied import sharing_names
+from rankwise.lora.trained import TiedTokenHead, TokenRows, TrainedCopy
 
 
 @dataclass(frozen=True)
@@ -28,53 +30,85 @@ class MergeReport:
         return self.lost_to_rounding / max(self.changed_by_update, 1)
 
 
-def merge_(model: nn.Module, dtype: torch.dtype | None = None) -> MergeReport:
-    """Let every adapted layer compute with W0 + ΔW, in place; the base tensors stay as they are and are kept.
+def merge_(model: nn.Module, adapters: Sequence[str] | None = None, dtype: torch.dtype | None = None) -> MergeReport:
+    """Let every adapted layer compute with W0 + Σ weight·ΔW, in place; the base tensors stay as they are and are kept.
 
-    The sum is taken out of place in fp32 (fp64 over an fp64 base, or `dtype`) and rounded once. A weight that another
+    `adapters`: which of those at work to merge (None: all); the others go on working beside the weight.
+    The sum is taken out of place in fp64 (`dtype` for another type) and rounded once. A weight that another
     module shares is given to the adapted layer alone: the other module never changes.
-    Raises MergeError, before anything is changed, if already merged, if a weight cannot be read as a dense matrix or
-    if a sum is not finite.
+    Raises MergeError, before anything is changed, if already merged, if a weight cannot be read as a dense matrix, if a
+    sum is not finite, or if a DoRA adapter would be left beside; ConfigError for an adapter that is not at work.
     """
-    injection(model)
-    layers = named_lora_layers(model)
-    if any(layer.merged for _, layer in layers):
-        raise MergeError("this adapter is already merged; go back first: rankwise.unmerge_(model)")
+    active = injection(model).active
+    names = list(active) if adapters is None else list(adapters)
+    if idle := [name for name in names if name not in active]:
+        raise ConfigError(f"{', '.join(idle)}: not at work; activate it first: rankwise.activate_")
+    chosen = {name: active[name] for name in names}
+    layers = [(name, layer) for name, layer in named_lora_layers(model) if chosen.keys() & layer.updates.keys()]
+    if any(layer.merged for _, layer in named_lora_layers(model)):
+        raise MergeError("this model already holds merged adapters; go back first: rankwise.unmerge_(model)")
     sums, problems, untied, changed, lost = {}, [], [], 0, 0
     for name, layer in layers:
-        weight = read_weight(layer.base)
-        precision = dtype or working_dtype(weight)
-        delta = layer.low_rank.delta(precision)
-        merged = (weight.to(precision) + delta).to(weight.dtype)
-        if not torch.isfinite(merged).all():
+        weight = layer.base_matrix()
+        matrix, bias, moved = _merged(layer, weight, chosen, dtype or torch.float64)
+        if not torch.isfinite(matrix).all():
             problems.append(f"{name}: W0 + ΔW is not finite")
-        moved = delta != 0
         changed += int(moved.sum())
-        lost += int((moved & (merged == weight)).sum())
+        lost += int((moved & (matrix == weight)).sum())
         if len(sharing_names(model, layer.base.weight)) > 1:
             untied.append(name)
-        sums[name] = merged
+        sums[name] = matrix, bias
     if problems:
         raise MergeError("the adapter cannot be merged; nothing was changed:\n" + listing(problems))
     for name, layer in layers:
-        layer.merge(sums.pop(name))
+        matrix, bias = sums.pop(name)
+        layer.merge(matrix, bias, chosen)
+    try:
+        for _, layer in layers:
+            refuse_merged_dora(layer, list(active))
+    except MergeError:
+        unmerge_(model)
+        raise
     return MergeReport(changed, lost, tuple(untied))
 
 
+def _merged(
+    layer: LoraLayer, weight: Tensor, adapters: dict[str, float], dtype: torch.dtype
+) -> tuple[Tensor, Tensor | None, Tensor]:
+    """The merged matrix and bias of a layer, rounded to the base's types, and where ΔW is not zero."""
+    delta, bias = torch.zeros((), dtype=dtype, device=weight.device), None
+    for name, factor in adapters.items():
+        if name in layer.updates:
+            delta = delta + layer.delta(name, dtype) * factor
+            if (own := layer.bias_delta(name, dtype)) is not None:
+                bias = own * factor if bias is None else bias + own * factor
+    base_bias = layer.own(bias_name(layer.base))
+    if bias is not None and base_bias is not None:
+        bias = (base_bias.detach().to(dtype) + bias).to(base_bias.dtype)
+    elif bias is not None:
+        bias = bias.to(weight.dtype)
+    return (weight.to(dtype) + delta).to(weight.dtype), bias, delta != 0
+
+
 def unmerge_(model: nn.Module) -> None:
-    """Put back the very base tensors, bit for bit, and compute with the adapter beside them again."""
+    """Put back the very base tensors, bit for bit, and compute with the adapters beside them again."""
     injection(model)
     for _, layer in named_lora_layers(model):
         layer.unmerge()
 
 
 def merge_and_remove_(model: nn.Module) -> MergeReport:
-    """Make `model` a plain one that computes what base and adapter did together, in place; there is no way back.
+    """Make `model` a plain one that computes what base and adapters at work did together, in place; no way back.
 
     Raises what `merge_` raises.
     """
     report = merge_(model)
-    for name, layer in named_wrappers(model):
-        model.set_submodule(name, layer.trained if isinstance(layer, TrainedCopy) else layer.base, strict=True)
+    for _, layer in named_wrappers(model):
+        if isinstance(layer, TiedTokenHead):
+            layer.base.weight = layer.embedding[0].base.weight = layer.embedding[0].trained_table()
+        elif isinstance(layer, TokenRows) and layer.active:
+            layer.base.weight = layer.trained_table()
+    for name, layer in reversed(named_wrappers(model)):
+        put(model, name, layer.chosen() if isinstance(layer, TrainedCopy) else layer.base)
     delattr(model, ATTRIBUTE)
     return report

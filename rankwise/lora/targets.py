@@ -1,13 +1,14 @@
 """Which modules an adapter goes to: the selection rules of PEFT, but a pattern that matches nothing is an error."""
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 
 from torch import nn
 
 from rankwise.errors import TargetError, listing, nearest
 from rankwise.lora.base_weight import is_conv1d
 from rankwise.lora.config import ALL_LINEAR, LoraConfig
+from rankwise.lora.kinds import unsupported_reason
 
 
 def matches_name(name: str, pattern: str) -> bool:
@@ -19,21 +20,12 @@ def is_linear(module: nn.Module) -> bool:
     return isinstance(module, nn.Linear) or is_conv1d(module)
 
 
-def unsupported_reason(module: nn.Module, parent: nn.Module | None) -> str | None:
-    """Why a module cannot carry an adapter, or None if it can."""
-    if isinstance(parent, nn.MultiheadAttention):
-        return "nn.MultiheadAttention reads its weight without calling it, so an adapter there would do nothing"
-    if isinstance(module, nn.Embedding):
-        return "an embedding with max_norm rewrites its own weight" if module.max_norm is not None else None
-    return None if is_linear(module) else f"a {type(module).__name__} cannot carry an adapter"
-
-
-def select_heads(model: nn.Module, config: LoraConfig) -> list[str]:
-    """Names of the modules to train in full, in the model's order.
+def select_heads(modules: Mapping[str, nn.Module], config: LoraConfig, kind: str) -> list[str]:
+    """Names of the modules to train in full, in the model's order; `kind` is the model's type, for messages.
 
     Raises TargetError if an entry of modules_to_save, or every head name of the task, matches nothing.
     """
-    names = [name for name, _ in model.named_modules() if name]
+    names = [name for name in modules if name]
     chosen = [name for name in names if any(matches_name(name, head) for head in config.heads)]
     unmatched = [entry for entry in config.modules_to_save or () if not any(matches_name(n, entry) for n in names)]
     problems = [f"modules_to_save {entry!r} matches no module{nearest(entry, _endings(names))}" for entry in unmatched]
@@ -41,46 +33,113 @@ def select_heads(model: nn.Module, config: LoraConfig) -> list[str]:
         wanted = " or ".join(config.task_heads)
         problems.append(f"task_type {config.task_type} trains a head named {wanted}; this model has none")
     if problems:
-        raise TargetError(f"{type(model).__name__} lacks modules that the configuration names:\n" + listing(problems))
+        raise TargetError(f"{kind} lacks modules that the configuration names:\n" + listing(problems))
     return [name for name in chosen if not _inside(name, set(chosen) - {name})]
 
 
-def select_targets(model: nn.Module, config: LoraConfig, heads: Iterable[str]) -> list[str]:
-    """Names of the modules that get an adapter, in the model's order; modules inside `heads` are left out.
+def select_targets(
+    model: nn.Module, modules: Mapping[str, nn.Module], config: LoraConfig, heads: Iterable[str]
+) -> list[str]:
+    """Names of the modules that get an update, in the model's order; modules inside `heads` are left out.
 
-    Raises TargetError, with every problem and the nearest names, if a pattern matches nothing or a module that cannot
-    carry an adapter.
+    `modules` are those of the base model by name. Raises TargetError, with every problem and the nearest names, if a
+    pattern matches nothing or a module that cannot carry an adapter.
     """
-    modules = {name: module for name, module in model.named_modules() if name and not _inside(name, set(heads))}
-    output_head = _output_head(model)
-
-    def parent(name: str) -> nn.Module:
-        return model.get_submodule(name.rpartition(".")[0])
-
+    heads = set(heads)
+    free = {name: module for name, module in modules.items() if name and not _inside(name, heads)}
+    problems: list[str] = []
     if config.target_modules == ALL_LINEAR:
-        chosen = [
-            name
-            for name, module in modules.items()
-            if is_linear(module) and module is not output_head and not unsupported_reason(module, parent(name))
-        ]
+        chosen = _all_linear(model, free, modules)
         if not chosen:
             raise TargetError(f"{type(model).__name__} has no linear layer to adapt; name modules in target_modules")
-        return chosen
-
-    patterns = [config.target_modules] if isinstance(config.target_modules, str) else list(config.target_modules)
-    as_regex = isinstance(config.target_modules, str)
-    chosen, problems = set(), []
-    for pattern in patterns:
-        matched = [name for name in modules if _matches(name, pattern, as_regex)]
+    else:
+        chosen = _matching("target_modules", config.target_modules, free, problems)
         problems += [
-            f"{name}: {reason}" for name in matched if (reason := unsupported_reason(modules[name], parent(name)))
+            f"{name}: {reason}"
+            for name in chosen
+            if (reason := unsupported_reason(modules[name], modules[name.rpartition(".")[0]]))
         ]
-        if not matched:
-            problems.append(_nothing_matched(pattern, as_regex, modules))
-        chosen.update(matched)
+    if config.exclude_modules:
+        left_out = set(_matching("exclude_modules", config.exclude_modules, free, problems))
+        chosen = [name for name in chosen if name not in left_out]
+    chosen = _in_layers(chosen, config, problems)
     if problems:
-        raise TargetError(f"target_modules do not fit {type(model).__name__}:\n" + listing(problems))
+        raise TargetError(f"the configuration does not fit {type(model).__name__}:\n" + listing(problems))
+    outputs = [f"{name}.out_proj" for name in chosen if isinstance(modules[name], nn.MultiheadAttention)]
+    return sorted({*chosen, *outputs}, key=list(free).index) if outputs else chosen
+
+
+def select_tokens(
+    model: nn.Module, modules: Mapping[str, nn.Module], config: LoraConfig, taken: Iterable[str]
+) -> dict[str, tuple[int, ...]]:
+    """The tokens whose rows train, by the name of their embedding. Raises TargetError for what cannot be."""
+    wanted = config.trainable_token_indices
+    if not wanted:
+        return {}
+    if not isinstance(wanted, Mapping):
+        embeddings = getattr(model, "get_input_embeddings", lambda: None)()
+        found = [name for name, module in modules.items() if module is getattr(embeddings, "base", embeddings)]
+        if not found:
+            raise TargetError("trainable_token_indices: the model names no input embedding; give {name: indices}")
+        wanted = {found[0]: wanted}
+    chosen: dict[str, tuple[int, ...]] = {}
+    problems: list[str] = []
+    for pattern, indices in wanted.items():
+        for name in _matching("trainable_token_indices", [pattern], modules, problems):
+            module = modules[name]
+            if not isinstance(module, nn.Embedding):
+                problems.append(f"trainable_token_indices {name}: a {type(module).__name__} is no embedding")
+            elif wrong := [index for index in indices if not 0 <= index < module.num_embeddings]:
+                problems.append(f"trainable_token_indices {name}: there are no rows {wrong[:5]}")
+            elif name in set(taken):
+                problems.append(f"trainable_token_indices {name}: it is adapted or trained in full already")
+            else:
+                chosen[name] = tuple(dict.fromkeys(indices))
+    if problems:
+        raise TargetError(f"the configuration does not fit {type(model).__name__}:\n" + listing(problems))
+    return chosen
+
+
+def _all_linear(model: nn.Module, free: dict[str, nn.Module], modules: Mapping[str, nn.Module]) -> list[str]:
+    head = _output_head(model)
+    return [
+        name
+        for name, module in free.items()
+        if is_linear(module)
+        and module is not getattr(head, "base", head)
+        and not unsupported_reason(module, modules[name.rpartition(".")[0]])
+    ]
+
+
+def _matching(
+    option: str, wanted: Sequence[str] | str, modules: Mapping[str, nn.Module], problems: list[str]
+) -> list[str]:
+    """The names that the patterns match, in the model's order; patterns that match nothing go to `problems`."""
+    as_regex = isinstance(wanted, str)
+    chosen: set[str] = set()
+    for pattern in [wanted] if isinstance(wanted, str) else wanted:
+        matched = [name for name in modules if name and _matches(name, pattern, as_regex)]
+        if not matched:
+            problems.append(f"{option}: " + _nothing_matched(pattern, as_regex, modules))
+        chosen.update(matched)
     return [name for name in modules if name in chosen]
+
+
+def _in_layers(names: list[str], config: LoraConfig, problems: list[str]) -> list[str]:
+    """Those of the modules that lie in the blocks of layers_to_transform."""
+    if config.layers_to_transform is None:
+        return names
+    wanted = config.layers_to_transform
+    wanted = {wanted} if isinstance(wanted, int) else set(wanted)
+    pattern = config.layers_pattern or ()
+    lists = "|".join([pattern] if isinstance(pattern, str) else pattern) or r"[^.]*"
+    # The first number counts: a second one is, for example, that of an expert.
+    place = re.compile(rf"(?:^|.*?\.)(?:{lists})\.(\d+)\.")
+    index = {name: int(found.group(1)) for name in names if (found := place.match(name))}
+    if missing := sorted(wanted - set(index.values())):
+        there = f"0 to {max(index.values())}" if index else "none"
+        problems.append(f"layers_to_transform: no adapted module lies in the blocks {missing} (there are: {there})")
+    return [name for name in names if index.get(name) in wanted]
 
 
 def shortest_names(adapted: Iterable[str], others: Iterable[str]) -> list[str]:
@@ -96,16 +155,16 @@ def _matches(name: str, pattern: str, as_regex: bool) -> bool:
     try:
         return re.fullmatch(pattern, name) is not None
     except re.error as error:
-        raise TargetError(f"target_modules {pattern!r} is not a regular expression: {error}") from None
+        raise TargetError(f"{pattern!r} is not a regular expression: {error}") from None
 
 
-def _nothing_matched(pattern: str, as_regex: bool, modules: dict[str, nn.Module]) -> str:
+def _nothing_matched(pattern: str, as_regex: bool, modules: Mapping[str, nn.Module]) -> str:
     if as_regex and any(matches_name(name, pattern) for name in modules):
         return (
             f"the regular expression {pattern!r} must match a module's whole name; "
             f'to match by the last part write target_modules=["{pattern}"]'
         )
-    able = [name for name, module in modules.items() if not unsupported_reason(module, None)]
+    able = [name for name, module in modules.items() if name and not unsupported_reason(module, None)]
     kind = "the regular expression " if as_regex else ""
     choices = nearest(pattern, [*_endings(able), *able])
     return f"{kind}{pattern!r} matches no module" + (choices or f" (there are: {', '.join(_endings(able)[:12])})")

@@ -10,7 +10,8 @@ from torch import nn
 
 from rankwise import atomic
 from rankwise.errors import ModelError
-from rankwise.lora.inject import adapters_off, named_wrappers
+from rankwise.lora.inject import adapters_off
+from rankwise.lora.layers import named_base_modules
 from rankwise.models.locate import local_path
 from rankwise.models.quiet import quiet
 
@@ -71,23 +72,21 @@ def longest_input(model: Any) -> int:
 
 def base_sha256(model: nn.Module) -> str:
     """SHA-256 over the names and bytes of all base weights, whether an adapter is in the model or not."""
-    wrapped = dict(named_wrappers(model))
     digest = hashlib.sha256()
     with adapters_off(model):
-        for name, tensor in sorted(_base_tensors(model, wrapped).items()):
+        for name, tensor in sorted(_base_tensors(model).items()):
             digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
             digest.update(tensor.detach().cpu().reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 
-def _base_tensors(model: nn.Module, wrapped: dict[str, Any]) -> dict[str, torch.Tensor]:
+def _base_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
+    """What the base model's state dict would hold without adapters."""
     tensors = {}
-    for name, tensor in model.state_dict().items():
-        owner = next((wrapper for wrapper in wrapped if name.startswith(wrapper + ".")), None)
-        if owner is None:
-            tensors[name] = tensor
-        elif name.startswith(owner + ".base."):
-            tensors[owner + name.removeprefix(owner + ".base")] = tensor
+    for name, module in named_base_modules(model):
+        own = {**dict(module.named_parameters(recurse=False)), **dict(module.named_buffers(recurse=False))}
+        for key in own.keys() - module._non_persistent_buffers_set:
+            tensors[f"{name}.{key}"] = own[key]
     return tensors
 
 

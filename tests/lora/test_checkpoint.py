@@ -176,11 +176,11 @@ def test_a_folder_made_for_another_model_says_so(folder):
 @pytest.mark.parametrize(
     ("field", "value"),
     [
-        ("use_dora", True),
-        ("use_rslora", True),
-        ("rank_pattern", {"q_proj": 2}),
-        ("bias", "all"),
+        ("use_bdlora", True),
+        ("alora_invocation_tokens", [5]),
         ("init_lora_weights", "pissa"),
+        ("init_lora_weights", "pissa_niter_4"),
+        ("init_lora_weights", "corda"),
         ("layer_replication", [[0, 1]]),
         ("peft_type", "IA3"),
         ("a_field_of_the_future", {"on": 1}),

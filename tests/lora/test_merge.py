@@ -66,11 +66,12 @@ def test_a_low_precision_merge_rounds_once_and_reports_what_rounding_lost():
     inject_(model, LoraConfig(r=4, target_modules=["q_proj"]))
     randomise_adapter(model, std=0.001)
     layer = model.model.layers[0].self_attn.q_proj
-    exact = weight.double() + layer.scale * (layer.lora_B.double() @ layer.lora_A.double())
+    update = layer.update("default")
+    exact = weight.double() + update.scale * (update.lora_B.double() @ update.lora_A.double())
     report = merge_(model)
     torch.testing.assert_close(layer.base.weight, exact.bfloat16(), rtol=0, atol=0)
     unchanged = [
-        (layer.unmerged_weight == layer.base.weight).sum().item()
+        (layer.unmerged["weight"] == layer.base.weight).sum().item()
         for layer in (block.self_attn.q_proj for block in model.model.layers)
     ]
     assert report.lost_to_rounding == sum(unchanged) > 0
@@ -81,11 +82,11 @@ def test_merging_twice_or_to_infinity_is_refused_and_changes_nothing():
     model = tiny("llama")
     inject_(model, LoraConfig())
     merge_(model)
-    with pytest.raises(MergeError, match="already merged"):
+    with pytest.raises(MergeError, match="already holds merged"):
         merge_(model)
     unmerge_(model)
     layer = model.model.layers[1].mlp.up_proj
-    layer.lora_B.data[:] = float("inf")
+    layer.update("default").lora_B.data[:] = float("inf")
     with pytest.raises(MergeError, match=r"layers\.1\.mlp\.up_proj"):
         merge_(model)
     assert not any(getattr(m, "merged", False) for m in model.modules())

@@ -1,0 +1,100 @@
+"""Many adapters over one base: which of them work, for all rows of a batch or row by row."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import nn
+
+from rankwise.errors import ConfigError, nearest
+from rankwise.lora.inject import eject_, injection, set_active
+from rankwise.lora.layers import named_lora_layers, named_wrappers, refuse_merged_dora
+from rankwise.lora.trained import TrainedCopy
+
+
+def adapter_names(model: nn.Module) -> list[str]:
+    """The names of the adapters in a model, in the order in which they came; none is no error."""
+    try:
+        return list(injection(model).configs)
+    except ConfigError:
+        return []
+
+
+def activate_(model: nn.Module, adapters: str | Mapping[str, float]) -> None:
+    """Let one adapter work, or the weighted sum of several: the model computes with W0 + Σ weight·ΔW.
+
+    What is merged stays merged. Raises ConfigError for a name that is not there, or if two adapters of the sum train
+    the same module in full; MergeError for a DoRA adapter beside a merged one. The model is then as it was.
+    """
+    active = {adapters: 1.0} if isinstance(adapters, str) else dict(adapters)
+    _check_names(model, active)
+    for name, layer in named_wrappers(model):
+        own = [adapter for adapter in active if adapter in layer.adapters()]
+        if isinstance(layer, TrainedCopy) and len(own) > 1:
+            raise ConfigError(f"{', '.join(own)} all train {name} in full; only one of them can work at a time")
+    for _, layer in named_lora_layers(model):
+        refuse_merged_dora(layer, list(active))
+    set_active(model, active)
+
+
+def delete_adapter_(model: nn.Module, adapter: str) -> None:
+    """Take one adapter out. With the last one the very base model returns, as by `eject_`.
+
+    Raises ConfigError if there is no such adapter or if it is merged.
+    """
+    _check_names(model, [adapter])
+    injected = injection(model)
+    if any(adapter in layer.merged for _, layer in named_lora_layers(model)):
+        raise ConfigError(f"{adapter!r} is merged; go back first: rankwise.unmerge_(model)")
+    if len(injected.configs) == 1:
+        eject_(model)
+        return
+    for bias in injected.biases:
+        if bias.adapter == adapter:
+            bias.show(())
+    injected.biases = [bias for bias in injected.biases if bias.adapter != adapter]
+    for _, layer in reversed(named_wrappers(model)):
+        if adapter in layer.adapters():
+            layer.remove(adapter)
+    del injected.configs[adapter]
+    set_active(model, {name: weight for name, weight in injected.active.items() if name != adapter})
+
+
+@contextmanager
+def adapters_by_row(model: nn.Module, adapters: Sequence[str | None]) -> Iterator[None]:
+    """Let each row of a batch use its own adapter (None: the base) while the block lasts, in training too.
+
+    The rows are those of the first dimension of what every layer receives. Rows with the same adapter go together.
+    Raises ConfigError for a name that is not there, a merged model, or an adapter that trains modules in full, rows of
+    an embedding or biases: those cannot differ within a batch.
+    """
+    named = [name for name in adapters if name is not None]
+    _check_names(model, named)
+    for name, layer in named_wrappers(model):
+        if layer not in [lora for _, lora in named_lora_layers(model)] and layer.adapters() & set(named):
+            raise ConfigError(f"{name} is trained in full or in part; its adapter cannot serve single rows")
+    if any(bias.adapter in named for bias in injection(model).biases):
+        raise ConfigError("an adapter that trains the model's biases cannot serve single rows")
+    layers = [layer for _, layer in named_lora_layers(model)]
+    if any(layer.merged for layer in layers):
+        raise ConfigError("this model has merged adapters, in all rows; go back first: rankwise.unmerge_(model)")
+    rows = {
+        name: torch.tensor([index for index, own in enumerate(adapters) if own == name])
+        for name in dict.fromkeys(named)
+    }
+    for layer in layers:
+        device = next(iter(layer.updates.parameters())).device
+        layer.rows = {name: index.to(device) for name, index in rows.items()}
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.rows = None
+
+
+def _check_names(model: nn.Module, adapters: Sequence[str] | Mapping[str, float]) -> None:
+    present = injection(model).configs
+    unknown = [name for name in adapters if name not in present]
+    if unknown:
+        there = nearest(unknown[0], present) or f" (there are: {', '.join(present)})"
+        raise ConfigError(f"this model carries no adapter named {unknown[0]!r}{there}")

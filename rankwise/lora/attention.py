@@ -1,0 +1,123 @@
+"""Adapters on nn.MultiheadAttention, whose projections of queries, keys and values are one joint matrix."""
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from rankwise.lora.layers import LoraLayer
+from rankwise.lora.update import Update
+
+
+class LoraAttention(LoraLayer):
+    """The joint input projection [3·E, E]; the output projection is a linear layer of its own, adapted beside it.
+
+    The base's forward reads its weights without calling a layer, so attention is computed here from the projections,
+    with the meaning of torch.nn.functional.multi_head_attention_forward.
+    Symbols: L query and S key positions, N sequences, E width, H heads.
+    """
+
+    def factor_shapes(self, r: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        E = self.base.embed_dim
+        return (r, E), (3 * E, r)
+
+    @property
+    def _qkv_same_embed_dim(self) -> bool:
+        """nn.TransformerEncoderLayer asks this before it reads the weights past this layer in inference."""
+        return False
+
+    @property
+    def batch_first(self) -> bool:
+        return self.base.batch_first
+
+    def product(self, update: Update, x: Tensor) -> Tensor:
+        """x: [..., E] → [..., 3·E]"""
+        A, B = update.factors(x.dtype)
+        return F.linear(F.linear(F.dropout(x, update.dropout, update.training), A) * update.scale, B)
+
+    def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        key_padding_mask: Tensor | None = None,
+        need_weights: bool = True,
+        attn_mask: Tensor | None = None,
+        average_attn_weights: bool = True,
+        is_causal: bool = False,
+    ) -> tuple[Tensor, Tensor | None]:
+        """As nn.MultiheadAttention.forward: query [L, N, E] ([N, L, E] if batch_first, [L, E] for one sequence)."""
+        batched, base = query.dim() == 3, self.base
+        inputs: Any = (query, key, value)
+        if not batched:
+            inputs = [x[None] for x in inputs]
+            key_padding_mask = None if key_padding_mask is None else key_padding_mask[None]
+        elif not base.batch_first:
+            inputs = [x.transpose(0, 1) for x in inputs]
+        q, k, v = self._project(*inputs, same=query is key and key is value)
+        k, v, extra = self._append(k, v)
+        q, k, v = (x.unflatten(-1, (base.num_heads, -1)).transpose(1, 2) for x in (q, k, v))
+        mask = self._mask(attn_mask, key_padding_mask, q, extra, is_causal and attn_mask is None)
+        scores = q @ k.transpose(-2, -1) / math.sqrt(q.shape[-1])
+        weights = (scores if mask is None else scores + mask).softmax(-1)
+        weights = F.dropout(weights, base.dropout, base.training)
+        output = base.out_proj((weights @ v).transpose(1, 2).flatten(-2))
+        if not batched:
+            output = output[0]
+        elif not base.batch_first:
+            output = output.transpose(0, 1)
+        if not need_weights:
+            return output, None
+        weights = weights.mean(1) if average_attn_weights else weights
+        return output, weights if batched else weights[0]
+
+    def _project(self, query: Tensor, key: Tensor, value: Tensor, same: bool) -> tuple[Tensor, ...]:
+        """[N, L or S, E] each; one product for all three where they are the same."""
+        if same:
+            return self._joint(query).chunk(3, dim=-1)
+        return tuple(self._joint(x).chunk(3, dim=-1)[index] for index, x in enumerate((query, key, value)))
+
+    def _joint(self, x: Tensor) -> Tensor:
+        plain = result = F.linear(x, self.base.in_proj_weight, self.base.in_proj_bias)
+        if self.rows is not None:
+            return self._change_rows(x, result)
+        for adapter, weight in self.beside().items():
+            result = result + self.change(self.update(adapter), x, plain, weight)
+        return result
+
+    def _append(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, int]:
+        """The learnt and the zero positions that the base appends to keys and values, and their number."""
+        base, extra = self.base, 0
+        if base.bias_k is not None:
+            k = torch.cat([k, base.bias_k.expand(len(k), 1, -1)], dim=1)
+            v = torch.cat([v, base.bias_v.expand(len(v), 1, -1)], dim=1)
+            extra += 1
+        if base.add_zero_attn:
+            k, v = (torch.cat([x, x.new_zeros(len(x), 1, x.shape[2])], dim=1) for x in (k, v))
+            extra += 1
+        return k, v, extra
+
+    def _mask(
+        self, attn_mask: Tensor | None, padding: Tensor | None, q: Tensor, extra: int, causal: bool
+    ) -> Tensor | None:
+        """What to add to the scores [N, H, L, S + extra]."""
+        if causal:
+            raise ValueError("is_causal is a hint about attn_mask, which must be given too")
+        total = None
+        if attn_mask is not None:
+            attn_mask = _additive(attn_mask, q.dtype)
+            if attn_mask.dim() == 3:
+                attn_mask = attn_mask.unflatten(0, (q.shape[0], q.shape[1]))
+            total = attn_mask
+        if padding is not None:
+            padding = _additive(padding, q.dtype)[:, None, None, :]
+            total = padding if total is None else total + padding
+        return total if total is None or not extra else F.pad(total, (0, extra))
+
+
+def _additive(mask: Tensor, dtype: torch.dtype) -> Tensor:
+    if mask.dtype != torch.bool:
+        return mask.to(dtype)
+    return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill_(mask, -math.inf)

@@ -1,0 +1,53 @@
+"""Adapters on convolutions of one, two and three dimensions."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from rankwise.lora.layers import LoraLayer
+from rankwise.lora.update import Update
+
+_CONVOLVE: dict[type, Any] = {nn.Conv1d: F.conv1d, nn.Conv2d: F.conv2d, nn.Conv3d: F.conv3d}
+
+
+class LoraConv(LoraLayer):
+    """A convolution: A convolves as the base does, with its stride, padding, dilation and groups; B is 1 × … × 1.
+
+    d = out_channels and k = (in_channels / groups)·kernel; each group has its own r / groups of the rank.
+    """
+
+    def __init__(self, base: Any) -> None:
+        super().__init__(base)
+        self._convolve = next(function for kind, function in _CONVOLVE.items() if isinstance(base, kind))
+        self.output_dim = -len(base.kernel_size) - 1
+
+    def factor_shapes(self, r: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        base = self.base
+        ones = (1,) * len(base.kernel_size)
+        return (r, base.in_channels // base.groups, *base.kernel_size), (base.out_channels, r // base.groups, *ones)
+
+    def product(self, update: Update, x: Tensor) -> Tensor:
+        """x: [batch, in_channels, *size] → [batch, out_channels, *size], the batch may be missing"""
+        A, B = self._factors(update, x.dtype)
+        hidden = self.base._conv_forward(F.dropout(x, update.dropout, update.training), A, None)
+        return self._convolve(hidden * update.scale, B, groups=self.base.groups)
+
+    def _factors(self, update: Update, dtype: Any) -> tuple[Tensor, Tensor]:
+        """A and B; a start stacked below A goes group by group, since each group reads its own rows."""
+        A, B = update.factors(dtype)
+        groups = self.base.groups
+        if update.start_A is None or groups == 1:
+            return A, B
+        own_A, start_A = A.chunk(2)
+        parts = [part for pair in zip(own_A.chunk(groups), start_A.chunk(groups), strict=True) for part in pair]
+        return torch.cat(parts), B
+
+    def row_factors(self, update: Update) -> tuple[Tensor, Tensor]:
+        """A as [groups, r / groups, k] and B as [groups, d / groups, r / groups], where there are groups."""
+        groups = self.base.groups
+        A, B = (factor.detach().flatten(1) for factor in self._factors(update, update.lora_A.dtype))
+        if groups == 1:
+            return A, B
+        return A.view(groups, -1, A.shape[1]), B.view(groups, -1, B.shape[1])

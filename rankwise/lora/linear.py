@@ -1,0 +1,65 @@
+"""Adapters on linear layers."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from rankwise.lora.base_weight import dimensions
+from rankwise.lora.layers import LoraLayer
+from rankwise.lora.linear_function import LinearWithUpdate
+from rankwise.lora.update import Update
+
+
+class LoraLinear(LoraLayer):
+    """A linear layer (nn.Linear, transformers' Conv1D, a quantised one, or any that computes like them)."""
+
+    def factor_shapes(self, r: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        d, k = dimensions(self.base)
+        return (r, k), (d, r)
+
+    def product(self, update: Update, x: Tensor) -> Tensor:
+        A, B = update.factors(x.dtype)
+        return F.linear(F.linear(F.dropout(x, update.dropout, update.training), A) * update.scale, B)
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """x: [..., k] → [..., d]"""
+        update = self._only_plain_update()
+        if update is None or args or kwargs:
+            return super().forward(x, *args, **kwargs)
+        # A and B go to the type of x, never x to theirs: they are small, x is not.
+        A, B = update.factors(x.dtype)
+        dropped = update.dropout > 0 and update.training
+        if not dropped and self._is_matrix_product(x):
+            return LinearWithUpdate.apply(x, self.base.weight, self.base.bias, A, B, update.scale)
+        result = self.base(x)
+        if result.dtype != A.dtype:
+            return result + self.product(update, x).to(result.dtype)
+        hidden = F.linear(F.dropout(x, update.dropout, update.training), A)
+        return torch.addmm(
+            result.reshape(-1, result.shape[-1]), hidden.reshape(-1, hidden.shape[-1]), B.T, alpha=update.scale
+        ).view(result.shape)
+
+    def _only_plain_update(self) -> Update | None:
+        """The one update at work, if its change is scale·B·A·x and nothing more."""
+        if self.rows is not None or self.merged or len(self.active) != 1:
+            return None
+        [(adapter, weight)] = self.active.items()
+        if weight != 1 or adapter not in self.updates:
+            return None
+        update = self.update(adapter)
+        return update if update.magnitude is None and update.lora_bias is None else None
+
+    def _is_matrix_product(self, x: Tensor) -> bool:
+        """Whether base(x) is W·x + bias and nothing else, with W and bias frozen."""
+        base = self.base
+        return (
+            type(base) is nn.Linear
+            and type(base.weight) is nn.Parameter
+            and base.weight.dtype == x.dtype
+            and not base.weight.requires_grad
+            and (base.bias is None or not base.bias.requires_grad)
+            and not (base._forward_hooks or base._forward_pre_hooks)
+            and not torch.is_autocast_enabled(x.device.type)
+        )

@@ -1,0 +1,68 @@
+"""What an adapter adapts: each matrix, and the totals."""
+
+from dataclasses import dataclass, field
+
+
+@dataclass(frozen=True)
+class AdaptedMatrix:
+    """One adapted d × k matrix and the rank of its update."""
+
+    name: str
+    d: int
+    k: int
+    r: int
+
+    @property
+    def full(self) -> int:
+        """d·k, what full fine-tuning would train."""
+        return self.d * self.k
+
+    @property
+    def trained(self) -> int:
+        """r·(d + k), what the adapter trains."""
+        return self.r * (self.d + self.k)
+
+
+@dataclass(frozen=True)
+class InjectReport:
+    """What `inject_` did. Printing it gives a table."""
+
+    matrices: tuple[AdaptedMatrix, ...]
+    heads: dict[str, int]
+    """Modules that are trained in full, with their number of parameters."""
+    total_parameters: int
+    """Parameters of the base model; a shared one counts once."""
+    extra: dict[str, int] = field(default_factory=dict)
+    """Other numbers that train, by what they are: biases, DoRA's magnitudes, rows of an embedding."""
+
+    @property
+    def trainable_parameters(self) -> int:
+        return sum(m.trained for m in self.matrices) + sum(self.heads.values()) + sum(self.extra.values())
+
+    @property
+    def share(self) -> float:
+        """Trained numbers as a share of the base model's."""
+        return self.trainable_parameters / self.total_parameters
+
+    @property
+    def factor(self) -> float:
+        """How many times fewer numbers the adapter trains than the matrices that it adapts hold."""
+        return sum(m.full for m in self.matrices) / max(sum(m.trained for m in self.matrices), 1)
+
+    def __str__(self) -> str:
+        width = max((len(m.name) for m in self.matrices), default=6)
+        lines = [f"{'matrix':<{width}} {'d':>7} {'k':>7} {'r':>4} {'d·k':>13} → {'r·(d+k)':>11}"]
+        lines += [
+            f"{m.name:<{width}} {m.d:>7} {m.k:>7} {m.r:>4} {m.full:>13,} → {m.trained:>11,}" for m in self.matrices
+        ]
+        lines += [f"{name}: trained in full, {count:,} numbers" for name, count in self.heads.items()]
+        lines += [f"{what}: {count:,} numbers" for what, count in self.extra.items()]
+        return "\n".join([*lines, self.summary()])
+
+    def summary(self) -> str:
+        """The totals in one line."""
+        full, adapter = sum(m.full for m in self.matrices), sum(m.trained for m in self.matrices)
+        return (
+            f"{len(self.matrices)} matrices: {full:,} → {adapter:,} numbers, {self.factor:,.1f} times fewer; "
+            f"{self.trainable_parameters:,} of {self.total_parameters:,} parameters train ({self.share:.2%})"
+        )

@@ -1,0 +1,138 @@
+"""What an adapter trains besides low-rank updates: whole modules, rows of an embedding, bias vectors.
+
+Each is a copy; the base's own numbers stay as they were.
+"""
+
+from collections.abc import Sequence
+from copy import deepcopy
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from rankwise.lora.base_weight import bias_name
+from rankwise.lora.config import LoraConfig
+from rankwise.lora.layers import Wrapper
+
+
+class TrainedCopy(Wrapper):
+    """A module that is trained in full (a classifier head): each adapter trains a copy, the original stays."""
+
+    def __init__(self, base: nn.Module) -> None:
+        super().__init__(base)
+        self.copies = nn.ModuleDict()
+
+    def add(self, adapter: str, config: LoraConfig) -> None:
+        """Give an adapter its copy of the original."""
+        self.copies[adapter] = deepcopy(self.base).requires_grad_(not config.inference_mode)
+
+    def adapters(self) -> set[str]:
+        return set(self.copies)
+
+    def remove(self, adapter: str) -> None:
+        del self.copies[adapter]
+        self.active.pop(adapter, None)
+
+    def parameters_of(self, adapter: str) -> list[nn.Parameter]:
+        return list(self.copies[adapter].parameters()) if adapter in self.copies else []
+
+    def chosen(self) -> nn.Module:
+        """The copy that is at work, or the original."""
+        names = [name for name in self.active if name in self.copies]
+        return self.copies[names[0]] if names else self.base
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.chosen()(*args, **kwargs)
+
+
+class TokenRows(Wrapper):
+    """An embedding of which some tokens' rows train. Only those rows are copied, never the table."""
+
+    def __init__(self, base: nn.Embedding) -> None:
+        super().__init__(base)
+        self.rows = nn.ParameterDict()
+        self.tokens: dict[str, tuple[int, ...]] = {}
+
+    def add(self, adapter: str, config: LoraConfig, tokens: Sequence[int]) -> None:
+        """Give an adapter its copy of the rows of `tokens`."""
+        values = self.base.weight.detach()[list(tokens)].clone()
+        self.rows[adapter] = nn.Parameter(values, requires_grad=not config.inference_mode)
+        self.tokens[adapter] = tuple(tokens)
+        place = torch.full((self.base.num_embeddings,), -1, device=values.device)
+        place[list(tokens)] = torch.arange(len(tokens), device=values.device)
+        self.register_buffer(f"place_{adapter}", place, persistent=False)
+
+    def adapters(self) -> set[str]:
+        return set(self.tokens)
+
+    def remove(self, adapter: str) -> None:
+        del self.rows[adapter], self.tokens[adapter]
+        delattr(self, f"place_{adapter}")
+        self.active.pop(adapter, None)
+
+    def parameters_of(self, adapter: str) -> list[nn.Parameter]:
+        return [self.rows[adapter]] if adapter in self.tokens else []
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """ids: [...] → [..., d]"""
+        result = self.base(ids)
+        for adapter in self.active:
+            if adapter in self.tokens:
+                place = getattr(self, f"place_{adapter}")[ids]
+                own = F.embedding(place.clamp_min(0), self.rows[adapter].to(result.dtype))
+                own = own * getattr(self.base, "embed_scale", 1.0)
+                result = torch.where((place >= 0)[..., None], own, result)
+        return result
+
+    def trained_table(self) -> nn.Parameter:
+        """The whole table with the rows of the adapters at work in it."""
+        table = self.base.weight.detach().clone()
+        for adapter in self.active:
+            if adapter in self.tokens:
+                table[list(self.tokens[adapter])] = self.rows[adapter].detach().to(table.dtype)
+        return nn.Parameter(table, requires_grad=False)
+
+
+class TiedTokenHead(Wrapper):
+    """An output head that shares the table of an embedding with trained rows: those tokens' logits use the rows too."""
+
+    def __init__(self, base: nn.Module, embedding: TokenRows) -> None:
+        super().__init__(base)
+        self.embedding = [embedding]
+        """In a list, so that it is not a child of this module too."""
+
+    def adapters(self) -> set[str]:
+        return self.embedding[0].adapters()
+
+    def remove(self, adapter: str) -> None:
+        self.active.pop(adapter, None)
+
+    def parameters_of(self, adapter: str) -> list[nn.Parameter]:
+        return []
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """hidden: [..., k] → logits [..., vocabulary]"""
+        result = self.base(hidden)
+        [embedding] = self.embedding
+        for adapter in self.active:
+            if adapter in embedding.tokens:
+                tokens = torch.tensor(embedding.tokens[adapter], device=hidden.device)
+                bias = None if self.base.bias is None else self.base.bias[tokens]
+                own = F.linear(hidden, embedding.rows[adapter].to(hidden.dtype), bias)
+                result = result.index_copy(-1, tokens, own.to(result.dtype))
+        return result
+
+
+class TrainedBias:
+    """The bias of one module, of which one adapter trains a copy."""
+
+    def __init__(self, module: nn.Module, adapter: str, config: LoraConfig) -> None:
+        self.module = module
+        self.adapter = adapter
+        self.original: nn.Parameter = getattr(module, bias_name(module))
+        self.trained = nn.Parameter(self.original.detach().clone(), requires_grad=not config.inference_mode)
+
+    def show(self, adapters: Any) -> None:
+        """Let the module use the copy if its adapter is among `adapters`, or else the original."""
+        setattr(self.module, bias_name(self.module), self.trained if self.adapter in adapters else self.original)

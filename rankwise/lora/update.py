@@ -1,0 +1,70 @@
+"""One adapter's share of one layer: the factors A and B and what goes with them."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from rankwise.lora.config import LoraConfig
+from rankwise.lora.low_rank import LowRank
+
+
+class Update(nn.Module):
+    """The trained numbers that one adapter adds to one d × k matrix: ΔW = scale·(B·A - start_B·start_A).
+
+    The start is there only after an initialiser that takes A and B from the base weight: what they hold at first is
+    subtracted for good, so that the base weight keeps its bits and the model begins as the base.
+    """
+
+    lora_A: nn.Parameter
+    """[r, k], for a convolution [r, in_channels / groups, *kernel]"""
+    lora_B: nn.Parameter
+    """[d, r], for a convolution [d, r / groups, 1, …]"""
+    lora_bias: nn.Parameter | None
+    """[d]"""
+    magnitude: nn.Parameter | None
+    """[d], DoRA's length of each row of W"""
+    start_A: Tensor | None
+    start_B: Tensor | None
+
+    def __init__(
+        self, config: LoraConfig, name: str, shape_A: tuple[int, ...], shape_B: tuple[int, ...], **kind: Any
+    ) -> None:
+        super().__init__()
+        trains = not config.inference_mode
+        self.scale = config.scale_of(name)
+        self.dropout = float(config.lora_dropout)
+        self.lora_A = nn.Parameter(torch.empty(shape_A, **kind), requires_grad=trains)
+        self.lora_B = nn.Parameter(torch.empty(shape_B, **kind), requires_grad=trains)
+        zeros, ones = torch.zeros(shape_B[0], **kind), torch.ones(shape_B[0], **kind)
+        self.lora_bias = nn.Parameter(zeros, requires_grad=trains) if config.lora_bias else None
+        self.magnitude = nn.Parameter(ones, requires_grad=trains) if config.use_dora else None
+        self.register_buffer("start_A", None, persistent=False)
+        self.register_buffer("start_B", None, persistent=False)
+
+    @property
+    def r(self) -> int:
+        return self.lora_A.shape[0]
+
+    @torch.no_grad()
+    def set(self, A: Tensor, B: Tensor) -> None:
+        """Take these values."""
+        self.lora_A.copy_(A)
+        self.lora_B.copy_(B)
+
+    def begin_at(self, A: Tensor, B: Tensor) -> None:
+        """Start from these factors, and subtract them for good."""
+        self.set(A, B)
+        self.start_A, self.start_B = self.lora_A.detach().clone(), self.lora_B.detach().clone()
+
+    def factors(self, dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor]:
+        """(A, B) of the whole ΔW / scale, with the start stacked below A and, negative, beside B."""
+        A, B = self.lora_A, self.lora_B
+        if self.start_A is not None and self.start_B is not None:
+            A, B = torch.cat([A, self.start_A]), torch.cat([B, -self.start_B], dim=1)
+        return (A, B) if dtype is None or A.dtype == dtype else (A.to(dtype), B.to(dtype))
+
+    def low_rank(self) -> LowRank:
+        """The update as a d × k matrix; a convolution's kernel is flattened into k."""
+        A, B = (factor.detach() for factor in self.factors())
+        return LowRank(A.flatten(1), B.flatten(1), self.scale)
