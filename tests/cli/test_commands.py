@@ -186,7 +186,7 @@ def test_a_killed_run_leaves_its_last_checkpoint(tiny_llama_folder, sql, tmp_pat
     [
         (["--r", "0"], "r must be a whole number of at least 1"),
         (["--r", "-3"], "r must be a whole number of at least 1"),
-        (["--r", "33"], "r = 33 is larger than a matrix"),
+        (["--r", "33"], "and r = 33 is larger"),
         (["--lora-dropout", "1"], r"lora_dropout must lie in [0, 1)"),
         (["--target-modules", "q_porj"], "nearest: 'q_proj'"),
         (["--data", "nowhere.jsonl"], "no such data file: nowhere.jsonl"),

@@ -112,7 +112,7 @@ def test_the_hash_covers_every_base_weight_and_no_adapter():
     assert base_sha256(model) == before
     merge_(model)
     assert base_sha256(model) == before
-    for parameter in (model.classifier.base.bias, model.bert.embeddings.word_embeddings.unmerged_weight):
+    for parameter in (model.classifier.base.bias, model.bert.embeddings.word_embeddings.unmerged["weight"]):
         parameter.data.view(-1)[0] += 1
         assert base_sha256(model) != before
         parameter.data.view(-1)[0] -= 1
