@@ -8,7 +8,7 @@ from torch import nn
 
 from rankwise.errors import ConfigError, nearest
 from rankwise.lora.inject import eject_, injection, set_active
-from rankwise.lora.layers import named_lora_layers, named_wrappers, refuse_merged_dora
+from rankwise.lora.layers import LoraLayer, named_lora_layers, named_wrappers, refuse_merged_dora
 from rankwise.lora.trained import TrainedCopy
 
 
@@ -71,8 +71,8 @@ def adapters_by_row(model: nn.Module, adapters: Sequence[str | None]) -> Iterato
     named = [name for name in adapters if name is not None]
     _check_names(model, named)
     for name, layer in named_wrappers(model):
-        if layer not in [lora for _, lora in named_lora_layers(model)] and layer.adapters() & set(named):
-            raise ConfigError(f"{name} is trained in full or in part; its adapter cannot serve single rows")
+        if not isinstance(layer, LoraLayer) and layer.adapters() & set(named):
+            raise ConfigError(f"{name} is trained in full, or has bare parameters adapted; that cannot differ by row")
     if any(bias.adapter in named for bias in injection(model).biases):
         raise ConfigError("an adapter that trains the model's biases cannot serve single rows")
     layers = [layer for _, layer in named_lora_layers(model)]

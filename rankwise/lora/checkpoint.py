@@ -31,8 +31,8 @@ class Adapter:
     low_rank: dict[str, LowRank]
     """The update of each adapted module, by its name in the base model; a convolution's kernel is flattened into k."""
     rest: dict[str, Tensor]
-    """Everything else by its name in the file: modules trained in full, magnitudes, biases, rows of embeddings, and
-    base weights that PEFT stored beside them."""
+    """Everything else by its name in the file: modules trained in full, magnitudes, biases, rows of embeddings, the
+    stacked updates of experts, and base weights that PEFT stored beside them."""
 
 
 def save_adapter(model: nn.Module, folder: str | Path, adapter: str | None = None) -> Path:
@@ -198,6 +198,9 @@ def _sort_tensors(
             r = config.rank_of(module)
             if B is None or A.ndim != B.ndim or A.ndim < 2:
                 problems.append(f"{other}: missing or not a matrix")
+                continue
+            if config.target_parameters and A.shape[0] > r and A.shape[0] == B.shape[1]:
+                rest |= {name: A, other: B}
                 continue
             low_rank[module] = LowRank(A.flatten(1), B.flatten(1), config.scale_of(module))
             # The second factor of a convolution with groups holds a group's share of r.

@@ -10,6 +10,7 @@ from rankwise.errors import CheckpointError
 from rankwise.lora.config import LoraConfig
 from rankwise.lora.embedding import LoraEmbedding
 from rankwise.lora.layers import LoraLayer, Wrapper
+from rankwise.lora.parameters import ParametersWrapper
 from rankwise.lora.trained import TokenRows, TrainedCopy
 from rankwise.lora.update import Update
 
@@ -49,6 +50,13 @@ def named_tensors(name: str, layer: Wrapper, adapter: str) -> dict[str, Tensor]:
     """What is on disk for one layer: names in the file (without PREFIX) → the adapter's tensors, or views of them."""
     if isinstance(layer, LoraLayer):
         return _of_update(_path(name, layer), layer, layer.update(adapter))
+    if isinstance(layer, ParametersWrapper):
+        # PEFT wraps one parameter after the other, so the first of them lies innermost.
+        parts, tensors = layer.named_parts(), {}
+        for depth, (_, part) in enumerate(reversed(parts)):
+            if adapter in part.updates:
+                tensors |= _of_update(name + ".base_layer" * depth, part, part.update(adapter))
+        return tensors
     if isinstance(layer, TokenRows):
         return {f"{name}.token_adapter.trainable_tokens_delta": layer.rows[adapter]}
     if isinstance(layer, TrainedCopy):
@@ -166,6 +174,7 @@ def from_settings(settings: Mapping[str, Any], trainable: bool) -> LoraConfig:
     if problems:
         raise CheckpointError("\n".join(problems))
     ours = {name: settings[name] for name in _OURS if settings.get(name) is not None}
+    ours["target_modules"] = settings.get("target_modules") or ()
     ours["inference_mode"] = not trainable
     if ours.get("init_lora_weights") not in _STARTS_FROM_WEIGHT:
         ours["init_lora_weights"] = True

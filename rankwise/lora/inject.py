@@ -13,8 +13,9 @@ from rankwise.lora.base_weight import bias_name, dimensions
 from rankwise.lora.config import LoraConfig, pattern_matches
 from rankwise.lora.kinds import layer_kind
 from rankwise.lora.layers import LoraLayer, Wrapper, named_base_modules, named_wrappers
+from rankwise.lora.parameters import ParametersWrapper, parameter_dimensions
 from rankwise.lora.report import AdaptedMatrix, InjectReport
-from rankwise.lora.targets import select_heads, select_targets, select_tokens
+from rankwise.lora.targets import select_heads, select_parameters, select_targets, select_tokens
 from rankwise.lora.tied import is_tied_head
 from rankwise.lora.trained import TiedTokenHead, TokenRows, TrainedBias, TrainedCopy
 
@@ -59,6 +60,10 @@ def _plan(model: nn.Module, config: LoraConfig, adapter: str) -> tuple[InjectRep
     names = select_targets(model, modules, config, heads)
     tokens = select_tokens(model, modules, config, taken={*names, *heads})
     matrices = tuple(AdaptedMatrix(name, *dimensions(modules[name]), config.rank_of(name)) for name in names)
+    for name, parameter in select_parameters(modules, config, type(model).__name__):
+        count, d, k = parameter_dimensions(modules[name], parameter)
+        full_name = f"{name}.{parameter}"
+        matrices += (AdaptedMatrix(full_name, d, k, config.rank_of(full_name), count),)
     _check_ranks(matrices, modules, config)
     counts = {name: sum(p.numel() for p in modules[name].parameters()) for name in heads}
     # Parameters of adapters that are already there do not count as the base's.
@@ -74,7 +79,7 @@ def _check_ranks(matrices: tuple[AdaptedMatrix, ...], modules: dict[str, nn.Modu
         if m.r > min(m.d, m.k)
     ]
     for m in matrices:
-        groups = getattr(modules[m.name], "groups", 1)
+        groups = getattr(modules.get(m.name), "groups", 1)
         if m.r % groups:
             problems.append(f"{m.name} has {groups} groups, which r = {m.r} must be a multiple of")
     for option in ("rank_pattern", "alpha_pattern"):
@@ -109,7 +114,9 @@ def _bias_parameters(
     matrices: tuple[AdaptedMatrix, ...], modules: dict[str, nn.Module], config: LoraConfig
 ) -> dict[str, nn.Parameter]:
     """The base's biases that train, by the name of their module."""
-    names = {"none": [], "lora_only": [m.name for m in matrices], "all": list(modules)}[config.bias]
+    names = {"none": [], "lora_only": [m.name for m in matrices if m.name in modules], "all": list(modules)}[
+        config.bias
+    ]
     found = {name: getattr(modules[name], bias_name(modules[name]), None) for name in names}
     return {name: bias for name, bias in found.items() if isinstance(bias, nn.Parameter)}
 
@@ -130,6 +137,11 @@ def inject_(
     grown: dict[str, Wrapper] = {}
     try:
         for matrix in report.matrices:
+            if matrix.name not in modules:
+                name, _, parameter = matrix.name.rpartition(".")
+                grown[name] = wrappers[name] = layer = _wrapper(name, modules, wrappers, ParametersWrapper)
+                layer.part(parameter).add(adapter, config, matrix.name, generator)
+                continue
             layer = _wrapper(matrix.name, modules, wrappers, layer_kind(modules[matrix.name]) or LoraLayer)
             grown[matrix.name] = layer
             layer.inside_attention = isinstance(modules[matrix.name.rpartition(".")[0]], nn.MultiheadAttention)
@@ -231,8 +243,7 @@ def set_active(model: nn.Module, active: dict[str, float]) -> None:
     for bias in injected.biases:
         bias.show(active)
     for _, layer in named_wrappers(model):
-        own = layer.adapters()
-        layer.active = {name: weight for name, weight in active.items() if name in own}
+        layer.activate(active)
 
 
 def trainable_parameters(model: nn.Module) -> list[nn.Parameter]:

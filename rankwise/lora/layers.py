@@ -1,7 +1,7 @@
 """The layers that carry adapters beside a frozen base layer, by composition: they call it, and never look inside."""
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -47,6 +47,15 @@ class Wrapper(nn.Module):
         """What an adapter trains here."""
         raise NotImplementedError
 
+    def parts_of(self) -> "list[tuple[str, LoraLayer]]":
+        """The low-rank updates in this place, each with what to add to the place's name."""
+        return []
+
+    def activate(self, adapters: Mapping[str, float]) -> None:
+        """Let those of the adapters that have a share here work."""
+        own = self.adapters()
+        self.active = {name: weight for name, weight in adapters.items() if name in own}
+
     @contextmanager
     def off(self) -> Iterator[None]:
         """Compute as the base alone while the block lasts."""
@@ -89,7 +98,7 @@ class LoraLayer(Wrapper):
     def add(self, adapter: str, config: LoraConfig, name: str, generator: torch.Generator | None = None) -> None:
         """Give an adapter its share; `name` is the layer's own in the model."""
         shapes = self.factor_shapes(config.rank_of(name))
-        weight = self.own(weight_name(self.base))
+        weight = self.own(self.weight_name)
         update = Update(config, name, *shapes, dtype=working_dtype(weight), device=weight.device)
         self.start(update, config, generator)
         if update.magnitude is not None:
@@ -120,6 +129,9 @@ class LoraLayer(Wrapper):
             nn.init.kaiming_uniform_(update.lora_B, a=math.sqrt(5), generator=generator)
         else:
             nn.init.zeros_(update.lora_B)
+
+    def parts_of(self) -> "list[tuple[str, LoraLayer]]":
+        return [("", self)]
 
     def adapters(self) -> set[str]:
         return set(self.updates)
@@ -158,7 +170,7 @@ class LoraLayer(Wrapper):
             change = change + self._along_output(update.lora_bias * update.scale)
         if update.magnitude is not None:
             gain = self._along_output(update.magnitude / self.row_lengths(update)).to(plain.dtype)
-            bias = self.own(bias_name(self.base))
+            bias = self.own(self.bias_name)
             change = (gain - 1) * (plain if bias is None else plain - self._along_output(bias)) + gain * change
         return (change if weight == 1 else change * weight).to(plain.dtype)
 
@@ -196,7 +208,21 @@ class LoraLayer(Wrapper):
 
     def base_matrix(self) -> Tensor:
         """The base's own weight as [d, k]; raises MergeError if it cannot be read as a dense matrix."""
-        return as_matrix(self.base, self.own(weight_name(self.base)))
+        return as_matrix(self.base, self.own(self.weight_name))
+
+    def as_parameter(self, matrix: Tensor) -> Tensor:
+        """A [d, k] matrix in the form in which the base stores its weight."""
+        return as_stored(self.base, matrix)
+
+    @property
+    def weight_name(self) -> str:
+        """The name of the base's parameter that holds the matrix."""
+        return weight_name(self.base)
+
+    @property
+    def bias_name(self) -> str:
+        """The name of the base's bias, which it may not have."""
+        return bias_name(self.base)
 
     def row_factors(self, update: Update) -> tuple[Tensor, Tensor]:
         """The factors as matrices of the rows of `base_matrix`."""
@@ -221,9 +247,9 @@ class LoraLayer(Wrapper):
 
     def merge(self, matrix: Tensor, bias: Tensor | None, adapters: dict[str, float]) -> None:
         """Let the base compute with `matrix` [d, k] (and `bias`); its own parameters are kept for `unmerge`."""
-        self._replace(weight_name(self.base), as_stored(self.base, matrix))
+        self._replace(self.weight_name, self.as_parameter(matrix))
         if bias is not None:
-            self._replace(bias_name(self.base), bias)
+            self._replace(self.bias_name, bias)
         self.merged = dict(adapters)
 
     def _replace(self, name: str, values: Tensor) -> None:
@@ -284,5 +310,5 @@ def named_wrappers(model: nn.Module) -> list[tuple[str, Wrapper]]:
 
 
 def named_lora_layers(model: nn.Module) -> list[tuple[str, LoraLayer]]:
-    """The layers that carry low-rank updates, with their names in the base model."""
-    return [(name, layer) for name, layer in named_wrappers(model) if isinstance(layer, LoraLayer)]
+    """The layers (and bare parameters) that carry low-rank updates, with their names in the base model."""
+    return [(name + end, part) for name, layer in named_wrappers(model) for end, part in layer.parts_of()]

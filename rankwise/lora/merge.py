@@ -7,7 +7,6 @@ import torch
 from torch import Tensor, nn
 
 from rankwise.errors import ConfigError, MergeError, listing
-from rankwise.lora.base_weight import bias_name
 from rankwise.lora.inject import ATTRIBUTE, injection, put
 from rankwise.lora.layers import LoraLayer, named_lora_layers, named_wrappers, refuse_merged_dora
 from rankwise.lora.tied import sharing_names
@@ -55,7 +54,7 @@ def merge_(model: nn.Module, adapters: Sequence[str] | None = None, dtype: torch
             problems.append(f"{name}: W0 + ΔW is not finite")
         changed += int(moved.sum())
         lost += int((moved & (matrix == weight)).sum())
-        if len(sharing_names(model, layer.base.weight)) > 1:
+        if len(sharing_names(model, layer.own(layer.weight_name))) > 1:
             untied.append(name)
         sums[name] = matrix, bias
     if problems:
@@ -82,7 +81,7 @@ def _merged(
             delta = delta + layer.delta(name, dtype) * factor
             if (own := layer.bias_delta(name, dtype)) is not None:
                 bias = own * factor if bias is None else bias + own * factor
-    base_bias = layer.own(bias_name(layer.base))
+    base_bias = layer.own(layer.bias_name)
     if bias is not None and base_bias is not None:
         bias = (base_bias.detach().to(dtype) + bias).to(base_bias.dtype)
     elif bias is not None:

@@ -11,16 +11,18 @@ class AdaptedMatrix:
     d: int
     k: int
     r: int
+    count: int = 1
+    """How many such matrices lie in one stack (a mixture's experts), each with an update of its own."""
 
     @property
     def full(self) -> int:
         """d·k, what full fine-tuning would train."""
-        return self.d * self.k
+        return self.count * self.d * self.k
 
     @property
     def trained(self) -> int:
         """r·(d + k), what the adapter trains."""
-        return self.r * (self.d + self.k)
+        return self.count * self.r * (self.d + self.k)
 
 
 @dataclass(frozen=True)

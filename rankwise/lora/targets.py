@@ -69,6 +69,29 @@ def select_targets(
     return sorted({*chosen, *outputs}, key=list(free).index) if outputs else chosen
 
 
+def select_parameters(modules: Mapping[str, nn.Module], config: LoraConfig, kind: str) -> list[tuple[str, str]]:
+    """(module, parameter) of each bare parameter that gets an update, in the model's order.
+
+    Raises TargetError for an entry that matches none; `kind` is the model's type, for messages.
+    """
+    there = [
+        (name, parameter)
+        for name, module in modules.items()
+        for parameter, _ in module.named_parameters(recurse=False)
+        if name
+    ]
+    wanted = config.target_parameters or ()
+    chosen = [(m, p) for m, p in there if any(matches_name(f"{m}.{p}", entry) for entry in wanted)]
+    problems = [
+        f"target_parameters {entry!r} matches none{nearest(entry, [p for _, p in there])}"
+        for entry in wanted
+        if not any(matches_name(f"{m}.{p}", entry) for m, p in chosen)
+    ]
+    if problems:
+        raise TargetError(f"the configuration does not fit {kind}:\n" + listing(problems))
+    return chosen
+
+
 def select_tokens(
     model: nn.Module, modules: Mapping[str, nn.Module], config: LoraConfig, taken: Iterable[str]
 ) -> dict[str, tuple[int, ...]]:

@@ -1,0 +1,153 @@
+"""Adapters on bare parameters of a module, such as the fused weights of a mixture's experts.
+
+A matrix [d, k] gets one update; a stack [experts, d, k] gets one for each expert. In the file all experts' A lie one
+below the other, [experts·r, k], and B's columns go rank by rank, [d, r·experts] (PEFT's format).
+"""
+
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from rankwise.errors import ConfigError
+from rankwise.lora.config import LoraConfig
+from rankwise.lora.layers import LoraLayer, Wrapper
+from rankwise.lora.update import Update
+
+
+class LoraParameter(LoraLayer):
+    """One parameter of `base` and the updates that adapters add to it."""
+
+    def __init__(self, base: nn.Module, parameter: str) -> None:
+        super().__init__(base)
+        # The module is already a child of the wrapper around it; here it is known without being one.
+        del self._modules["base"]
+        self.__dict__["base"] = base
+        self.parameter = parameter
+        self.dims = parameter_dimensions(base, parameter)
+
+    @property
+    def weight_name(self) -> str:
+        return self.parameter
+
+    @property
+    def bias_name(self) -> str:
+        return ""
+
+    def factor_shapes(self, r: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        experts, d, k = self.dims
+        return (experts * r, k), (d, r * experts)
+
+    def add(self, adapter: str, config: LoraConfig, name: str, generator: torch.Generator | None = None) -> None:
+        if config.lora_dropout or config.lora_bias or config.use_dora or isinstance(config.init_lora_weights, str):
+            raise ConfigError(
+                f"{name} is a bare parameter: its input is out of reach; lora_dropout, lora_bias, use_dora and other "
+                "starts than init_lora_weights True or False cannot be"
+            )
+        super().add(adapter, config, name, generator)
+
+    def factors(self, update: Update, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """A [experts, r, k] and B [experts, d, r]"""
+        A, B = update.factors(dtype)
+        experts, d, k = self.dims
+        return A.view(experts, -1, k), B.view(d, -1, experts).permute(2, 0, 1)
+
+    def weight(self) -> Tensor:
+        """The parameter with the sum of the updates at work, in its stored shape, as part of the gradient graph."""
+        weight = getattr(self.base, self.parameter)
+        for adapter, factor in self.beside().items():
+            update = self.update(adapter)
+            A, B = self.factors(update, weight.dtype)
+            stored = self._as_stored(weight)
+            stored = torch.baddbmm(stored, B, A, alpha=update.scale * factor)
+            weight = self._from_stored(stored, weight)
+        return weight
+
+    def base_matrix(self) -> Tensor:
+        """[experts·d, k]"""
+        return self._as_stored(self.own(self.parameter).detach()).flatten(0, 1)
+
+    def delta(self, adapter: str, dtype: torch.dtype) -> Tensor:
+        update = self.update(adapter)
+        A, B = (factor.detach() for factor in self.factors(update, dtype))
+        return torch.bmm(B, A).flatten(0, 1).mul_(update.scale)
+
+    def as_parameter(self, matrix: Tensor) -> Tensor:
+        experts, d, k = self.dims
+        return self._from_stored(matrix.view(experts, d, k), self.own(self.parameter)).contiguous()
+
+    def _as_stored(self, weight: Tensor) -> Tensor:
+        """[experts, d, k]"""
+        if weight.ndim == 2:
+            return weight[None]
+        return weight.transpose(1, 2) if getattr(self.base, "is_transposed", False) else weight
+
+    def _from_stored(self, stored: Tensor, like: Tensor) -> Tensor:
+        if like.ndim == 2:
+            return stored[0]
+        return stored.transpose(1, 2) if getattr(self.base, "is_transposed", False) else stored
+
+
+class ParametersWrapper(Wrapper):
+    """A module of which some bare parameters are adapted. Its forward reads W0 + ΔW in their place."""
+
+    def __init__(self, base: nn.Module) -> None:
+        super().__init__(base)
+        self.parts = nn.ModuleDict()
+
+    def part(self, parameter: str) -> LoraParameter:
+        """The adapted parameter of this name; it becomes one if it was none."""
+        if parameter not in self.parts:
+            self.parts[parameter] = LoraParameter(self.base, parameter)
+        found = self.parts[parameter]
+        assert isinstance(found, LoraParameter)
+        return found
+
+    def named_parts(self) -> list[tuple[str, LoraParameter]]:
+        """The adapted parameters, in the order in which the module registered them."""
+        order = list(dict(self.base.named_parameters(recurse=False)))
+        return [(name, self.part(name)) for name in sorted(self.parts, key=order.index)]
+
+    def parts_of(self) -> list[tuple[str, LoraLayer]]:
+        return [(f".{name}", part) for name, part in self.named_parts()]
+
+    def activate(self, adapters: Mapping[str, float]) -> None:
+        super().activate(adapters)
+        for _, part in self.named_parts():
+            part.activate(adapters)
+
+    def adapters(self) -> set[str]:
+        return {adapter for _, part in self.named_parts() for adapter in part.adapters()}
+
+    def remove(self, adapter: str) -> None:
+        for _, part in self.named_parts():
+            if adapter in part.adapters():
+                part.remove(adapter)
+
+    def parameters_of(self, adapter: str) -> list[nn.Parameter]:
+        return [p for _, part in self.named_parts() for p in part.parameters_of(adapter)]
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        changed = {name: part.weight() for name, part in self.named_parts() if part.beside()}
+        return functional_call(self.base, changed, args, kwargs) if changed else self.base(*args, **kwargs)
+
+    @contextmanager
+    def off(self) -> Iterator[None]:
+        with ExitStack() as stack:
+            for _, part in self.named_parts():
+                stack.enter_context(part.off())
+            yield
+
+
+def parameter_dimensions(module: nn.Module, parameter: str) -> tuple[int, int, int]:
+    """(experts, d, k) of a parameter. Raises ConfigError for one of another form."""
+    weight = getattr(module, parameter)
+    if weight.ndim not in (2, 3) or not weight.is_floating_point():
+        raise ConfigError(f"parameter {parameter} must be a matrix or a stack of them, found {tuple(weight.shape)}")
+    if weight.ndim == 2:
+        return 1, *weight.shape
+    experts, d, k = weight.shape
+    return (experts, k, d) if getattr(module, "is_transposed", False) else (experts, d, k)
