@@ -217,17 +217,23 @@ def _mismatches(expected: dict[str, Tensor], tensors: dict[str, Tensor], model: 
         elif tensors[name].shape != slot.shape:
             problems.append(f"{name}: the model needs {list(slot.shape)}, the file holds {list(tensors[name].shape)}")
     for name in tensors.keys() - expected.keys():
-        if not _is_unchanged_base_weight(name, tensors[name], model):
+        # With bias="all" PEFT writes the bias of a module that is trained in full twice.
+        twin = name.replace(".modules_to_save.", ".")
+        twice = twin in expected and twin in tensors and torch.equal(tensors[twin], tensors[name])
+        if not twice and not _is_unchanged_base_weight(name, tensors[name], model):
             problems.append(f"{name}: the model has no place for it{nearest(name, expected)}")
     return sorted(problems)
 
 
 def _is_unchanged_base_weight(name: str, tensor: Tensor, model: nn.Module) -> bool:
-    """PEFT stores an adapted embedding's base weight beside the adapter; it must be the one of this model."""
-    module, _, parameter = name.rpartition(".base_layer.")
-    found = dict(named_base_modules(model)).get(module) if module else None
-    own = getattr(found, parameter, None)
-    return isinstance(own, Tensor) and torch.equal(own.detach().cpu().to(tensor.dtype), tensor)
+    """PEFT stores some base weights beside the adapter (an adapted embedding's, a head's bias); they must be this
+    model's."""
+    for wrapped in (".base_layer.", ".original_module."):
+        module, found, parameter = name.rpartition(wrapped)
+        if found:
+            own = getattr(dict(named_base_modules(model)).get(module), parameter, None)
+            return isinstance(own, Tensor) and torch.equal(own.detach().cpu().to(tensor.dtype), tensor)
+    return False
 
 
 def _raise_if(problems: list[str], folder: Path) -> None:

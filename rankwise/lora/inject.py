@@ -15,7 +15,7 @@ from rankwise.lora.kinds import layer_kind
 from rankwise.lora.layers import LoraLayer, Wrapper, named_base_modules, named_wrappers
 from rankwise.lora.parameters import ParametersWrapper, parameter_dimensions
 from rankwise.lora.report import AdaptedMatrix, InjectReport
-from rankwise.lora.targets import select_heads, select_parameters, select_targets, select_tokens
+from rankwise.lora.targets import is_inside, select_heads, select_parameters, select_targets, select_tokens
 from rankwise.lora.tied import is_tied_head
 from rankwise.lora.trained import TiedTokenHead, TokenRows, TrainedBias, TrainedCopy
 
@@ -68,7 +68,7 @@ def _plan(model: nn.Module, config: LoraConfig, adapter: str) -> tuple[InjectRep
     counts = {name: sum(p.numel() for p in modules[name].parameters()) for name in heads}
     # Parameters of adapters that are already there do not count as the base's.
     base = {id(p): p.numel() for module in modules.values() for p in module.parameters(recurse=False)}
-    report = InjectReport(matrices, counts, sum(base.values()), _extra(matrices, tokens, modules, config))
+    report = InjectReport(matrices, counts, sum(base.values()), _extra(matrices, heads, tokens, modules, config))
     return report, tokens
 
 
@@ -95,13 +95,14 @@ def _check_ranks(matrices: tuple[AdaptedMatrix, ...], modules: dict[str, nn.Modu
 
 def _extra(
     matrices: tuple[AdaptedMatrix, ...],
+    heads: list[str],
     tokens: dict[str, tuple[int, ...]],
     modules: dict[str, nn.Module],
     config: LoraConfig,
 ) -> dict[str, int]:
     rows = {f"{name}: {len(ids):,} rows": len(ids) * dimensions(modules[name])[0] for name, ids in tokens.items()}
     per_row = sum(m.d for m in matrices)
-    biases = sum(bias.numel() for bias in _bias_parameters(matrices, modules, config).values())
+    biases = sum(bias.numel() for bias in _bias_parameters(matrices, heads, modules, config).values())
     return {
         **rows,
         **({"magnitudes": per_row} if config.use_dora else {}),
@@ -111,14 +112,14 @@ def _extra(
 
 
 def _bias_parameters(
-    matrices: tuple[AdaptedMatrix, ...], modules: dict[str, nn.Module], config: LoraConfig
+    matrices: tuple[AdaptedMatrix, ...], heads: list[str], modules: dict[str, nn.Module], config: LoraConfig
 ) -> dict[str, nn.Parameter]:
-    """The base's biases that train, by the name of their module."""
+    """The base's biases that train, by the name of their module; those of `heads` train with the whole module."""
     names = {"none": [], "lora_only": [m.name for m in matrices if m.name in modules], "all": list(modules)}[
         config.bias
     ]
     found = {name: getattr(modules[name], bias_name(modules[name]), None) for name in names}
-    return {name: bias for name, bias in found.items() if isinstance(bias, nn.Parameter)}
+    return {name: bias for name, bias in found.items() if isinstance(bias, nn.Parameter) and not is_inside(name, heads)}
 
 
 def inject_(
@@ -166,7 +167,7 @@ def inject_(
         put(model, name, layer)
     injected: Injection = getattr(model, ATTRIBUTE)
     injected.configs[adapter] = config
-    biases = _bias_parameters(report.matrices, modules, config)
+    biases = _bias_parameters(report.matrices, list(report.heads), modules, config)
     injected.biases += [TrainedBias(modules[name], adapter, config) for name in biases]
     set_active(model, {adapter: 1.0})
     return report

@@ -34,7 +34,7 @@ def select_heads(modules: Mapping[str, nn.Module], config: LoraConfig, kind: str
         problems.append(f"task_type {config.task_type} trains a head named {wanted}; this model has none")
     if problems:
         raise TargetError(f"{kind} lacks modules that the configuration names:\n" + listing(problems))
-    return [name for name in chosen if not _inside(name, set(chosen) - {name})]
+    return [name for name in chosen if not is_inside(name, set(chosen) - {name})]
 
 
 def select_targets(
@@ -46,7 +46,7 @@ def select_targets(
     pattern matches nothing or a module that cannot carry an adapter.
     """
     heads = set(heads)
-    free = {name: module for name, module in modules.items() if name and not _inside(name, heads)}
+    free = {name: module for name, module in modules.items() if name and not is_inside(name, heads)}
     problems: list[str] = []
     if config.target_modules == ALL_LINEAR:
         chosen = _all_linear(model, free, modules)
@@ -207,5 +207,6 @@ def _suffixes(name: str) -> list[str]:
     return [".".join(parts[start:]) for start in range(len(parts) - 1, -1, -1)]
 
 
-def _inside(name: str, heads: set[str]) -> bool:
+def is_inside(name: str, heads: Iterable[str]) -> bool:
+    """Whether a module is one of `heads` or lies in one of them."""
     return any(name == head or name.startswith(head + ".") for head in heads)
