@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from rankwise import LoraConfig, eject_, inject_, load_adapter_, merge_, save_adapter, unmerge_
+from rankwise import eject_, load_adapter_, merge_, save_adapter, unmerge_
 from rankwise.lora.checkpoint import _slots
 
 CASES = 600
@@ -61,6 +61,9 @@ def draw(number):
     layers = ["up", "down"] if isinstance(start, str) and start != "gaussian" else LAYERS
     targets = rng.sample(layers, rng.randrange(1, len(layers) + 1))
     config = {"target_modules": targets, "r": rng.choice([2, 4]), "lora_alpha": rng.choice([4, 8, 32])}
+    if from_base:
+        # PEFT stores W0 less the start in fp32; a scale far above 1 would compare that rounding and nothing else.
+        config["lora_alpha"] = config["r"]
     config["init_lora_weights"] = start
     config["use_rslora"] = rng.random() < 0.3
     config["use_dora"] = not from_base and rng.random() < 0.35
