@@ -42,7 +42,8 @@ def evaluate(
     the longest reference, which no match needs.
     """
     set_adapter_training(engine.model, False)
-    ordered = sorted(examples, key=lambda example: len(example.ids))
+    # Packed rows share what they begin with; padded ones should be equally long.
+    ordered = sorted(examples, key=lambda example: example.ids if engine.packs else (len(example.ids),))
     loss, counted, right = 0.0, 0, 0
     for start in range(0, len(ordered), BATCH):
         on_progress(f"held-out loss {start}/{len(ordered)}")
