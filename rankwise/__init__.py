@@ -26,42 +26,58 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from rankwise.lora.adapters import activate_ as activate_
+    from rankwise.lora.adapters import adapter_names as adapter_names
+    from rankwise.lora.adapters import adapters_by_row as adapters_by_row
+    from rankwise.lora.adapters import delete_adapter_ as delete_adapter_
     from rankwise.lora.checkpoint import Adapter as Adapter
     from rankwise.lora.checkpoint import load_adapter_ as load_adapter_
     from rankwise.lora.checkpoint import read_adapter as read_adapter
     from rankwise.lora.checkpoint import save_adapter as save_adapter
+    from rankwise.lora.combine import CombineReport as CombineReport
+    from rankwise.lora.combine import combine_adapters_ as combine_adapters_
     from rankwise.lora.config import LoraConfig as LoraConfig
     from rankwise.lora.config import TaskType as TaskType
     from rankwise.lora.inject import adapters_off as adapters_off
     from rankwise.lora.inject import eject_ as eject_
     from rankwise.lora.inject import inject_ as inject_
     from rankwise.lora.inject import trainable_parameters as trainable_parameters
+    from rankwise.lora.kinds import register_layer as register_layer
     from rankwise.lora.low_rank import LowRank as LowRank
     from rankwise.lora.merge import MergeReport as MergeReport
     from rankwise.lora.merge import merge_ as merge_
     from rankwise.lora.merge import merge_and_remove_ as merge_and_remove_
     from rankwise.lora.merge import unmerge_ as unmerge_
     from rankwise.lora.report import InjectReport as InjectReport
+    from rankwise.lora.start import start_from_data_ as start_from_data_
     from rankwise.train.config import TrainConfig as TrainConfig
 
 __version__ = "0.1.0"
 
 _HOMES = {
     "Adapter": "rankwise.lora.checkpoint",
+    "CombineReport": "rankwise.lora.combine",
     "InjectReport": "rankwise.lora.report",
     "LoraConfig": "rankwise.lora.config",
     "LowRank": "rankwise.lora.low_rank",
     "MergeReport": "rankwise.lora.merge",
     "TaskType": "rankwise.lora.config",
     "TrainConfig": "rankwise.train.config",
+    "activate_": "rankwise.lora.adapters",
+    "adapter_names": "rankwise.lora.adapters",
+    "adapters_by_row": "rankwise.lora.adapters",
     "adapters_off": "rankwise.lora.inject",
+    "combine_adapters_": "rankwise.lora.combine",
+    "delete_adapter_": "rankwise.lora.adapters",
     "eject_": "rankwise.lora.inject",
     "inject_": "rankwise.lora.inject",
     "load_adapter_": "rankwise.lora.checkpoint",
     "merge_": "rankwise.lora.merge",
     "merge_and_remove_": "rankwise.lora.merge",
     "read_adapter": "rankwise.lora.checkpoint",
+    "register_layer": "rankwise.lora.kinds",
     "save_adapter": "rankwise.lora.checkpoint",
+    "start_from_data_": "rankwise.lora.start",
     "trainable_parameters": "rankwise.lora.inject",
     "unmerge_": "rankwise.lora.merge",
 }

@@ -27,7 +27,7 @@ def activate_(model: nn.Module, adapters: str | Mapping[str, float]) -> None:
     the same module in full; MergeError for a DoRA adapter beside a merged one. The model is then as it was.
     """
     active = {adapters: 1.0} if isinstance(adapters, str) else dict(adapters)
-    _check_names(model, active)
+    check_names(model, active)
     for name, layer in named_wrappers(model):
         own = [adapter for adapter in active if adapter in layer.adapters()]
         if isinstance(layer, TrainedCopy) and len(own) > 1:
@@ -42,7 +42,7 @@ def delete_adapter_(model: nn.Module, adapter: str) -> None:
 
     Raises ConfigError if there is no such adapter or if it is merged.
     """
-    _check_names(model, [adapter])
+    check_names(model, [adapter])
     injected = injection(model)
     if any(adapter in layer.merged for _, layer in named_lora_layers(model)):
         raise ConfigError(f"{adapter!r} is merged; go back first: rankwise.unmerge_(model)")
@@ -69,7 +69,7 @@ def adapters_by_row(model: nn.Module, adapters: Sequence[str | None]) -> Iterato
     an embedding or biases: those cannot differ within a batch.
     """
     named = [name for name in adapters if name is not None]
-    _check_names(model, named)
+    check_names(model, named)
     for name, layer in named_wrappers(model):
         if not isinstance(layer, LoraLayer) and layer.adapters() & set(named):
             raise ConfigError(f"{name} is trained in full, or has bare parameters adapted; that cannot differ by row")
@@ -92,7 +92,8 @@ def adapters_by_row(model: nn.Module, adapters: Sequence[str | None]) -> Iterato
             layer.rows = None
 
 
-def _check_names(model: nn.Module, adapters: Sequence[str] | Mapping[str, float]) -> None:
+def check_names(model: nn.Module, adapters: Sequence[str] | Mapping[str, float]) -> None:
+    """Raise ConfigError, with the nearest name, if the model does not carry one of these adapters."""
     present = injection(model).configs
     unknown = [name for name in adapters if name not in present]
     if unknown:

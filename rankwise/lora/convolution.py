@@ -22,6 +22,7 @@ class LoraConv(LoraLayer):
         super().__init__(base)
         self._convolve = next(function for kind, function in _CONVOLVE.items() if isinstance(base, kind))
         self.output_dim = -len(base.kernel_size) - 1
+        self.groups = self.stacks = base.groups
 
     def factor_shapes(self, r: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
         base = self.base
@@ -37,17 +38,16 @@ class LoraConv(LoraLayer):
     def _factors(self, update: Update, dtype: Any) -> tuple[Tensor, Tensor]:
         """A and B; a start stacked below A goes group by group, since each group reads its own rows."""
         A, B = update.factors(dtype)
-        groups = self.base.groups
-        if update.start_A is None or groups == 1:
+        if update.start_A is None or self.groups == 1:
             return A, B
         own_A, start_A = A.chunk(2)
-        parts = [part for pair in zip(own_A.chunk(groups), start_A.chunk(groups), strict=True) for part in pair]
+        halves = zip(own_A.chunk(self.groups), start_A.chunk(self.groups), strict=True)
+        parts = [part for pair in halves for part in pair]
         return torch.cat(parts), B
 
     def row_factors(self, update: Update) -> tuple[Tensor, Tensor]:
         """A as [groups, r / groups, k] and B as [groups, d / groups, r / groups], where there are groups."""
-        groups = self.base.groups
         A, B = (factor.detach().flatten(1) for factor in self._factors(update, update.lora_A.dtype))
-        if groups == 1:
+        if self.groups == 1:
             return A, B
-        return A.view(groups, -1, A.shape[1]), B.view(groups, -1, B.shape[1])
+        return A.view(self.groups, -1, A.shape[1]), B.view(self.groups, -1, B.shape[1])

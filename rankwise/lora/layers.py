@@ -76,6 +76,12 @@ class LoraLayer(Wrapper):
     output_dim = -1
     inside_attention = False
     """Whether this is the output projection of an nn.MultiheadAttention."""
+    is_module = True
+    """Whether this stands in the place of a module, and not of a bare parameter."""
+    groups = 1
+    """Parts of the matrix that share the rank among them (a convolution's groups)."""
+    stacks = 1
+    """Parts of the matrix whose updates are independent (a convolution's groups, a mixture's experts)."""
 
     def __init__(self, base: BaseLayer) -> None:
         super().__init__(base)
@@ -101,10 +107,14 @@ class LoraLayer(Wrapper):
         weight = self.own(self.weight_name)
         update = Update(config, name, *shapes, dtype=working_dtype(weight), device=weight.device)
         self.start(update, config, generator)
-        if update.magnitude is not None:
-            with torch.no_grad():
-                update.magnitude.copy_(self.row_lengths(update))
+        self.reset_magnitude(update)
         self.updates[adapter] = update.train(self.training)
+
+    @torch.no_grad()
+    def reset_magnitude(self, update: Update) -> None:
+        """Let DoRA's magnitudes be the lengths of the rows as they are."""
+        if update.magnitude is not None:
+            update.magnitude.copy_(self.row_lengths(update))
 
     def start(self, update: Update, config: LoraConfig, generator: torch.Generator | None) -> None:
         """Set the start values of an update."""
@@ -228,6 +238,11 @@ class LoraLayer(Wrapper):
         """The factors as matrices of the rows of `base_matrix`."""
         low_rank = update.low_rank()
         return low_rank.A, low_rank.B
+
+    @torch.no_grad()
+    def set_row_factors(self, update: Update, A: Tensor, B: Tensor) -> None:
+        """Take factors in the form that `row_factors` gives."""
+        update.set(A.reshape(update.lora_A.shape), B.reshape(update.lora_B.shape))
 
     def delta(self, adapter: str, dtype: torch.dtype) -> Tensor:
         """What merging an adapter adds to `base_matrix`, [d, k] in `dtype`."""

@@ -21,6 +21,8 @@ from rankwise.lora.update import Update
 class LoraParameter(LoraLayer):
     """One parameter of `base` and the updates that adapters add to it."""
 
+    is_module = False
+
     def __init__(self, base: nn.Module, parameter: str) -> None:
         super().__init__(base)
         # The module is already a child of the wrapper around it; here it is known without being one.
@@ -28,6 +30,7 @@ class LoraParameter(LoraLayer):
         self.__dict__["base"] = base
         self.parameter = parameter
         self.dims = parameter_dimensions(base, parameter)
+        self.stacks = self.dims[0]
 
     @property
     def weight_name(self) -> str:
@@ -70,10 +73,14 @@ class LoraParameter(LoraLayer):
         """[experts·d, k]"""
         return self._as_stored(self.own(self.parameter).detach()).flatten(0, 1)
 
-    def delta(self, adapter: str, dtype: torch.dtype) -> Tensor:
-        update = self.update(adapter)
-        A, B = (factor.detach() for factor in self.factors(update, dtype))
-        return torch.bmm(B, A).flatten(0, 1).mul_(update.scale)
+    def row_factors(self, update: Update) -> tuple[Tensor, Tensor]:
+        A, B = (factor.detach() for factor in self.factors(update, update.lora_A.dtype))
+        return (A, B) if self.stacks > 1 else (A[0], B[0])
+
+    @torch.no_grad()
+    def set_row_factors(self, update: Update, A: Tensor, B: Tensor) -> None:
+        experts, d, _ = self.dims
+        update.set(A.reshape(update.lora_A.shape), B.reshape(experts, d, -1).permute(1, 2, 0).flatten(1))
 
     def as_parameter(self, matrix: Tensor) -> Tensor:
         experts, d, k = self.dims

@@ -1,0 +1,175 @@
+"""One adapter from several: the exact weighted sum of their ΔW, TIES and DARE, at a rank of choice."""
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from rankwise.errors import ConfigError, listing
+from rankwise.lora.adapters import check_names
+from rankwise.lora.config import LoraConfig
+from rankwise.lora.inject import inject_, injection
+from rankwise.lora.layers import LoraLayer, named_lora_layers, named_wrappers
+
+Method = Literal["sum", "ties", "dare", "dare_ties"]
+
+
+@dataclass(frozen=True)
+class CombineReport:
+    """How much of the combined ΔW the new adapter holds."""
+
+    ranks: dict[str, int]
+    """The rank of the new update of each module."""
+    lost: dict[str, float]
+    """‖ΔW - s·B·A‖ / ‖ΔW‖ of each module (Frobenius): what its rank was too small for."""
+
+    @property
+    def most_lost(self) -> float:
+        return max(self.lost.values(), default=0.0)
+
+
+def combine_adapters_(
+    model: nn.Module,
+    weights: Mapping[str, float],
+    adapter: str,
+    r: int | None = None,
+    method: Method = "sum",
+    density: float = 0.5,
+    generator: torch.Generator | None = None,
+) -> CombineReport:
+    """Make a new adapter out of the adapters in `weights`, in place, and let it work.
+
+    "sum": Σ weight·ΔW, by QR and SVD of the stacked factors, without a dense ΔW for plain LoRA; without `r` every rank
+    is the sum of the sources' and nothing is lost. "ties" (Yadav et al. 2023, arXiv 2306.01708) keeps of each ΔW the
+    `density` share that is largest, elects a sign for each entry and averages what agrees. "dare" (Yu et al. 2023,
+    arXiv 2311.03099) drops all but a `density` share at random (drawn from `generator`), scales the rest up and sums.
+    "dare_ties" drops at random, then elects. These three work on the dense ΔW of one module after the other, and need
+    `r`. A DoRA source counts with all that it changes in the weight, so it has full rank and needs `r` too.
+    Raises ConfigError, with every problem at once, for what cannot be combined; the model is then as it was.
+    """
+    check_names(model, [*weights])
+    layers = {name: layer for name, layer in named_lora_layers(model) if weights.keys() & layer.updates.keys()}
+    _check(model, layers, weights, r, method, density)
+    factors, lost = {}, {}
+    for name, layer in layers.items():
+        own = {source: weight for source, weight in weights.items() if source in layer.updates}
+        stacked = _stacked(layer, own) if method == "sum" else None
+        if stacked is None:
+            A, B, lost[name] = _compress_dense(layer, _dense(layer, own, method, density, generator), r)
+        else:
+            A, B, lost[name] = _compress(*stacked, None if r is None else _share(layer, r))
+        factors[name] = A, B
+    ranks = {name: _rank(layer, factors[name][0]) for name, layer in layers.items()}
+    inject_(model, _config(layers, ranks), adapter=adapter)
+    for name, layer in layers.items():
+        layer.set_row_factors(layer.update(adapter), *factors[name])
+    return CombineReport(ranks, lost)
+
+
+def _check(
+    model: nn.Module,
+    layers: Mapping[str, LoraLayer],
+    weights: Mapping[str, float],
+    r: int | None,
+    method: Method,
+    density: float,
+) -> None:
+    problems = []
+    for name, place in named_wrappers(model):
+        if not place.parts_of() and (both := place.adapters() & weights.keys()):
+            problems.append(f"{name}: {', '.join(sorted(both))} train it in full or in part, which has no sum")
+    updates = [
+        (name, layer.update(source)) for name, layer in layers.items() for source in weights if source in layer.updates
+    ]
+    problems += [f"{name}: a bias of B cannot be combined" for name, update in updates if update.lora_bias is not None]
+    if any(bias.adapter in weights for bias in injection(model).biases):
+        problems.append("an adapter that trains the model's biases cannot be combined")
+    if r is None and (method != "sum" or any(update.magnitude is not None for _, update in updates)):
+        problems.append("r is needed: the combined change has full rank (DoRA, TIES, DARE)")
+    if r is not None and r < 1:
+        problems.append(f"r must be at least 1, found {r}")
+    if method not in ("sum", "ties", "dare", "dare_ties"):
+        problems.append(f'method must be "sum", "ties", "dare" or "dare_ties", found {method!r}')
+    if not 0 < density <= 1:
+        problems.append(f"density must lie in (0, 1], found {density}")
+    if problems:
+        raise ConfigError("these adapters cannot be combined:\n" + listing(problems))
+
+
+def _stacked(layer: LoraLayer, weights: Mapping[str, float]) -> tuple[Tensor, Tensor] | None:
+    """A and B of Σ weight·ΔW one below and beside the other, or None if a source changes the weight otherwise."""
+    updates = [(layer.update(source), weight) for source, weight in weights.items()]
+    if any(update.magnitude is not None for update, _ in updates):
+        return None
+    pairs = [(layer.row_factors(update), update.scale * weight) for update, weight in updates]
+    As = torch.cat([A for (A, _), _ in pairs], dim=-2)
+    Bs = torch.cat([B * factor for (_, B), factor in pairs], dim=-1)
+    return As, Bs
+
+
+def _compress(A: Tensor, B: Tensor, r: int | None) -> tuple[Tensor, Tensor, float]:
+    """Factors of B·A at rank r (None: as given) that are nearest in the Frobenius norm, and the share of it lost."""
+    if r is None or r >= A.shape[-2]:
+        return A, B, 0.0
+    Q_B, R_B = torch.linalg.qr(B.double())
+    Q_A, R_A = torch.linalg.qr(A.double().mT)
+    U, S, Vh = torch.linalg.svd(R_B @ R_A.mT)
+    lost = (S[..., r:].square().sum() / S.square().sum().clamp_min(torch.finfo(S.dtype).tiny)).sqrt().item()
+    root = S[..., :r].sqrt()
+    return root[..., None] * Vh[..., :r, :] @ Q_A.mT, Q_B @ U[..., :r] * root[..., None, :], lost
+
+
+def _compress_dense(layer: LoraLayer, delta: Tensor, r: int | None) -> tuple[Tensor, Tensor, float]:
+    share = _share(layer, r or 1)
+    stacked = delta.view(layer.stacks, -1, delta.shape[1]) if layer.stacks > 1 else delta
+    U, S, Vh = torch.linalg.svd(stacked, full_matrices=False)
+    lost = (S[..., share:].square().sum() / S.square().sum().clamp_min(torch.finfo(S.dtype).tiny)).sqrt().item()
+    root = S[..., :share].sqrt()
+    return root[..., None] * Vh[..., :share, :], U[..., :share] * root[..., None, :], lost
+
+
+def _dense(
+    layer: LoraLayer, weights: Mapping[str, float], method: Method, density: float, generator: torch.Generator | None
+) -> Tensor:
+    """The combined ΔW [d, k] of one layer in fp64."""
+    deltas = torch.stack([layer.delta(source, torch.float64) for source in weights])
+    factors = torch.tensor([*weights.values()], dtype=torch.float64, device=deltas.device)[:, None, None]
+    if method.startswith("dare"):
+        kept = torch.rand(deltas.shape, generator=generator, dtype=torch.float64).to(deltas.device) < density
+        deltas = deltas * kept / density
+    if method == "ties":
+        count = max(1, round(density * deltas[0].numel()))
+        least = deltas.abs().flatten(1).kthvalue(deltas[0].numel() - count + 1, dim=1).values
+        deltas = deltas * (deltas.abs() >= least[:, None, None])
+    weighted = deltas * factors
+    if method in ("sum", "dare"):
+        return weighted.sum(0)
+    agrees = (weighted.sign() == weighted.sum(0).sign()) & (weighted != 0)
+    return (weighted * agrees).sum(0) / agrees.sum(0).clamp_min(1)
+
+
+def _share(layer: LoraLayer, r: int) -> int:
+    """The rank of one of a layer's independent blocks: a convolution's groups divide r, experts have r each."""
+    return max(1, r // layer.groups)
+
+
+def _rank(layer: LoraLayer, A: Tensor) -> int:
+    return A.shape[-2] * layer.groups
+
+
+def _config(layers: Mapping[str, LoraLayer], ranks: Mapping[str, int]) -> LoraConfig:
+    """A configuration in which every update has its own rank and the scale 1."""
+    modules = [name for name, layer in layers.items() if layer.is_module]
+    r = max(ranks.values())
+    own = {re.escape(name): rank for name, rank in ranks.items() if rank != r}
+    return LoraConfig(
+        r=r,
+        lora_alpha=r,
+        target_modules="|".join(map(re.escape, modules)) if modules else (),
+        target_parameters=[name for name, layer in layers.items() if not layer.is_module] or None,
+        rank_pattern=own,
+        alpha_pattern=own,
+    )

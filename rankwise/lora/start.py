@@ -1,0 +1,122 @@
+"""Starting an adapter from data: EVA, CorDA and LoRA-GA look at a few batches before training."""
+
+import re
+from collections.abc import Callable, Iterable
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from rankwise.errors import ConfigError
+from rankwise.lora.adapters import check_names
+from rankwise.lora.base_weight import as_matrix, working_dtype
+from rankwise.lora.inject import DEFAULT, adapters_off, injection, set_active
+from rankwise.lora.layers import named_lora_layers
+from rankwise.lora.linear import LoraLinear
+from rankwise.lora.variants.corda import corda
+from rankwise.lora.variants.eva import eva, spread_ranks
+from rankwise.lora.variants.lora_ga import lora_ga
+
+FROM_DATA = ("eva", "corda", "lora_ga")
+
+
+def start_from_data_(
+    model: nn.Module, batches: Iterable[Any], loss: Callable[[Any], Tensor], adapter: str = DEFAULT
+) -> dict[str, int]:
+    """Give an adapter with init_lora_weights "eva", "corda" or "lora_ga" its start, in place, before it is trained.
+
+    `loss(batch)` runs the model on a batch; its value matters for "lora_ga" alone, which needs the gradient of the base
+    weights and so as much memory as they take, in fp32. "eva" and "corda" keep Σ x·xᵀ [k, k] of each layer. Only linear
+    layers can start from data. Returns each module's rank: "eva" spreads the sum of the ranks over the layers anew.
+    Raises ConfigError, before the model is run, for another start or other layers; the model is then as it was.
+    """
+    check_names(model, [adapter])
+    config = injection(model).configs[adapter]
+    how = config.init_lora_weights
+    if how not in FROM_DATA:
+        raise ConfigError(f"init_lora_weights is {how!r}; a start from data is one of {', '.join(FROM_DATA)}")
+    layers = {name: layer for name, layer in named_lora_layers(model) if adapter in layer.updates}
+    others = [name for name, layer in layers.items() if not isinstance(layer, LoraLinear)]
+    if others:
+        raise ConfigError(f"init_lora_weights {how!r} goes with linear layers alone, found {', '.join(others[:5])}")
+    sums = (_gradients if how == "lora_ga" else _inputs)(model, layers, batches, loss)
+    if unreached := sorted(layers.keys() - sums.keys()):
+        raise ConfigError(f"the batches did not reach {', '.join(unreached[:5])}; nothing was changed")
+    if how == "eva":
+        return _start_eva(model, layers, sums, adapter)
+    for name, layer in layers.items():
+        update = layer.update(adapter)
+        if how == "corda":
+            update.begin_at(*corda(layer.base_matrix(), sums[name], update.r, update.scale))
+        else:
+            update.begin_at(*lora_ga(sums[name], update.r))
+        layer.reset_magnitude(update)
+    return {name: layer.update(adapter).r for name, layer in layers.items()}
+
+
+def _start_eva(model: nn.Module, layers: dict[str, Any], sums: dict[str, Tensor], adapter: str) -> dict[str, int]:
+    injected = injection(model)
+    budget = sum(layer.update(adapter).r for layer in layers.values())
+    # A layer may get up to twice its rank, as in the paper, and no more than its matrix has.
+    found = {
+        name: eva(sums[name], min(2 * layer.update(adapter).r, *layer.base_matrix().shape))
+        for name, layer in layers.items()
+    }
+    ranks = spread_ranks({name: share for name, (_, share) in found.items()}, budget)
+    config = replace(injected.configs[adapter], rank_pattern={re.escape(name): rank for name, rank in ranks.items()})
+    active = dict(injected.active)
+    for name, layer in layers.items():
+        layer.remove(adapter)
+        layer.add(adapter, config, name)
+        update = layer.update(adapter)
+        update.set(found[name][0][: ranks[name]], torch.zeros_like(update.lora_B))
+    injected.configs[adapter] = config
+    set_active(model, active)
+    return ranks
+
+
+def _inputs(
+    model: nn.Module, layers: dict[str, Any], batches: Iterable[Any], loss: Callable[[Any], Tensor]
+) -> dict[str, Tensor]:
+    """Σ x·xᵀ [k, k] of each layer's inputs over the batches."""
+    sums: dict[str, Tensor] = {}
+
+    def note(name: str) -> Callable[..., None]:
+        def on_forward(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+            x = inputs[0].flatten(0, -2).to(working_dtype(inputs[0]))
+            sums[name] = x.T @ x + sums[name] if name in sums else x.T @ x
+
+        return on_forward
+
+    handles = [layer.base.register_forward_pre_hook(note(name)) for name, layer in layers.items()]
+    try:
+        with adapters_off(model), torch.no_grad():
+            for batch in batches:
+                loss(batch)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return sums
+
+
+def _gradients(
+    model: nn.Module, layers: dict[str, Any], batches: Iterable[Any], loss: Callable[[Any], Tensor]
+) -> dict[str, Tensor]:
+    """Σ ∂L/∂W0 [d, k] of each layer over the batches."""
+    weights = {name: layer.own(layer.weight_name) for name, layer in layers.items()}
+    try:
+        for weight in weights.values():
+            weight.requires_grad_(True)
+        with adapters_off(model), torch.enable_grad():
+            for batch in batches:
+                loss(batch).backward()
+        return {
+            name: as_matrix(layers[name].base, weight.grad)
+            for name, weight in weights.items()
+            if weight.grad is not None
+        }
+    finally:
+        for weight in weights.values():
+            weight.requires_grad_(False)
+            weight.grad = None
