@@ -52,7 +52,7 @@ def training_steps(
     Raises RankwiseError when the loss is no longer finite; the adapter then keeps its values from before that step.
     """
     parameters = trainable_parameters(engine.model)
-    optimizer = AdamW(parameters, lr=config.lr, weight_decay=0.0)
+    optimizer = AdamW(parameters, lr=config.lr, weight_decay=0.0, fused=True)
     total = step_count(len(examples), config)
     schedule = _warm_up_then_fall(optimizer, total)
     set_adapter_training(engine.model, True)

@@ -6,7 +6,7 @@ from torch import Tensor
 
 
 def eva(gram: Tensor, r: int) -> tuple[Tensor, Tensor]:
-    """(A, share): the r main directions [r, k] of inputs with Σ x·xᵀ = gram [k, k], and what they hold of the variance [r].
+    """(A, share) for inputs with Σ x·xᵀ = gram [k, k]: r main directions [r, k] and the variance share of each [r].
 
     B starts at zero, so the base is not touched.
     """
