@@ -1,0 +1,266 @@
+"""Starts, trained rows and biases, bare parameters, patterns: each against its definition."""
+
+import peft
+import pytest
+import torch
+from conftest import randomise_adapter, tiny
+from torch import nn
+from torch.nn import functional as F
+
+from rankwise import LoraConfig, eject_, inject_, load_adapter_, merge_, save_adapter, start_from_data_
+from rankwise.errors import CheckpointError, ConfigError, TargetError
+from rankwise.lora.inject import adapters_off, trainable_parameters
+from rankwise.lora.layers import named_lora_layers
+
+IDS = torch.tensor([[3, 4, 5, 6], [9, 8, 7, 6]])
+LINEAR = ["q_proj", "up_proj"]
+
+
+def close(ours, theirs, tolerance=1e-11):
+    torch.testing.assert_close(ours, theirs, rtol=tolerance, atol=tolerance)
+
+
+def next_token_loss(model):
+    return lambda ids: F.cross_entropy(model(ids).logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
+
+
+@pytest.mark.parametrize("start", ["pissa", "pissa_niter_8", "olora", "orthogonal", "gaussian", True])
+@pytest.mark.parametrize("dora", [False, True])
+def test_every_start_begins_as_the_base_which_keeps_its_bits(start, dora, tmp_path):
+    model = tiny("llama", torch.float64)
+    before = model(IDS).logits
+    state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    inject_(model, LoraConfig(r=4, target_modules=LINEAR, init_lora_weights=start, use_dora=dora))
+    close(model(IDS).logits, before)
+    with adapters_off(model):
+        assert torch.equal(model(IDS).logits, before)
+    randomise_adapter(model)
+    trained = model(IDS).logits
+    assert (trained - before).abs().max() > 1e-3
+    save_adapter(model, tmp_path)
+    merge_(model)
+    close(model(IDS).logits, trained)
+    eject_(model)
+    assert all(torch.equal(tensor, state[name]) for name, tensor in model.state_dict().items())
+    again = tiny("llama", torch.float64)
+    load_adapter_(again, tmp_path)
+    close(again(IDS).logits, trained)
+
+
+def test_a_start_from_the_base_is_saved_as_plain_lora_of_twice_the_rank(tmp_path):
+    model = tiny("llama")
+    config = LoraConfig(
+        r=4, lora_alpha=6, target_modules=LINEAR, init_lora_weights="pissa", use_rslora=True, rank_pattern={"up_proj": 2}
+    )
+    inject_(model, config)
+    randomise_adapter(model)
+    save_adapter(model, tmp_path)
+    saved = peft.LoraConfig.from_pretrained(tmp_path)
+    assert (saved.r, saved.rank_pattern, saved.init_lora_weights) == (8, {"up_proj": 4}, True)
+    theirs = peft.PeftModel.from_pretrained(tiny("llama"), tmp_path)(IDS).logits
+    torch.testing.assert_close(model(IDS).logits, theirs, rtol=1e-5, atol=1e-5)
+
+
+def test_pissa_takes_the_largest_singular_values():
+    weight = tiny("llama", torch.float64).model.layers[0].mlp.up_proj.weight
+    model = tiny("llama", torch.float64)
+    inject_(model, LoraConfig(r=4, lora_alpha=8, target_modules=["up_proj"], init_lora_weights="pissa"))
+    update = model.model.layers[0].mlp.up_proj.update("default")
+    left = torch.linalg.svdvals(weight - update.scale * update.lora_B @ update.lora_A)
+    close(left[: len(left) - 4], torch.linalg.svdvals(weight)[4:])
+    close(left[len(left) - 4 :], torch.zeros(4, dtype=torch.float64))
+
+
+def test_eva_starts_in_the_directions_of_the_inputs_and_keeps_the_sum_of_ranks():
+    model = tiny("llama", torch.float64)
+    before = model(IDS).logits
+    inject_(model, LoraConfig(r=4, target_modules=LINEAR, init_lora_weights="eva"))
+    seen = []
+    handle = model.model.layers[0].self_attn.q_proj.base.register_forward_pre_hook(lambda _, x: seen.append(x[0]))
+    ranks = start_from_data_(model, [IDS, IDS + 1], next_token_loss(model))
+    handle.remove()
+    assert sum(ranks.values()) == 4 * len(ranks)
+    assert {layer.update("default").r for _, layer in named_lora_layers(model)} == set(ranks.values())
+    close(model(IDS).logits, before)
+    x = torch.cat(seen).flatten(0, 1)
+    A = model.model.layers[0].self_attn.q_proj.update("default").lora_A
+    best = torch.linalg.svd(x, full_matrices=False).Vh[: len(A)]
+    close(A.T @ A, best.T @ best, 1e-6)
+    assert [p.requires_grad for p in trainable_parameters(model)] == [True] * 2 * len(ranks)
+
+
+def test_lora_ga_moves_the_weights_as_full_fine_tuning_would_along_its_directions():
+    model = tiny("llama", torch.float64)
+    before = model(IDS).logits
+    inject_(model, LoraConfig(r=4, target_modules=["up_proj"], init_lora_weights="lora_ga"))
+    loss = next_token_loss(model)
+    start_from_data_(model, [IDS], loss)
+    close(model(IDS).logits, before)
+    plain = tiny("llama", torch.float64)
+    next_token_loss(plain)(IDS).backward()
+    gradient = plain.model.layers[0].mlp.up_proj.weight.grad
+    update = model.model.layers[0].mlp.up_proj.update("default")
+    # What one gradient step on A and B moves: its projection on the gradient is that of the 2r main directions.
+    loss(IDS).backward()
+    moved = update.lora_B @ update.lora_A.grad + update.lora_B.grad @ update.lora_A
+    cosine = F.cosine_similarity(moved.flatten(), gradient.flatten(), dim=0)
+    energy = torch.linalg.svdvals(gradient).square()
+    assert cosine == pytest.approx((energy[:8].sum() / energy.sum()).sqrt().item(), abs=1e-6)
+
+
+def test_corda_takes_what_the_inputs_use_most():
+    model = tiny("llama", torch.float64)
+    before = model(IDS).logits
+    inject_(model, LoraConfig(r=4, lora_alpha=4, target_modules=["up_proj"], init_lora_weights="corda"))
+    seen = []
+    handle = model.model.layers[0].mlp.up_proj.base.register_forward_pre_hook(lambda _, x: seen.append(x[0]))
+    start_from_data_(model, [IDS], next_token_loss(model))
+    handle.remove()
+    close(model(IDS).logits, before)
+    x = torch.cat(seen).flatten(0, 1)
+    weight = model.model.layers[0].mlp.up_proj.base.weight
+    update = model.model.layers[0].mlp.up_proj.update("default")
+    left = (weight - update.lora_B @ update.lora_A) @ (x.T @ x)
+    values = torch.linalg.svdvals(weight @ (x.T @ x))
+    close(left.norm(), values[4:].norm(), 1e-4)
+
+
+def test_a_start_from_data_that_cannot_be_is_refused():
+    model = tiny("llama")
+    inject_(model, LoraConfig(r=2))
+    with pytest.raises(ConfigError, match="eva, corda, lora_ga"):
+        start_from_data_(model, [IDS], next_token_loss(model))
+    eject_(model)
+    inject_(model, LoraConfig(r=2, init_lora_weights="eva"))
+    with pytest.raises(ConfigError, match="did not reach"):
+        start_from_data_(model, [], next_token_loss(model))
+
+
+@pytest.mark.parametrize("family", ["llama", "llama-tied"])
+def test_only_the_rows_of_the_chosen_tokens_train_and_a_tied_head_uses_them(family, tmp_path):
+    model = tiny(family)
+    state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    inject_(model, LoraConfig(r=2, target_modules=["q_proj"], trainable_token_indices=[5, 90]))
+    before = model(IDS).logits
+    torch.testing.assert_close(before, tiny(family)(IDS).logits)
+    randomise_adapter(model, std=0.5)
+    ours = model(IDS).logits
+    save_adapter(model, tmp_path)
+    theirs = peft.PeftModel.from_pretrained(tiny(family), tmp_path)(IDS).logits
+    torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
+    again = tiny(family)
+    load_adapter_(again, tmp_path)
+    assert torch.equal(again(IDS).logits, ours)
+    eject_(model)
+    assert all(torch.equal(tensor, state[name]) for name, tensor in model.state_dict().items())
+
+
+@pytest.mark.parametrize("bias", ["all", "lora_only"])
+def test_trained_biases_are_copies_that_adapters_off_takes_away(bias, tmp_path):
+    model = tiny("gpt2")
+    before = model(IDS).logits
+    report = inject_(model, LoraConfig(r=2, target_modules=["c_attn"], bias=bias))
+    assert report.trainable_parameters == sum(p.numel() for p in trainable_parameters(model))
+    randomise_adapter(model, std=0.2)
+    ours = model(IDS).logits
+    with adapters_off(model):
+        assert torch.equal(model(IDS).logits, before)
+    assert torch.equal(model(IDS).logits, ours)
+    save_adapter(model, tmp_path)
+    theirs = peft.PeftModel.from_pretrained(tiny("gpt2"), tmp_path)(IDS).logits
+    torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
+    eject_(model)
+    assert torch.equal(model(IDS).logits, before)
+
+
+class Experts(nn.Module):
+    """A mixture's fused weights as transformers keeps them."""
+
+    def __init__(self, is_transposed):
+        super().__init__()
+        self.is_transposed = is_transposed
+        shapes = ((3, 8, 12), (3, 6, 8)) if is_transposed else ((3, 12, 8), (3, 8, 6))
+        self.gate_up_proj, self.down_proj = (nn.Parameter(torch.randn(shape)) for shape in shapes)
+
+    def forward(self, x):
+        first, second = self.gate_up_proj, self.down_proj
+        if not self.is_transposed:
+            first, second = first.mT, second.mT
+        gate, up = (x @ first).chunk(2, dim=-1)
+        return (F.silu(gate) * up) @ second
+
+
+def experts(is_transposed):
+    torch.manual_seed(0)
+    return nn.ModuleDict({"experts": Experts(is_transposed)}).double()
+
+
+@pytest.mark.parametrize("is_transposed", [False, True])
+@pytest.mark.parametrize("names", [["experts.gate_up_proj"], ["experts.gate_up_proj", "experts.down_proj"]])
+def test_the_fused_weights_of_experts_get_an_update_each_as_in_peft(names, is_transposed, tmp_path):
+    base = experts(is_transposed)
+    theirs = peft.get_peft_model(
+        base, peft.LoraConfig(r=2, target_modules=[], target_parameters=names, init_lora_weights=False)
+    )
+    theirs.save_pretrained(tmp_path / "theirs")
+    x = torch.randn(3, 5, 8).double()
+    expected = theirs.base_model.model["experts"](x)
+    model = experts(is_transposed)
+    report = load_adapter_(model, tmp_path / "theirs", trainable=True)
+    assert {m.count for m in report.matrices} == {3}
+    close(model["experts"](x), expected)
+    gradient = torch.autograd.grad(model["experts"](x).sum(), trainable_parameters(model))
+    assert all(g.abs().max() > 0 for g in gradient)
+    save_adapter(model, tmp_path / "ours")
+    back = peft.PeftModel.from_pretrained(experts(is_transposed), tmp_path / "ours")
+    close(back.base_model.model["experts"](x), expected)
+    merge_(model)
+    close(model["experts"](x), expected)
+    eject_(model)
+    assert torch.equal(model["experts"](x), experts(is_transposed)["experts"](x))
+
+
+def test_blocks_and_exclusions_choose_modules_as_in_peft():
+    for config in (
+        {"target_modules": ["q_proj", "up_proj"], "layers_to_transform": [1]},
+        {"target_modules": ["q_proj", "up_proj"], "layers_to_transform": 0, "layers_pattern": "layers"},
+        {"target_modules": "all-linear", "exclude_modules": ["q_proj", "layers.1.mlp.up_proj"]},
+        {"target_modules": ["q_proj"], "exclude_modules": r".*\.1\..*"},
+    ):
+        theirs = peft.get_peft_model(tiny("llama"), peft.LoraConfig(**config)).targeted_module_names
+        ours = inject_(tiny("llama"), LoraConfig(**config)).matrices
+        assert sorted(m.name for m in ours) == sorted(theirs)
+
+
+@pytest.mark.parametrize(
+    ("config", "error", "message"),
+    [
+        ({"rank_pattern": {"q_porj": 2}}, ConfigError, r"rank_pattern key 'q_porj' matches no .*nearest: 'q_proj'"),
+        ({"alpha_pattern": {"lm_head": 2}}, ConfigError, "alpha_pattern key 'lm_head' matches no"),
+        ({"rank_pattern": {"q_proj": 40}}, ConfigError, "r = 40 is larger"),
+        ({"exclude_modules": ["nothing"]}, TargetError, "exclude_modules: 'nothing' matches no module"),
+        ({"layers_to_transform": [1, 7]}, TargetError, r"blocks \[7\] \(there are: 0 to 1\)"),
+        ({"target_parameters": ["gate_up_proj"]}, TargetError, "target_parameters 'gate_up_proj' matches none"),
+        ({"trainable_token_indices": [96]}, TargetError, r"there are no rows \[96\]"),
+    ],
+)
+def test_a_setting_that_matches_nothing_is_an_error_and_nothing_changes(config, error, message):
+    model = tiny("llama")
+    with pytest.raises(error, match=message):
+        inject_(model, LoraConfig(**{"r": 2, **config}))
+    assert model.state_dict().keys() == tiny("llama").state_dict().keys()
+    assert all(p.requires_grad for p in model.parameters())
+
+
+def test_settings_that_contradict_each_other_are_all_named():
+    with pytest.raises(ConfigError) as error:
+        LoraConfig(bias="some", init_lora_weights="magic", lora_bias=True, use_dora=True, layers_pattern="layers")
+    for part in ("bias must be", "init_lora_weights 'magic'", "lora_bias goes with", "layers_pattern says"):
+        assert part in str(error.value)
+
+
+def test_a_start_that_the_file_cannot_hold_is_refused(tmp_path):
+    theirs = peft.get_peft_model(tiny("llama"), peft.LoraConfig(target_modules=["q_proj"], init_lora_weights="pissa_niter_4"))
+    theirs.save_pretrained(tmp_path)
+    with pytest.raises(CheckpointError, match="path_initial_model_for_weight_conversion"):
+        load_adapter_(tiny("llama"), tmp_path)

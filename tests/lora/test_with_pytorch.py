@@ -1,0 +1,155 @@
+"""An adapted model beside what PyTorch and transformers do with models."""
+
+from copy import deepcopy
+
+import pytest
+import torch
+from conftest import randomise_adapter, tiny
+from torch import nn
+from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
+
+from rankwise import LoraConfig, eject_, inject_, load_adapter_, merge_, register_layer, save_adapter
+from rankwise.lora.inject import trainable_parameters
+from rankwise.lora.linear import LoraLinear
+
+IDS = torch.tensor([[3, 4, 5, 6], [9, 8, 7, 6]])
+
+
+def adapted(family="llama", **config):
+    model = tiny(family)
+    inject_(model, LoraConfig(**{"r": 2, **config}))
+    randomise_adapter(model)
+    return model
+
+
+def gradients(model):
+    model(IDS).logits.square().sum().backward()
+    found = [p.grad.clone() for p in trainable_parameters(model)]
+    model.zero_grad()
+    return found
+
+
+@pytest.mark.parametrize("dora", [False, True])
+def test_dynamo_captures_an_adapted_model_without_a_graph_break(dora):
+    model = adapted(use_dora=dora)
+    explained = torch._dynamo.explain(lambda ids: model(ids, use_cache=False).logits)(IDS)
+    assert explained.graph_break_count == 0, explained.break_reasons
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    torch.testing.assert_close(compiled(IDS, use_cache=False).logits, model(IDS, use_cache=False).logits)
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_gradient_checkpointing_gives_the_same_gradients(reentrant):
+    model = adapted()
+    expected = gradients(model)
+    model.train()
+    model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+    model.enable_input_require_grads()
+    for ours, theirs in zip(gradients(model), expected, strict=True):
+        torch.testing.assert_close(ours, theirs)
+
+
+def test_a_deep_copy_is_independent():
+    model = adapted(bias="lora_only", trainable_token_indices=[5])
+    before = model(IDS).logits
+    copy = deepcopy(model)
+    randomise_adapter(copy, seed=9)
+    assert torch.equal(model(IDS).logits, before)
+    assert not torch.equal(copy(IDS).logits, before)
+    eject_(copy)
+    assert torch.equal(model(IDS).logits, before)
+
+
+def test_autocast_computes_in_the_lower_type_and_trains_in_fp32():
+    model = adapted()
+    full = model(IDS).logits
+    with torch.autocast("cpu", torch.bfloat16):
+        low = model(IDS).logits
+    assert low.dtype == torch.bfloat16
+    torch.testing.assert_close(low.float(), full, rtol=0.1, atol=0.02)
+    low.float().sum().backward()
+    assert all(p.grad is not None and p.grad.dtype == torch.float32 for p in trainable_parameters(model))
+
+
+def test_a_half_precision_base_keeps_its_type_and_the_adapter_is_fp32():
+    model = tiny("llama", torch.bfloat16)
+    inject_(model, LoraConfig(r=2))
+    assert {p.dtype for p in trainable_parameters(model)} == {torch.float32}
+    assert model(IDS).logits.dtype == torch.bfloat16
+    gradients(model)
+
+
+def test_a_model_without_memory_can_be_adapted_and_then_materialised(tmp_path):
+    trained = adapted()
+    save_adapter(trained, tmp_path)
+    with torch.device("meta"):
+        model = LlamaForCausalLM(trained.config)
+    report = inject_(model, LoraConfig(r=2))
+    assert {p.device.type for p in model.parameters()} == {"meta"}
+    assert report.trainable_parameters == sum(p.numel() for p in trainable_parameters(trained))
+
+
+def test_generation_uses_the_adapter_and_merging_does_not_change_it():
+    model = adapted(lora_alpha=400)
+    options = {"max_new_tokens": 5, "do_sample": False, "pad_token_id": 2, "eos_token_id": None}
+    answer = model.generate(IDS, **options)
+    assert not torch.equal(answer, tiny("llama").generate(IDS, **options))
+    merge_(model)
+    assert torch.equal(model.generate(IDS, **options), answer)
+
+
+def test_transformers_trainer_trains_an_adapted_model_unchanged(tmp_path):
+    model = tiny("llama")
+    base = {name: p.clone() for name, p in model.named_parameters()}
+    inject_(model, LoraConfig(r=2))
+    rows = [{"input_ids": IDS[0], "labels": IDS[0]}, {"input_ids": IDS[1], "labels": IDS[1]}]
+    arguments = TrainingArguments(
+        str(tmp_path), max_steps=3, learning_rate=0.05, report_to=[], save_strategy="no", use_cpu=True, disable_tqdm=True
+    )
+    before = model(IDS, labels=IDS).loss.item()
+    Trainer(model, arguments, train_dataset=rows).train()
+    assert model(IDS, labels=IDS).loss.item() < before
+    save_adapter(model, tmp_path / "adapter")
+    eject_(model)
+    assert all(torch.equal(p, base[name]) for name, p in model.named_parameters())
+    load_adapter_(model, tmp_path / "adapter")
+
+
+class Scaled(nn.Module):
+    """A linear layer of somebody's own."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(3, 4))
+        self.in_features, self.out_features, self.bias = 4, 3, None
+
+    def forward(self, x):
+        return 2 * x @ self.weight.T
+
+
+def test_a_registered_layer_carries_adapters():
+    class LoraScaled(LoraLinear):
+        def product(self, update, x):
+            return 2 * super().product(update, x)
+
+        def forward(self, x):
+            return super(LoraLinear, self).forward(x)
+
+    torch.manual_seed(0)
+    model = nn.Sequential(Scaled())
+    register_layer(Scaled, LoraScaled)
+    inject_(model, LoraConfig(r=2, target_modules=["0"]))
+    randomise_adapter(model)
+    x = torch.randn(5, 4)
+    beside = model(x)
+    merge_(model)
+    torch.testing.assert_close(model(x), beside)
+
+
+def test_a_config_of_another_size_is_told_from_the_model(tmp_path):
+    save_adapter(adapted(), tmp_path)
+    other = LlamaForCausalLM(LlamaConfig(**{**tiny("llama").config.to_dict(), "hidden_size": 16}))
+    before = {name: tensor.clone() for name, tensor in other.state_dict().items()}
+    with pytest.raises(ValueError, match="the model needs"):
+        load_adapter_(other, tmp_path)
+    assert other.state_dict().keys() == before.keys()
