@@ -169,7 +169,9 @@ def main() -> None:
         "kept for backward (bytes)": saved_bytes(),
         "DoRA step / plain step": {name: [value] for name, value in dora(repeats).items()},
     }
-    machine = f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}"
+    machine = (
+        f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}"
+    )
     print(machine)
     print(f"{'':<30} {'PEFT':>12} {'rankwise':>12} {'ratio':>8}")
     result: dict[str, Any] = {"machine": machine, "peft": peft.__version__, "repeats": repeats}

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from rankwise import atomic
 from rankwise.errors import CheckpointError, ConfigError, RankwiseError, listing, nearest
 from rankwise.lora import format
-from rankwise.lora.adapters import delete_adapter_
+from rankwise.lora.adapters import adapter_names, delete_adapter_
 from rankwise.lora.base_weight import bias_name, is_conv1d
 from rankwise.lora.config import LoraConfig
 from rankwise.lora.inject import DEFAULT, inject_, injection, plan_injection, set_active
@@ -107,7 +107,7 @@ def load_adapter_(
     folder = Path(folder)
     config, tensors, problems = _read_files(folder, trainable)
     _sort_tensors(config, tensors, problems)
-    before = dict(injection(model).active) if adapter != DEFAULT or hasattr(model, "_rankwise_injection") else {}
+    before = dict(injection(model).active) if adapter_names(model) else {}
     try:
         plan_injection(model, config, adapter)
     except RankwiseError as error:

@@ -207,8 +207,8 @@ def eject_(model: nn.Module) -> nn.Module:
         bias.show(())
     # From the innermost outwards, so that the names still lead there.
     for name, layer in reversed(named_wrappers(model)):
-        if isinstance(layer, LoraLayer):
-            layer.unmerge()
+        for _, part in layer.parts_of():
+            part.unmerge()
         put(model, name, layer.base)
     delattr(model, ATTRIBUTE)
     for name, parameter in model.named_parameters():

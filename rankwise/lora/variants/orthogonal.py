@@ -1,5 +1,7 @@
 """Orthogonal start: neither factor is zero, their product is (as in PEFT: after datta0's "LoRA slow convergence")."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -13,7 +15,8 @@ def orthogonal(d: int, k: int, r: int, generator: torch.Generator | None = None)
     """
     if r % 2:
         raise ConfigError(f'init_lora_weights "orthogonal" halves the rank: r must be even, found {r}')
-    basis, _ = torch.linalg.qr(torch.randn(r, r, generator=generator))
-    A = (torch.randn(k, r // 2, generator=generator) @ basis[0::2] / 10).T
-    B = torch.randn(r // 2, d, generator=generator).T @ basis[1::2] / 10
+    kind: dict[str, Any] = {"generator": generator, "dtype": torch.float64}
+    basis, _ = torch.linalg.qr(torch.randn(r, r, **kind))
+    A = (torch.randn(k, r // 2, **kind) @ basis[0::2] / 10).T
+    B = torch.randn(r // 2, d, **kind).T @ basis[1::2] / 10
     return A, B
