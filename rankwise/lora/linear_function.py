@@ -19,10 +19,14 @@ class LinearWithUpdate(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, A: Tensor, B: Tensor, scale: float) -> Tensor:
         rows = x.reshape(-1, x.shape[-1])
         hidden = F.linear(rows, A)
-        result = F.linear(rows, weight, bias).addmm_(hidden, B.T, alpha=scale)
+        # The result must not be a view: models divide or activate it in place, which autograd forbids for a view.
+        result = x.new_empty(*x.shape[:-1], weight.shape[0])
+        flat = result.view(-1, weight.shape[0])
+        torch.mm(rows, weight.T, out=flat) if bias is None else torch.addmm(bias, rows, weight.T, out=flat)
+        flat.addmm_(hidden, B.T, alpha=scale)
         ctx.save_for_backward(x, hidden, weight, A, B)
         ctx.scale = scale
-        return result.view(*x.shape[:-1], -1)
+        return result
 
     @staticmethod
     @once_differentiable

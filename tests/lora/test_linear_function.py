@@ -24,3 +24,17 @@ def test_result_and_gradients_are_those_of_the_formula(shape, bias, trained):
         torch.autograd.grad(ours, wanted, upstream), torch.autograd.grad(theirs, wanted, upstream), strict=True
     ):
         torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-12)
+
+
+def test_the_result_may_be_changed_in_place():
+    x = torch.randn(2, 3, 11, dtype=torch.float64)
+    base = nn.Linear(11, 5, dtype=torch.float64).requires_grad_(False)
+    A, B = (torch.randn(shape, dtype=torch.float64, requires_grad=True) for shape in ((3, 11), (5, 3)))
+    ours = LinearWithUpdate.apply(x, base.weight, base.bias, A, B, 0.7)
+    ours /= 2
+    theirs = (base(x) + 0.7 * (x @ A.T @ B.T)) / 2
+    torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
+    for one, other in zip(
+        torch.autograd.grad(ours.sum(), [A, B]), torch.autograd.grad(theirs.sum(), [A, B]), strict=True
+    ):
+        torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-12)
