@@ -231,7 +231,7 @@ class Trial:
         self.idle = [
             (name, layer)
             for name, layer in named_lora_layers(self.model)
-            if not any(p.grad is not None and p.grad.any() for p in layer.updates.parameters())
+            if not any(p.grad is not None and p.grad.any() for p in layer.shares.parameters())
         ]
         past = [name for name, layer in self.idle if self._uses_weight_of(layer)]
         assert not past, f"the model reads weights without calling their layers: {', '.join(past)}"

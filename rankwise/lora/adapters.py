@@ -8,7 +8,7 @@ from torch import nn
 
 from rankwise.errors import ConfigError, nearest
 from rankwise.lora.inject import eject_, injection, set_active
-from rankwise.lora.layers import LoraLayer, named_lora_layers, named_wrappers, refuse_merged_dora
+from rankwise.lora.layers import LoraLayer, has_merged, named_lora_layers, named_wrappers, refuse_dora_beside_merged
 from rankwise.lora.trained import TrainedCopy
 
 
@@ -33,7 +33,8 @@ def activate_(model: nn.Module, adapters: str | Mapping[str, float]) -> None:
         if isinstance(layer, TrainedCopy) and len(own) > 1:
             raise ConfigError(f"{', '.join(own)} all train {name} in full; only one of them can work at a time")
     for _, layer in named_lora_layers(model):
-        refuse_merged_dora(layer, list(active))
+        if layer.merged:
+            refuse_dora_beside_merged(layer, active, layer.merged)
     set_active(model, active)
 
 
@@ -54,8 +55,7 @@ def delete_adapter_(model: nn.Module, adapter: str) -> None:
             bias.show(())
     injected.biases = [bias for bias in injected.biases if bias.adapter != adapter]
     for _, layer in reversed(named_wrappers(model)):
-        if adapter in layer.adapters():
-            layer.remove(adapter)
+        layer.remove(adapter)
     del injected.configs[adapter]
     set_active(model, {name: weight for name, weight in injected.active.items() if name != adapter})
 
@@ -75,15 +75,15 @@ def adapters_by_row(model: nn.Module, adapters: Sequence[str | None]) -> Iterato
             raise ConfigError(f"{name} is trained in full, or has bare parameters adapted; that cannot differ by row")
     if any(bias.adapter in named for bias in injection(model).biases):
         raise ConfigError("an adapter that trains the model's biases cannot serve single rows")
-    layers = [layer for _, layer in named_lora_layers(model)]
-    if any(layer.merged for layer in layers):
+    if has_merged(model):
         raise ConfigError("this model has merged adapters, in all rows; go back first: rankwise.unmerge_(model)")
     rows = {
         name: torch.tensor([index for index, own in enumerate(adapters) if own == name])
         for name in dict.fromkeys(named)
     }
+    layers = [layer for _, layer in named_lora_layers(model)]
     for layer in layers:
-        device = next(iter(layer.updates.parameters())).device
+        device = next(iter(layer.shares.parameters())).device
         layer.rows = {name: index.to(device) for name, index in rows.items()}
     try:
         yield

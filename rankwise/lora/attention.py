@@ -8,7 +8,6 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from rankwise.lora.layers import LoraLayer
-from rankwise.lora.update import Update
 
 
 class LoraAttention(LoraLayer):
@@ -19,23 +18,10 @@ class LoraAttention(LoraLayer):
     Symbols: L query and S key positions, N sequences, E width, H heads.
     """
 
-    def factor_shapes(self, r: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        E = self.base.embed_dim
-        return (r, E), (3 * E, r)
-
     @property
     def _qkv_same_embed_dim(self) -> bool:
         """nn.TransformerEncoderLayer asks this before it reads the weights past this layer in inference."""
         return False
-
-    @property
-    def batch_first(self) -> bool:
-        return self.base.batch_first
-
-    def product(self, update: Update, x: Tensor) -> Tensor:
-        """x: [..., E] → [..., 3·E]"""
-        A, B = update.factors(x.dtype)
-        return F.linear(F.linear(F.dropout(x, update.dropout, update.training), A) * update.scale, B)
 
     def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
         self,
@@ -80,12 +66,8 @@ class LoraAttention(LoraLayer):
         return tuple(self._joint(x).chunk(3, dim=-1)[index] for index, x in enumerate((query, key, value)))
 
     def _joint(self, x: Tensor) -> Tensor:
-        plain = result = F.linear(x, self.base.in_proj_weight, self.base.in_proj_bias)
-        if self.rows is not None:
-            return self._change_rows(x, result)
-        for adapter, weight in self.beside().items():
-            result = result + self.change(self.update(adapter), x, plain, weight)
-        return result
+        """x: [..., E] → [..., 3·E]"""
+        return self.with_changes(x, F.linear(x, self.base.in_proj_weight, self.base.in_proj_bias))
 
     def _append(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, int]:
         """The learnt and the zero positions that the base appends to keys and values, and their number."""

@@ -51,9 +51,7 @@ def save_adapter(model: nn.Module, folder: str | Path, adapter: str | None = Non
     if adapter not in injected.configs:
         raise ConfigError(f"this model carries no adapter named {adapter!r}{nearest(adapter, injected.configs)}")
     layers = {
-        name: layer
-        for name, layer in named_wrappers(model)
-        if isinstance(layer, LoraLayer) and adapter in layer.updates
+        name: layer for name, layer in named_wrappers(model) if isinstance(layer, LoraLayer) and adapter in layer.shares
     }
     updates = [layer.update(adapter) for layer in layers.values()]
     doubled = any(update.start_A is not None for update in updates)
@@ -193,7 +191,7 @@ def _sort_tensors(
             problems.append(f"{name}: {count:,} of {tensor.numel():,} values are not finite (NaN or infinite)")
     for end_A, end_B in (("lora_A.weight", "lora_B.weight"), ("lora_embedding_A", "lora_embedding_B")):
         for name in [name for name in tensors if name.endswith("." + end_A)]:
-            module, other = format.module_of(name)[0], name.removesuffix(end_A) + end_B
+            module, other = format.module_of(name, end_A), name.removesuffix(end_A) + end_B
             A, B = rest.pop(name), rest.pop(other, None)
             r = config.rank_of(module)
             if B is None or A.ndim != B.ndim or A.ndim < 2:

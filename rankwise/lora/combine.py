@@ -51,11 +51,11 @@ def combine_adapters_(
     Raises ConfigError, with every problem at once, for what cannot be combined; the model is then as it was.
     """
     check_names(model, [*weights])
-    layers = {name: layer for name, layer in named_lora_layers(model) if weights.keys() & layer.updates.keys()}
+    layers = {name: layer for name, layer in named_lora_layers(model) if weights.keys() & layer.shares.keys()}
     _check(model, layers, weights, r, method, density)
     factors, lost = {}, {}
     for name, layer in layers.items():
-        own = {source: weight for source, weight in weights.items() if source in layer.updates}
+        own = {source: weight for source, weight in weights.items() if source in layer.shares}
         stacked = _stacked(layer, own) if method == "sum" else None
         if stacked is None:
             A, B, lost[name] = _compress_dense(layer, _dense(layer, own, method, density, generator), r)
@@ -82,7 +82,7 @@ def _check(
         if not place.parts_of() and (both := place.adapters() & weights.keys()):
             problems.append(f"{name}: {', '.join(sorted(both))} train it in full or in part, which has no sum")
     updates = [
-        (name, layer.update(source)) for name, layer in layers.items() for source in weights if source in layer.updates
+        (name, layer.update(source)) for name, layer in layers.items() for source in weights if source in layer.shares
     ]
     problems += [f"{name}: a bias of B cannot be combined" for name, update in updates if update.lora_bias is not None]
     if any(bias.adapter in weights for bias in injection(model).biases):

@@ -11,9 +11,6 @@ from rankwise.lora.update import Update
 class LoraEmbedding(LoraLayer):
     """An embedding: a linear map of one-hot x, d = embedding_dim and k = num_embeddings."""
 
-    def factor_shapes(self, r: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        return (r, self.base.num_embeddings), (self.base.embedding_dim, r)
-
     def draw(self, update: Update, how: bool | str, generator: torch.Generator | None) -> None:
         """A = 0 and B from N(0, 1), the other way round than in a linear layer, as the format's readers expect."""
         (nn.init.zeros_ if how is not False else nn.init.normal_)(update.lora_A)

@@ -54,13 +54,13 @@ def named_tensors(name: str, layer: Wrapper, adapter: str) -> dict[str, Tensor]:
         # PEFT wraps one parameter after the other, so the first of them lies innermost.
         parts, tensors = layer.named_parts(), {}
         for depth, (_, part) in enumerate(reversed(parts)):
-            if adapter in part.updates:
+            if adapter in part.shares:
                 tensors |= _of_update(name + ".base_layer" * depth, part, part.update(adapter))
         return tensors
     if isinstance(layer, TokenRows):
-        return {f"{name}.token_adapter.trainable_tokens_delta": layer.rows[adapter]}
+        return {f"{name}.token_adapter.trainable_tokens_delta": layer.rows(adapter).values}
     if isinstance(layer, TrainedCopy):
-        return {f"{name}.{key}": tensor for key, tensor in layer.copies[adapter].state_dict(keep_vars=True).items()}
+        return {f"{name}.{key}": tensor for key, tensor in layer.shares[adapter].state_dict(keep_vars=True).items()}
     return {}
 
 
@@ -88,24 +88,9 @@ def _path(name: str, layer: LoraLayer) -> str:
     return f"{parent}.base_layer.{last}" if layer.inside_attention else name
 
 
-def module_of(name: str) -> tuple[str, str]:
-    """(module in the base model, end of the name) of a tensor in the file."""
-    for end in ENDS:
-        if name.endswith("." + end):
-            return name.removesuffix("." + end).replace(".base_layer.", "."), end
-    module, _, end = name.rpartition(".")
-    return module, end
-
-
-ENDS = (
-    "lora_A.weight",
-    "lora_B.weight",
-    "lora_B.bias",
-    "lora_embedding_A",
-    "lora_embedding_B",
-    "lora_magnitude_vector",
-    "token_adapter.trainable_tokens_delta",
-)
+def module_of(name: str, end: str) -> str:
+    """The module in the base model whose tensor in the file is called `name`, which ends with `end`."""
+    return name.removesuffix("." + end).replace(".base_layer.", ".")
 
 
 def to_settings(config: LoraConfig, target_modules: list[str], transposed: bool, doubled: bool) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from rankwise.errors import ConfigError, listing, nearest
 from rankwise.lora.base_weight import bias_name, dimensions
 from rankwise.lora.config import LoraConfig, pattern_matches
 from rankwise.lora.kinds import layer_kind
-from rankwise.lora.layers import LoraLayer, Wrapper, named_base_modules, named_wrappers
+from rankwise.lora.layers import LoraLayer, Wrapper, has_merged, named_base_modules, named_wrappers
 from rankwise.lora.parameters import ParametersWrapper, parameter_dimensions
 from rankwise.lora.report import AdaptedMatrix, InjectReport
 from rankwise.lora.targets import is_inside, select_heads, select_parameters, select_targets, select_tokens
@@ -53,7 +53,7 @@ def _plan(model: nn.Module, config: LoraConfig, adapter: str) -> tuple[InjectRep
         raise ConfigError(f"{adapter!r} cannot name an adapter; take letters, digits, - and _, and no method's name")
     if present is not None and config.bias != "none" and present.biases:
         raise ConfigError(f'bias="{config.bias}": only one adapter can train biases, and one here already does')
-    if present is not None and config.use_dora and any(getattr(w, "merged", None) for _, w in named_wrappers(model)):
+    if present is not None and config.use_dora and has_merged(model):
         raise ConfigError("a DoRA adapter cannot work beside a merged one; go back first: rankwise.unmerge_(model)")
     modules = dict(named_base_modules(model))
     heads = select_heads(modules, config, type(model).__name__)
@@ -159,8 +159,7 @@ def inject_(
                     grown[head] = wrappers[head]
     except Exception:
         for layer in grown.values():
-            if adapter in layer.adapters():
-                layer.remove(adapter)
+            layer.remove(adapter)
         raise
     _freeze(model)
     for name, layer in grown.items():
@@ -259,7 +258,4 @@ def set_adapter_training(model: nn.Module, training: bool) -> None:
     """Switch the adapters' dropout on or off. The frozen base stays in evaluation mode: it is a fixed function."""
     model.eval()
     for _, layer in named_wrappers(model):
-        if isinstance(layer, LoraLayer):
-            layer.updates.train(training)
-        elif isinstance(layer, TrainedCopy):
-            layer.copies.train(training)
+        layer.shares.train(training)

@@ -1,15 +1,24 @@
 """The layers that carry adapters beside a frozen base layer, by composition: they call it, and never look inside."""
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Container, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from rankwise.errors import MergeError
-from rankwise.lora.base_weight import BaseLayer, as_matrix, as_stored, bias_name, weight_name, working_dtype
+from rankwise.lora.base_weight import (
+    BaseLayer,
+    as_matrix,
+    as_stored,
+    bias_name,
+    dimensions,
+    weight_name,
+    working_dtype,
+)
 from rankwise.lora.config import LoraConfig
 from rankwise.lora.update import Update
 from rankwise.lora.variants import from_shape, from_weight
@@ -23,8 +32,10 @@ class Wrapper(nn.Module):
     def __init__(self, base: BaseLayer) -> None:
         super().__init__()
         self.base = base
+        self.shares = nn.ModuleDict()
+        """What each adapter trains here."""
         self.active: dict[str, float] = {}
-        """The adapters at work and the weight of each in the sum."""
+        """The adapters at work that have a share here, and the weight of each in the sum."""
         self.train(base.training)
 
     def __getattr__(self, name: str) -> Any:
@@ -37,15 +48,17 @@ class Wrapper(nn.Module):
 
     def adapters(self) -> set[str]:
         """The adapters that have a share in this layer."""
-        raise NotImplementedError
+        return set(self.shares)
 
     def remove(self, adapter: str) -> None:
-        """Forget an adapter's share."""
-        raise NotImplementedError
+        """Forget an adapter's share, if it has one."""
+        if adapter in self.shares:
+            del self.shares[adapter]
+        self.active.pop(adapter, None)
 
     def parameters_of(self, adapter: str) -> list[nn.Parameter]:
         """What an adapter trains here."""
-        raise NotImplementedError
+        return list(self.shares[adapter].parameters()) if adapter in self.shares else []
 
     def parts_of(self) -> "list[tuple[str, LoraLayer]]":
         """The low-rank updates in this place, each with what to add to the place's name."""
@@ -69,8 +82,8 @@ class Wrapper(nn.Module):
 class LoraLayer(Wrapper):
     """A frozen base layer of d × k and the updates that adapters add to it. The kinds of layers derive from this one.
 
-    A kind says how large the factors are (`factor_shapes`), what B·A makes of an input (`product`), and where in the
-    output the d numbers lie (`output_dim`).
+    What stands here is for y = W·x along the last dimension. Another kind says how large the factors are
+    (`factor_shapes`), what B·A makes of an input (`product`), and where in the output the d numbers lie (`output_dim`).
     """
 
     output_dim = -1
@@ -85,7 +98,6 @@ class LoraLayer(Wrapper):
 
     def __init__(self, base: BaseLayer) -> None:
         super().__init__(base)
-        self.updates = nn.ModuleDict()
         self.rows: dict[str, Tensor] | None = None
         """Which rows of the batch use which adapter, while every row uses one of its own."""
         self.merged: dict[str, float] = {}
@@ -95,11 +107,13 @@ class LoraLayer(Wrapper):
 
     def factor_shapes(self, r: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
         """The shapes of A and B."""
-        raise NotImplementedError
+        d, k = dimensions(self.base)
+        return (r, k), (d, r)
 
     def product(self, update: Update, x: Tensor) -> Tensor:
         """scale·B·A·x, with the update's dropout on x, in the layout of the base's output."""
-        raise NotImplementedError
+        A, B = update.factors(x.dtype)
+        return F.linear(F.linear(F.dropout(x, update.dropout, update.training), A) * update.scale, B)
 
     def add(self, adapter: str, config: LoraConfig, name: str, generator: torch.Generator | None = None) -> None:
         """Give an adapter its share; `name` is the layer's own in the model."""
@@ -108,7 +122,7 @@ class LoraLayer(Wrapper):
         update = Update(config, name, *shapes, dtype=working_dtype(weight), device=weight.device)
         self.start(update, config, generator)
         self.reset_magnitude(update)
-        self.updates[adapter] = update.train(self.training)
+        self.shares[adapter] = update.train(self.training)
 
     @torch.no_grad()
     def reset_magnitude(self, update: Update) -> None:
@@ -143,35 +157,28 @@ class LoraLayer(Wrapper):
     def parts_of(self) -> "list[tuple[str, LoraLayer]]":
         return [("", self)]
 
-    def adapters(self) -> set[str]:
-        return set(self.updates)
-
-    def remove(self, adapter: str) -> None:
-        del self.updates[adapter]
-        self.active.pop(adapter, None)
-
-    def parameters_of(self, adapter: str) -> list[nn.Parameter]:
-        return list(self.updates[adapter].parameters()) if adapter in self.updates else []
-
     def update(self, adapter: str) -> Update:
-        found = self.updates[adapter]
+        """An adapter's share."""
+        found = self.shares[adapter]
         assert isinstance(found, Update)
         return found
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """What the base makes of x, and the sum of the changes by the adapters at work."""
-        plain = result = self.base(x, *args, **kwargs)
+        return self.with_changes(x, self.base(x, *args, **kwargs))
+
+    def with_changes(self, x: Tensor, plain: Tensor) -> Tensor:
+        """`plain`, the base's output for x, and the changes by the adapters at work."""
         if self.rows is not None:
-            return self._change_rows(x, result)
+            return self._change_rows(x, plain)
+        result = plain
         for adapter, weight in self.beside().items():
             result = result + self.change(self.update(adapter), x, plain, weight)
         return result
 
     def beside(self) -> dict[str, float]:
         """The adapters that work beside the base's weight, which no longer holds those that are merged."""
-        if not self.merged and self.active.keys() <= self.updates.keys():
-            return self.active
-        return {name: w for name, w in self.active.items() if name in self.updates and name not in self.merged}
+        return {name: weight for name, weight in self.active.items() if name not in self.merged}
 
     def change(self, update: Update, x: Tensor, plain: Tensor, weight: float = 1.0) -> Tensor:
         """What an update adds to `plain`, the base's output for x, times `weight`."""
@@ -186,7 +193,7 @@ class LoraLayer(Wrapper):
 
     def _change_rows(self, x: Tensor, result: Tensor) -> Tensor:
         for adapter, rows in (self.rows or {}).items():
-            if adapter in self.updates:
+            if adapter in self.shares:
                 change = self.change(self.update(adapter), x[rows], result[rows])
                 result = result.index_add(0, rows, change)
         return result
@@ -292,10 +299,13 @@ class LoraLayer(Wrapper):
                 setattr(self.base, name, parameter)
 
 
-def refuse_merged_dora(layer: LoraLayer, active: Sequence[str]) -> None:
-    """DoRA needs what the base itself computes, which a merged base no longer does."""
-    beside = [name for name in active if name in layer.updates and name not in layer.merged]
-    if layer.merged and any(layer.update(name).magnitude is not None for name in beside):
+def refuse_dora_beside_merged(layer: LoraLayer, active: Iterable[str], merged: Container[str]) -> None:
+    """Raise MergeError if, with these adapters merged, a DoRA one among the active would work beside them.
+
+    DoRA needs what the base itself computes, which a merged base no longer does.
+    """
+    beside = [name for name in active if name in layer.shares and name not in merged]
+    if any(layer.update(name).magnitude is not None for name in beside):
         raise MergeError(
             f"{', '.join(beside)}: a DoRA adapter cannot work beside a merged one; merge both, or unmerge first"
         )
@@ -327,3 +337,8 @@ def named_wrappers(model: nn.Module) -> list[tuple[str, Wrapper]]:
 def named_lora_layers(model: nn.Module) -> list[tuple[str, LoraLayer]]:
     """The layers (and bare parameters) that carry low-rank updates, with their names in the base model."""
     return [(name + end, part) for name, layer in named_wrappers(model) for end, part in layer.parts_of()]
+
+
+def has_merged(model: nn.Module) -> bool:
+    """Whether an adapter is merged into the weights of a model."""
+    return any(layer.merged for _, layer in named_lora_layers(model))

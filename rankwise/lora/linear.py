@@ -6,7 +6,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from rankwise.lora.base_weight import dimensions
 from rankwise.lora.layers import LoraLayer
 from rankwise.lora.linear_function import LinearWithUpdate
 from rankwise.lora.update import Update
@@ -14,14 +13,6 @@ from rankwise.lora.update import Update
 
 class LoraLinear(LoraLayer):
     """A linear layer (nn.Linear, transformers' Conv1D, a quantised one, or any that computes like them)."""
-
-    def factor_shapes(self, r: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        d, k = dimensions(self.base)
-        return (r, k), (d, r)
-
-    def product(self, update: Update, x: Tensor) -> Tensor:
-        A, B = update.factors(x.dtype)
-        return F.linear(F.linear(F.dropout(x, update.dropout, update.training), A) * update.scale, B)
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """x: [..., k] → [..., d]"""
@@ -46,10 +37,8 @@ class LoraLinear(LoraLayer):
         if self.rows is not None or self.merged or len(self.active) != 1:
             return None
         [(adapter, weight)] = self.active.items()
-        if weight != 1 or adapter not in self.updates:
-            return None
         update = self.update(adapter)
-        return update if update.magnitude is None and update.lora_bias is None else None
+        return update if weight == 1 and update.magnitude is None and update.lora_bias is None else None
 
     def _is_matrix_product(self, x: Tensor) -> bool:
         """Whether base(x) is W·x + bias and nothing else, with W and bias frozen."""

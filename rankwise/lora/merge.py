@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from rankwise.errors import ConfigError, MergeError, listing
 from rankwise.lora.inject import ATTRIBUTE, injection, put
-from rankwise.lora.layers import LoraLayer, named_lora_layers, named_wrappers, refuse_merged_dora
+from rankwise.lora.layers import LoraLayer, has_merged, named_lora_layers, named_wrappers, refuse_dora_beside_merged
 from rankwise.lora.tied import sharing_names
 from rankwise.lora.trained import TiedTokenHead, TokenRows, TrainedCopy
 
@@ -43,9 +43,11 @@ def merge_(model: nn.Module, adapters: Sequence[str] | None = None, dtype: torch
     if idle := [name for name in names if name not in active]:
         raise ConfigError(f"{', '.join(idle)}: not at work; activate it first: rankwise.activate_")
     chosen = {name: active[name] for name in names}
-    layers = [(name, layer) for name, layer in named_lora_layers(model) if chosen.keys() & layer.updates.keys()]
-    if any(layer.merged for _, layer in named_lora_layers(model)):
+    layers = [(name, layer) for name, layer in named_lora_layers(model) if chosen.keys() & layer.shares.keys()]
+    if has_merged(model):
         raise MergeError("this model already holds merged adapters; go back first: rankwise.unmerge_(model)")
+    for _, layer in layers:
+        refuse_dora_beside_merged(layer, active, chosen)
     sums, problems, untied, changed, lost = {}, [], [], 0, 0
     for name, layer in layers:
         weight = layer.base_matrix()
@@ -62,12 +64,6 @@ def merge_(model: nn.Module, adapters: Sequence[str] | None = None, dtype: torch
     for name, layer in layers:
         matrix, bias = sums.pop(name)
         layer.merge(matrix, bias, chosen)
-    try:
-        for _, layer in layers:
-            refuse_merged_dora(layer, list(active))
-    except MergeError:
-        unmerge_(model)
-        raise
     return MergeReport(changed, lost, tuple(untied))
 
 
@@ -77,7 +73,7 @@ def _merged(
     """The merged matrix and bias of a layer, rounded to the base's types, and where ΔW is not zero."""
     delta, bias = torch.zeros((), dtype=dtype, device=weight.device), None
     for name, factor in adapters.items():
-        if name in layer.updates:
+        if name in layer.shares:
             delta = delta + layer.delta(name, dtype) * factor
             if (own := layer.bias_delta(name, dtype)) is not None:
                 bias = own * factor if bias is None else bias + own * factor

@@ -131,8 +131,7 @@ class ParametersWrapper(Wrapper):
 
     def remove(self, adapter: str) -> None:
         for _, part in self.named_parts():
-            if adapter in part.adapters():
-                part.remove(adapter)
+            part.remove(adapter)
 
     def parameters_of(self, adapter: str) -> list[nn.Parameter]:
         return [p for _, part in self.named_parts() for p in part.parameters_of(adapter)]

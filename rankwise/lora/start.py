@@ -36,7 +36,7 @@ def start_from_data_(
     how = config.init_lora_weights
     if how not in FROM_DATA:
         raise ConfigError(f"init_lora_weights is {how!r}; a start from data is one of {', '.join(FROM_DATA)}")
-    layers = {name: layer for name, layer in named_lora_layers(model) if adapter in layer.updates}
+    layers = {name: layer for name, layer in named_lora_layers(model) if adapter in layer.shares}
     others = [name for name, layer in layers.items() if not isinstance(layer, LoraLinear)]
     if others:
         raise ConfigError(f"init_lora_weights {how!r} goes with linear layers alone, found {', '.join(others[:5])}")

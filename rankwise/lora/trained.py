@@ -19,78 +19,63 @@ from rankwise.lora.layers import Wrapper
 class TrainedCopy(Wrapper):
     """A module that is trained in full (a classifier head): each adapter trains a copy, the original stays."""
 
-    def __init__(self, base: nn.Module) -> None:
-        super().__init__(base)
-        self.copies = nn.ModuleDict()
-
     def add(self, adapter: str, config: LoraConfig) -> None:
         """Give an adapter its copy of the original."""
-        self.copies[adapter] = deepcopy(self.base).requires_grad_(not config.inference_mode)
-
-    def adapters(self) -> set[str]:
-        return set(self.copies)
-
-    def remove(self, adapter: str) -> None:
-        del self.copies[adapter]
-        self.active.pop(adapter, None)
-
-    def parameters_of(self, adapter: str) -> list[nn.Parameter]:
-        return list(self.copies[adapter].parameters()) if adapter in self.copies else []
+        self.shares[adapter] = deepcopy(self.base).requires_grad_(not config.inference_mode)
 
     def chosen(self) -> nn.Module:
         """The copy that is at work, or the original."""
-        names = [name for name in self.active if name in self.copies]
-        return self.copies[names[0]] if names else self.base
+        return next((self.shares[adapter] for adapter in self.active), self.base)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         return self.chosen()(*args, **kwargs)
 
 
+class Rows(nn.Module):
+    """Copies of some rows of an embedding [vocabulary, d]."""
+
+    place: Tensor
+    """[vocabulary], where in `values` a token's row stands, or -1"""
+
+    def __init__(self, embedding: Any, tokens: Sequence[int], trains: bool) -> None:
+        super().__init__()
+        values = embedding.weight.detach()[list(tokens)].clone()
+        self.values = nn.Parameter(values, requires_grad=trains)
+        """[tokens, d]"""
+        self.tokens = tuple(tokens)
+        place = torch.full((embedding.num_embeddings,), -1, device=values.device)
+        place[list(tokens)] = torch.arange(len(tokens), device=values.device)
+        self.register_buffer("place", place, persistent=False)
+
+
 class TokenRows(Wrapper):
     """An embedding of which some tokens' rows train. Only those rows are copied, never the table."""
 
-    def __init__(self, base: nn.Embedding) -> None:
-        super().__init__(base)
-        self.rows = nn.ParameterDict()
-        self.tokens: dict[str, tuple[int, ...]] = {}
-
     def add(self, adapter: str, config: LoraConfig, tokens: Sequence[int]) -> None:
         """Give an adapter its copy of the rows of `tokens`."""
-        values = self.base.weight.detach()[list(tokens)].clone()
-        self.rows[adapter] = nn.Parameter(values, requires_grad=not config.inference_mode)
-        self.tokens[adapter] = tuple(tokens)
-        place = torch.full((self.base.num_embeddings,), -1, device=values.device)
-        place[list(tokens)] = torch.arange(len(tokens), device=values.device)
-        self.register_buffer(f"place_{adapter}", place, persistent=False)
+        self.shares[adapter] = Rows(self.base, tokens, not config.inference_mode)
 
-    def adapters(self) -> set[str]:
-        return set(self.tokens)
-
-    def remove(self, adapter: str) -> None:
-        del self.rows[adapter], self.tokens[adapter]
-        delattr(self, f"place_{adapter}")
-        self.active.pop(adapter, None)
-
-    def parameters_of(self, adapter: str) -> list[nn.Parameter]:
-        return [self.rows[adapter]] if adapter in self.tokens else []
+    def rows(self, adapter: str) -> Rows:
+        """An adapter's share."""
+        found = self.shares[adapter]
+        assert isinstance(found, Rows)
+        return found
 
     def forward(self, ids: Tensor) -> Tensor:
         """ids: [...] → [..., d]"""
         result = self.base(ids)
-        for adapter in self.active:
-            if adapter in self.tokens:
-                place = getattr(self, f"place_{adapter}")[ids]
-                own = F.embedding(place.clamp_min(0), self.rows[adapter].to(result.dtype))
-                own = own * getattr(self.base, "embed_scale", 1.0)
-                result = torch.where((place >= 0)[..., None], own, result)
+        for rows in map(self.rows, self.active):
+            place = rows.place[ids]
+            own = F.embedding(place.clamp_min(0), rows.values.to(result.dtype))
+            own = own * getattr(self.base, "embed_scale", 1.0)
+            result = torch.where((place >= 0)[..., None], own, result)
         return result
 
     def trained_table(self) -> nn.Parameter:
         """The whole table with the rows of the adapters at work in it."""
         table = self.base.weight.detach().clone()
-        for adapter in self.active:
-            if adapter in self.tokens:
-                table[list(self.tokens[adapter])] = self.rows[adapter].detach().to(table.dtype)
+        for rows in map(self.rows, self.active):
+            table[list(rows.tokens)] = rows.values.detach().to(table.dtype)
         return nn.Parameter(table, requires_grad=False)
 
 
@@ -105,22 +90,14 @@ class TiedTokenHead(Wrapper):
     def adapters(self) -> set[str]:
         return self.embedding[0].adapters()
 
-    def remove(self, adapter: str) -> None:
-        self.active.pop(adapter, None)
-
-    def parameters_of(self, adapter: str) -> list[nn.Parameter]:
-        return []
-
     def forward(self, hidden: Tensor) -> Tensor:
         """hidden: [..., k] → logits [..., vocabulary]"""
         result = self.base(hidden)
-        [embedding] = self.embedding
-        for adapter in self.active:
-            if adapter in embedding.tokens:
-                tokens = torch.tensor(embedding.tokens[adapter], device=hidden.device)
-                bias = None if self.base.bias is None else self.base.bias[tokens]
-                own = F.linear(hidden, embedding.rows[adapter].to(hidden.dtype), bias)
-                result = result.index_copy(-1, tokens, own.to(result.dtype))
+        for rows in map(self.embedding[0].rows, self.active):
+            tokens = torch.tensor(rows.tokens, device=hidden.device)
+            bias = None if self.base.bias is None else self.base.bias[tokens]
+            own = F.linear(hidden, rows.values.to(hidden.dtype), bias)
+            result = result.index_copy(-1, tokens, own.to(result.dtype))
         return result
 
 

@@ -51,7 +51,7 @@ def close(ours, theirs):
 
 def deltas(model, adapter):
     """Everything that an adapter changes in each weight, dense."""
-    return {n: layer.delta(adapter, torch.float64) for n, layer in named_lora_layers(model) if adapter in layer.updates}
+    return {n: layer.delta(adapter, torch.float64) for n, layer in named_lora_layers(model) if adapter in layer.shares}
 
 
 def test_each_adapter_computes_what_it_does_alone_and_the_last_one_in_is_at_work():

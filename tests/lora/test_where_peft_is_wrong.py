@@ -106,7 +106,7 @@ def test_attention_in_a_transformer_layer_is_not_bypassed_in_inference():
 def test_dropout_acts_on_embeddings_too():
     model = adapted(nn.Embedding(5, 4), lora_dropout=0.5)
     layer = model[0]
-    layer.updates.train()
+    layer.shares.train()
     torch.manual_seed(1)
     seen = torch.stack([model(torch.tensor([3])) - layer.base(torch.tensor([3])) for _ in range(50)])
     kept = layer.delta("default", torch.float64)[:, 3] / 0.5
