@@ -13,10 +13,10 @@ from torch import Tensor, nn
 from rankwise import atomic
 from rankwise.errors import CheckpointError, ConfigError, RankwiseError, listing, nearest
 from rankwise.lora import format
-from rankwise.lora.adapters import adapter_names, delete_adapter_
+from rankwise.lora.adapters import adapter_names, check_names, delete_adapter_
 from rankwise.lora.base_weight import bias_name, is_conv1d
 from rankwise.lora.config import LoraConfig
-from rankwise.lora.inject import DEFAULT, inject_, injection, plan_injection, set_active
+from rankwise.lora.inject import DEFAULT, check_free, inject_, injection, set_active
 from rankwise.lora.layers import LoraLayer, named_base_modules, named_wrappers
 from rankwise.lora.low_rank import LowRank
 from rankwise.lora.report import InjectReport
@@ -48,8 +48,7 @@ def save_adapter(model: nn.Module, folder: str | Path, adapter: str | None = Non
     if adapter is None and len(injected.configs) > 1:
         raise ConfigError(f"which adapter? This model carries {', '.join(injected.configs)}")
     adapter = adapter or next(iter(injected.configs))
-    if adapter not in injected.configs:
-        raise ConfigError(f"this model carries no adapter named {adapter!r}{nearest(adapter, injected.configs)}")
+    check_names(model, [adapter])
     layers = {
         name: layer for name, layer in named_wrappers(model) if isinstance(layer, LoraLayer) and adapter in layer.shares
     }
@@ -103,23 +102,24 @@ def load_adapter_(
     for a name that is taken; the model is then as it was.
     """
     folder = Path(folder)
+    check_free(model, adapter)
     config, tensors, problems = _read_files(folder, trainable)
     _sort_tensors(config, tensors, problems)
     before = dict(injection(model).active) if adapter_names(model) else {}
     try:
-        plan_injection(model, config, adapter)
+        report = inject_(model, config, adapter=adapter)
     except RankwiseError as error:
-        _raise_if([*problems, f"it was made for another model: {error}"], folder)
-        raise
-    report = inject_(model, config, adapter=adapter)
-    problems += _mismatches(_slots(model, adapter), tensors, model)
+        reason = f"it was made for another model: {error}"
+        raise CheckpointError(_message([*problems, reason], folder)) from error
+    slots = _slots(model, adapter)
+    problems += _mismatches(slots, tensors, model)
     if problems:
         delete_adapter_(model, adapter)
         if before:
             set_active(model, before)
         _raise_if(problems, folder)
     with torch.no_grad():
-        for name, slot in _slots(model, adapter).items():
+        for name, slot in slots.items():
             slot.copy_(tensors[name])
     return report
 
@@ -236,4 +236,8 @@ def _is_unchanged_base_weight(name: str, tensor: Tensor, model: nn.Module) -> bo
 
 def _raise_if(problems: list[str], folder: Path) -> None:
     if problems:
-        raise CheckpointError(f"the adapter in {folder} cannot be used:\n{listing(problems, most=20)}")
+        raise CheckpointError(_message(problems, folder))
+
+
+def _message(problems: list[str], folder: Path) -> str:
+    return f"the adapter in {folder} cannot be used:\n{listing(problems, most=20)}"

@@ -116,19 +116,21 @@ def _compress(A: Tensor, B: Tensor, r: int | None) -> tuple[Tensor, Tensor, floa
         return A, B, 0.0
     Q_B, R_B = torch.linalg.qr(B.double())
     Q_A, R_A = torch.linalg.qr(A.double().mT)
-    U, S, Vh = torch.linalg.svd(R_B @ R_A.mT)
-    lost = (S[..., r:].square().sum() / S.square().sum().clamp_min(torch.finfo(S.dtype).tiny)).sqrt().item()
-    root = S[..., :r].sqrt()
-    return root[..., None] * Vh[..., :r, :] @ Q_A.mT, Q_B @ U[..., :r] * root[..., None, :], lost
+    core_A, core_B, lost = _truncate(R_B @ R_A.mT, r)
+    return core_A @ Q_A.mT, Q_B @ core_B, lost
 
 
 def _compress_dense(layer: LoraLayer, delta: Tensor, r: int | None) -> tuple[Tensor, Tensor, float]:
-    share = _share(layer, r or 1)
     stacked = delta.view(layer.stacks, -1, delta.shape[1]) if layer.stacks > 1 else delta
-    U, S, Vh = torch.linalg.svd(stacked, full_matrices=False)
-    lost = (S[..., share:].square().sum() / S.square().sum().clamp_min(torch.finfo(S.dtype).tiny)).sqrt().item()
-    root = S[..., :share].sqrt()
-    return root[..., None] * Vh[..., :share, :], U[..., :share] * root[..., None, :], lost
+    return _truncate(stacked, _share(layer, r or 1))
+
+
+def _truncate(matrix: Tensor, r: int) -> tuple[Tensor, Tensor, float]:
+    """A and B of a matrix (or a stack of them) at rank r, its singular values in equal parts, and the share lost."""
+    U, S, Vh = torch.linalg.svd(matrix, full_matrices=False)
+    lost = (S[..., r:].square().sum() / S.square().sum().clamp_min(torch.finfo(S.dtype).tiny)).sqrt().item()
+    root = S[..., :r].sqrt()
+    return root[..., None] * Vh[..., :r, :], U[..., :r] * root[..., None, :], lost
 
 
 def _dense(

@@ -162,7 +162,7 @@ class LoraConfig:
 
 _LISTS = ("target_modules", "modules_to_save", "exclude_modules", "target_parameters", "layers_pattern")
 STARTS = ("gaussian", "orthogonal", "pissa", "pissa_niter_<n>", "olora", "eva", "lora_ga", "corda")
-_STARTS = re.compile("gaussian|orthogonal|pissa(_niter_[1-9][0-9]*)?|olora|eva|lora_ga|corda")
+_STARTS = re.compile("|".join(STARTS).replace("<n>", "[1-9][0-9]*"))
 
 
 def pattern_matches(pattern: str, name: str) -> bool:

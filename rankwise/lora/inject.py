@@ -36,21 +36,21 @@ class Injection:
     biases: list[TrainedBias] = field(default_factory=list)
 
 
-def plan_injection(model: nn.Module, config: LoraConfig, adapter: str = DEFAULT) -> InjectReport:
-    """What `inject_` would do, without touching the model. Raises what `inject_` raises."""
-    return _plan(model, config, adapter)[0]
-
-
-def _plan(model: nn.Module, config: LoraConfig, adapter: str) -> tuple[InjectReport, dict[str, tuple[int, ...]]]:
-    """The report, and the tokens to train by the name of their embedding."""
-    present = getattr(model, ATTRIBUTE, None)
-    if present is not None and adapter in present.configs:
+def check_free(model: nn.Module, adapter: str) -> None:
+    """Raise ConfigError if this cannot name a new adapter of the model."""
+    if adapter in getattr(getattr(model, ATTRIBUTE, None), "configs", ()):
         raise ConfigError(
             f"this model already carries an adapter named {adapter!r}; choose another name, or take it out first: "
             "rankwise.delete_adapter_ (one adapter) or rankwise.eject_ (all)"
         )
     if not adapter.replace("-", "_").isidentifier() or hasattr(nn.ModuleDict, adapter):
         raise ConfigError(f"{adapter!r} cannot name an adapter; take letters, digits, - and _, and no method's name")
+
+
+def _plan(model: nn.Module, config: LoraConfig, adapter: str) -> tuple[InjectReport, dict[str, tuple[int, ...]]]:
+    """What `inject_` would do: the report, and the tokens to train by the name of their embedding."""
+    check_free(model, adapter)
+    present = getattr(model, ATTRIBUTE, None)
     if present is not None and config.bias != "none" and present.biases:
         raise ConfigError(f'bias="{config.bias}": only one adapter can train biases, and one here already does')
     if present is not None and config.use_dora and has_merged(model):

@@ -36,9 +36,11 @@ class Update(nn.Module):
         self.dropout = float(config.lora_dropout)
         self.lora_A = nn.Parameter(torch.empty(shape_A, **kind), requires_grad=trains)
         self.lora_B = nn.Parameter(torch.empty(shape_B, **kind), requires_grad=trains)
-        zeros, ones = torch.zeros(shape_B[0], **kind), torch.ones(shape_B[0], **kind)
-        self.lora_bias = nn.Parameter(zeros, requires_grad=trains) if config.lora_bias else None
-        self.magnitude = nn.Parameter(ones, requires_grad=trains) if config.use_dora else None
+        self.lora_bias = self.magnitude = None
+        if config.lora_bias:
+            self.lora_bias = nn.Parameter(torch.zeros(shape_B[0], **kind), requires_grad=trains)
+        if config.use_dora:
+            self.magnitude = nn.Parameter(torch.ones(shape_B[0], **kind), requires_grad=trains)
         self.register_buffer("start_A", None, persistent=False)
         self.register_buffer("start_B", None, persistent=False)
 

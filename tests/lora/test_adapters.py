@@ -137,6 +137,8 @@ def test_each_adapter_is_saved_and_loaded_by_itself(tmp_path):
     again = tiny("llama", torch.float64)
     for name in ("one", "two"):
         load_adapter_(again, tmp_path / name, adapter=name)
+        with pytest.raises(ConfigError, match="already carries an adapter named"):
+            load_adapter_(again, tmp_path / name, adapter=name)
         assert torch.equal(again(IDS).logits, alone(name)(IDS).logits)
 
 

@@ -1,22 +1,20 @@
-"""CorDA: start from the part of W0 that matters least, or most, for the inputs of the task
+"""CorDA: start from the part of W0 that matters most for the inputs of the task
 (Yang et al. 2024, arXiv 2406.05223)."""
 
 import torch
 from torch import Tensor
 
 
-def corda(weight: Tensor, gram: Tensor, r: int, scale: float, keep_knowledge: bool = False) -> tuple[Tensor, Tensor]:
-    """Factors with scale·B·A = the part of weight [d, k] along r singular vectors of W0·C, C = Σ x·xᵀ [k, k].
+def corda(weight: Tensor, gram: Tensor, r: int, scale: float) -> tuple[Tensor, Tensor]:
+    """Factors with scale·B·A = the part of weight [d, k] along the r main singular vectors of W0·C, C = Σ x·xᵀ [k, k].
 
-    The largest r adapt to the task (the paper's instruction-previewed mode); with `keep_knowledge` the smallest r are
-    trained, and what the inputs use most is left alone.
+    This is the paper's instruction-previewed mode: what the task's inputs use most is trained.
     """
     weight, gram = weight.to(gram.dtype), gram / gram.diagonal().mean().clamp_min(torch.finfo(gram.dtype).tiny)
     # C is made invertible with the least that its rounding needs.
     gram = gram + torch.eye(len(gram), dtype=gram.dtype, device=gram.device) * 1e-6
     U, S, Vh = torch.linalg.svd(weight @ gram, full_matrices=False)
-    part = slice(len(S) - r, None) if keep_knowledge else slice(None, r)
     # W0 = (U·S·Vᵀ)·C⁻¹, so the right factor is Vᵀ·C⁻¹.
-    right = torch.linalg.solve(gram, Vh[part], left=False)
-    root = (S[part] / scale).sqrt()
-    return root[:, None] * right, U[:, part] * root
+    right = torch.linalg.solve(gram, Vh[:r], left=False)
+    root = (S[:r] / scale).sqrt()
+    return root[:, None] * right, U[:, :r] * root
