@@ -22,7 +22,8 @@ class LoraLinear(LoraLayer):
         # A and B go to the type of x, never x to theirs: they are small, x is not.
         A, B = update.factors(x.dtype)
         dropped = update.dropout > 0 and update.training
-        if not dropped and self._is_matrix_product(x):
+        # The autograd function is there for its backward pass, and costs more than a token's arithmetic to call.
+        if not dropped and torch.is_grad_enabled() and self._is_matrix_product(x):
             return LinearWithUpdate.apply(x, self.base.weight, self.base.bias, A, B, update.scale)
         result = self.base(x)
         if result.dtype != A.dtype:
