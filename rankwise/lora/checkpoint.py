@@ -16,7 +16,7 @@ from rankwise.lora import format
 from rankwise.lora.adapters import adapter_names, check_names, delete_adapter_
 from rankwise.lora.base_weight import bias_name, is_conv1d
 from rankwise.lora.config import LoraConfig
-from rankwise.lora.inject import DEFAULT, check_free, inject_, injection, set_active
+from rankwise.lora.inject import DEFAULT, check_free, inject_unset_, injection, set_active
 from rankwise.lora.layers import LoraLayer, named_base_modules, named_wrappers
 from rankwise.lora.low_rank import LowRank
 from rankwise.lora.report import InjectReport
@@ -59,9 +59,7 @@ def save_adapter(model: nn.Module, folder: str | Path, adapter: str | None = Non
         # The second half is the start, subtracted.
         whole = {id(u.lora_A): u.factors()[0] for u in updates} | {id(u.lora_B): u.factors()[1] for u in updates}
         tensors = {name: whole.get(id(tensor), tensor) for name, tensor in tensors.items()}
-    stored = {
-        format.PREFIX + key: tensor.detach().cpu().contiguous().clone() for key, tensor in sorted(tensors.items())
-    }
+    stored = {format.PREFIX + key: tensor.detach().cpu().contiguous() for key, tensor in sorted(tensors.items())}
     others = [name for name, _ in named_base_modules(model) if name not in layers]
     targets = [name for name, layer in layers.items() if not layer.inside_attention]
     settings = format.to_settings(
@@ -107,7 +105,7 @@ def load_adapter_(
     _sort_tensors(config, tensors, problems)
     before = dict(injection(model).active) if adapter_names(model) else {}
     try:
-        report = inject_(model, config, adapter=adapter)
+        report = inject_unset_(model, config, adapter)
     except RankwiseError as error:
         reason = f"it was made for another model: {error}"
         raise CheckpointError(_message([*problems, reason], folder)) from error
@@ -186,7 +184,8 @@ def _sort_tensors(
     """Pair the factors of each module; notes what is wrong with the file by itself in `problems`."""
     low_rank, rest = {}, dict(tensors)
     for name, tensor in tensors.items():
-        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+        # A sum is quicker than a look at each value, and finite only if they all are.
+        if tensor.is_floating_point() and not tensor.sum().isfinite() and not torch.isfinite(tensor).all():
             count = int((~torch.isfinite(tensor)).sum())
             problems.append(f"{name}: {count:,} of {tensor.numel():,} values are not finite (NaN or infinite)")
     for end_A, end_B in (("lora_A.weight", "lora_B.weight"), ("lora_embedding_A", "lora_embedding_B")):

@@ -31,6 +31,7 @@ class CombineReport:
         return max(self.lost.values(), default=0.0)
 
 
+@torch.no_grad()
 def combine_adapters_(
     model: nn.Module,
     weights: Mapping[str, float],

@@ -47,7 +47,7 @@ class LoraConv(LoraLayer):
 
     def row_factors(self, update: Update) -> tuple[Tensor, Tensor]:
         """A as [groups, r / groups, k] and B as [groups, d / groups, r / groups], where there are groups."""
-        A, B = (factor.detach().flatten(1) for factor in self._factors(update, update.lora_A.dtype))
+        A, B = (factor.flatten(1) for factor in self._factors(update, update.lora_A.dtype))
         if self.groups == 1:
             return A, B
         return A.view(self.groups, -1, A.shape[1]), B.view(self.groups, -1, B.shape[1])

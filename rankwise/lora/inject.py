@@ -18,6 +18,7 @@ from rankwise.lora.report import AdaptedMatrix, InjectReport
 from rankwise.lora.targets import is_inside, select_heads, select_parameters, select_targets, select_tokens
 from rankwise.lora.tied import is_tied_head
 from rankwise.lora.trained import TiedTokenHead, TokenRows, TrainedBias, TrainedCopy
+from rankwise.lora.weight_reads import weight_is_read
 
 ATTRIBUTE = "_rankwise_injection"
 DEFAULT = "default"
@@ -64,7 +65,7 @@ def _plan(model: nn.Module, config: LoraConfig, adapter: str) -> tuple[InjectRep
         count, d, k = parameter_dimensions(modules[name], parameter)
         full_name = f"{name}.{parameter}"
         matrices += (AdaptedMatrix(full_name, d, k, config.rank_of(full_name), count),)
-    _check_ranks(matrices, modules, config)
+    _check_patterns(matrices, config)
     counts = {name: sum(p.numel() for p in modules[name].parameters()) for name in heads}
     # Parameters of adapters that are already there do not count as the base's.
     base = {id(p): p.numel() for module in modules.values() for p in module.parameters(recurse=False)}
@@ -72,25 +73,33 @@ def _plan(model: nn.Module, config: LoraConfig, adapter: str) -> tuple[InjectRep
     return report, tokens
 
 
-def _check_ranks(matrices: tuple[AdaptedMatrix, ...], modules: dict[str, nn.Module], config: LoraConfig) -> None:
+def _check_ranks(matrices: tuple[AdaptedMatrix, ...], modules: dict[str, nn.Module], drawn: bool = True) -> None:
+    # PEFT also writes ranks that no update can have, for a gate of 1 × k; it is a bound on memory too.
+    limit = min if drawn else max
     problems = [
         f"{m.name} is {m.d} × {m.k}, and r = {m.r} is larger; an update cannot have a higher rank than min(d, k)"
         for m in matrices
-        if m.r > min(m.d, m.k)
+        if m.r > limit(m.d, m.k)
     ]
     for m in matrices:
         groups = getattr(modules.get(m.name), "groups", 1)
         if m.r % groups:
             problems.append(f"{m.name} has {groups} groups, which r = {m.r} must be a multiple of")
+    if problems:
+        raise ConfigError(
+            "the ranks do not fit; choose others, or leave modules out of target_modules:\n" + listing(problems)
+        )
+
+
+def _check_patterns(matrices: tuple[AdaptedMatrix, ...], config: LoraConfig) -> None:
+    problems = []
     for option in ("rank_pattern", "alpha_pattern"):
         for key in getattr(config, option):
             if not any(pattern_matches(key, m.name) for m in matrices):
                 endings = {m.name.rpartition(".")[2] for m in matrices}
                 problems.append(f"{option} key {key!r} matches no adapted module{nearest(key, endings)}")
     if problems:
-        raise ConfigError(
-            "the ranks do not fit; choose others, or leave modules out of target_modules:\n" + listing(problems)
-        )
+        raise ConfigError("the patterns do not fit this model:\n" + listing(problems))
 
 
 def _extra(
@@ -133,6 +142,31 @@ def inject_(
     that do not fit or a name that is taken; the model is then unchanged.
     """
     report, tokens = _plan(model, config, adapter)
+    _check_ranks(report.matrices, dict(named_base_modules(model)))
+    _put_in(model, config, adapter, report, tokens, generator)
+    return report
+
+
+def inject_unset_(model: nn.Module, config: LoraConfig, adapter: str) -> InjectReport:
+    """As `inject_`, for an adapter whose values come from a file.
+
+    Start values are not drawn, and r may be above min(d, k).
+    """
+    report, tokens = _plan(model, config, adapter)
+    _check_ranks(report.matrices, dict(named_base_modules(model)), drawn=False)
+    _put_in(model, config, adapter, report, tokens, None, draw=False)
+    return report
+
+
+def _put_in(
+    model: nn.Module,
+    config: LoraConfig,
+    adapter: str,
+    report: InjectReport,
+    tokens: dict[str, tuple[int, ...]],
+    generator: torch.Generator | None,
+    draw: bool = True,
+) -> None:
     modules = dict(named_base_modules(model))
     wrappers = dict(named_wrappers(model))
     grown: dict[str, Wrapper] = {}
@@ -141,12 +175,12 @@ def inject_(
             if matrix.name not in modules:
                 name, _, parameter = matrix.name.rpartition(".")
                 grown[name] = wrappers[name] = layer = _wrapper(name, modules, wrappers, ParametersWrapper)
-                layer.part(parameter).add(adapter, config, matrix.name, generator)
+                layer.part(parameter).add(adapter, config, matrix.name, generator, draw)
                 continue
             layer = _wrapper(matrix.name, modules, wrappers, layer_kind(modules[matrix.name]) or LoraLayer)
             grown[matrix.name] = layer
             layer.inside_attention = isinstance(modules[matrix.name.rpartition(".")[0]], nn.MultiheadAttention)
-            layer.add(adapter, config, matrix.name, generator)
+            layer.add(adapter, config, matrix.name, generator, draw)
         for name in report.heads:
             grown[name] = layer = _wrapper(name, modules, wrappers, TrainedCopy)
             layer.add(adapter, config)
@@ -163,13 +197,13 @@ def inject_(
         raise
     _freeze(model)
     for name, layer in grown.items():
+        layer.weight_is_read = weight_is_read(name, modules)
         put(model, name, layer)
     injected: Injection = getattr(model, ATTRIBUTE)
     injected.configs[adapter] = config
     biases = _bias_parameters(report.matrices, list(report.heads), modules, config)
     injected.biases += [TrainedBias(modules[name], adapter, config) for name in biases]
     set_active(model, {adapter: 1.0})
-    return report
 
 
 def _wrapper(name: str, modules: dict[str, nn.Module], wrappers: dict[str, Wrapper], kind: type) -> Any:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from rankwise.errors import MergeError
+from rankwise.errors import ConfigError, MergeError
 from rankwise.lora.base_weight import (
     BaseLayer,
     as_matrix,
@@ -28,6 +28,8 @@ class Wrapper(nn.Module):
     """A module in the place of another one, `base`, whose attributes (in_features, weight, …) it passes on."""
 
     base: BaseLayer
+    weight_is_read = False
+    """Whether the model computes with the weight itself, past this layer."""
 
     def __init__(self, base: BaseLayer) -> None:
         super().__init__()
@@ -42,9 +44,13 @@ class Wrapper(nn.Module):
         try:
             return super().__getattr__(name)
         except AttributeError:
-            if name == "base":
+            if name in ("base", "shares", "active"):
                 raise
-            return getattr(self.base, name)
+            return getattr(self.chosen(), name)
+
+    def chosen(self) -> nn.Module:
+        """The module that this one stands for."""
+        return self.base
 
     def adapters(self) -> set[str]:
         """The adapters that have a share in this layer."""
@@ -115,12 +121,23 @@ class LoraLayer(Wrapper):
         A, B = update.factors(x.dtype)
         return F.linear(F.linear(F.dropout(x, update.dropout, update.training), A) * update.scale, B)
 
-    def add(self, adapter: str, config: LoraConfig, name: str, generator: torch.Generator | None = None) -> None:
-        """Give an adapter its share; `name` is the layer's own in the model."""
+    def add(
+        self,
+        adapter: str,
+        config: LoraConfig,
+        name: str,
+        generator: torch.Generator | None = None,
+        draw: bool = True,
+    ) -> None:
+        """Give an adapter its share; `name` is the layer's own in the model.
+
+        Without `draw`, random start values are left out, for one that is about to be overwritten.
+        """
         shapes = self.factor_shapes(config.rank_of(name))
         weight = self.own(self.weight_name)
         update = Update(config, name, *shapes, dtype=working_dtype(weight), device=weight.device)
-        self.start(update, config, generator)
+        if draw or from_weight(config.init_lora_weights):
+            self.start(update, config, generator)
         self.reset_magnitude(update)
         self.shares[adapter] = update.train(self.training)
 
@@ -175,6 +192,37 @@ class LoraLayer(Wrapper):
         for adapter, weight in self.beside().items():
             result = result + self.change(self.update(adapter), x, plain, weight)
         return result
+
+    @property
+    def weight(self) -> Any:
+        """The base's weight; with what the adapters at work add to it, where the model computes with it."""
+        return self.effective_weight() if self.weight_is_read and self._reads_as_one() else self.base.weight
+
+    @property
+    def bias(self) -> Any:
+        """The base's bias, in the same way."""
+        bias = self.base.bias
+        if self.weight_is_read and self._reads_as_one():
+            for adapter, weight in self.beside().items():
+                own = self.bias_delta(adapter, self.base.weight.dtype)
+                bias = bias if own is None else own * weight if bias is None else bias + own * weight
+        return bias
+
+    def _reads_as_one(self) -> bool:
+        """Whether adapters change the weight. Raises ConfigError if there is not one such weight for all inputs."""
+        if self.rows is not None or any((own := self.update(name)).dropout and own.training for name in self.beside()):
+            raise ConfigError(
+                "the model computes with the weight of an adapted layer without calling the layer, so lora_dropout and "
+                "adapters by row cannot be; leave such layers out (exclude_modules), or use no dropout"
+            )
+        return bool(self.beside())
+
+    def effective_weight(self) -> Tensor:
+        """The weight with the sum of the updates at work, in its stored form, as part of the gradient graph."""
+        weight = self.base_matrix() if not self.merged else as_matrix(self.base, getattr(self.base, self.weight_name))
+        for adapter, factor in self.beside().items():
+            weight = weight + (self.delta(adapter, working_dtype(weight)) * factor).to(weight.dtype)
+        return self.as_parameter(weight)
 
     def beside(self) -> dict[str, float]:
         """The adapters that work beside the base's weight, which no longer holds those that are merged."""
@@ -259,13 +307,13 @@ class LoraLayer(Wrapper):
         if update.magnitude is not None:
             weight = self.base_matrix().to(dtype)
             changed = weight + change
-            change = changed * (update.magnitude.detach().to(dtype) / changed.norm(dim=1))[:, None] - weight
+            change = changed * (update.magnitude.to(dtype) / changed.detach().norm(dim=1))[:, None] - weight
         return change
 
     def bias_delta(self, adapter: str, dtype: torch.dtype) -> Tensor | None:
         """What merging an adapter adds to the base's bias, [d]."""
         update = self.update(adapter)
-        return None if update.lora_bias is None else update.lora_bias.detach().to(dtype) * update.scale
+        return None if update.lora_bias is None else update.lora_bias.to(dtype) * update.scale
 
     def merge(self, matrix: Tensor, bias: Tensor | None, adapters: dict[str, float]) -> None:
         """Let the base compute with `matrix` [d, k] (and `bias`); its own parameters are kept for `unmerge`."""

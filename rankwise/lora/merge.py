@@ -10,7 +10,7 @@ from rankwise.errors import ConfigError, MergeError, listing
 from rankwise.lora.inject import ATTRIBUTE, injection, put
 from rankwise.lora.layers import LoraLayer, has_merged, named_lora_layers, named_wrappers, refuse_dora_beside_merged
 from rankwise.lora.tied import sharing_names
-from rankwise.lora.trained import TiedTokenHead, TokenRows, TrainedCopy
+from rankwise.lora.trained import TiedTokenHead, TokenRows
 
 
 @dataclass(frozen=True)
@@ -29,6 +29,7 @@ class MergeReport:
         return self.lost_to_rounding / max(self.changed_by_update, 1)
 
 
+@torch.no_grad()
 def merge_(model: nn.Module, adapters: Sequence[str] | None = None, dtype: torch.dtype | None = None) -> MergeReport:
     """Let every adapted layer compute with W0 + Σ weight·ΔW, in place; the base tensors stay as they are and are kept.
 
@@ -100,10 +101,14 @@ def merge_and_remove_(model: nn.Module) -> MergeReport:
     report = merge_(model)
     for _, layer in named_wrappers(model):
         if isinstance(layer, TiedTokenHead):
-            layer.base.weight = layer.embedding[0].base.weight = layer.embedding[0].trained_table()
+            layer.base.weight = layer.embedding[0].base.weight = _frozen(layer.embedding[0].trained_table())
         elif isinstance(layer, TokenRows) and layer.active:
-            layer.base.weight = layer.trained_table()
+            layer.base.weight = _frozen(layer.trained_table())
     for name, layer in reversed(named_wrappers(model)):
-        put(model, name, layer.chosen() if isinstance(layer, TrainedCopy) else layer.base)
+        put(model, name, layer.chosen())
     delattr(model, ATTRIBUTE)
     return report
+
+
+def _frozen(table: Tensor) -> nn.Parameter:
+    return nn.Parameter(table.detach(), requires_grad=False)

@@ -44,13 +44,20 @@ class LoraParameter(LoraLayer):
         experts, d, k = self.dims
         return (experts * r, k), (d, r * experts)
 
-    def add(self, adapter: str, config: LoraConfig, name: str, generator: torch.Generator | None = None) -> None:
+    def add(
+        self,
+        adapter: str,
+        config: LoraConfig,
+        name: str,
+        generator: torch.Generator | None = None,
+        draw: bool = True,
+    ) -> None:
         if config.lora_dropout or config.lora_bias or config.use_dora or isinstance(config.init_lora_weights, str):
             raise ConfigError(
                 f"{name} is a bare parameter: its input is out of reach; lora_dropout, lora_bias, use_dora and other "
                 "starts than init_lora_weights True or False cannot be"
             )
-        super().add(adapter, config, name, generator)
+        super().add(adapter, config, name, generator, draw)
 
     def factors(self, update: Update, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """A [experts, r, k] and B [experts, d, r]"""
@@ -58,8 +65,7 @@ class LoraParameter(LoraLayer):
         experts, d, k = self.dims
         return A.view(experts, -1, k), B.view(d, -1, experts).permute(2, 0, 1)
 
-    def weight(self) -> Tensor:
-        """The parameter with the sum of the updates at work, in its stored shape, as part of the gradient graph."""
+    def effective_weight(self) -> Tensor:
         weight = getattr(self.base, self.parameter)
         for adapter, factor in self.beside().items():
             update = self.update(adapter)
@@ -74,7 +80,7 @@ class LoraParameter(LoraLayer):
         return self._as_stored(self.own(self.parameter).detach()).flatten(0, 1)
 
     def row_factors(self, update: Update) -> tuple[Tensor, Tensor]:
-        A, B = (factor.detach() for factor in self.factors(update, update.lora_A.dtype))
+        A, B = self.factors(update, update.lora_A.dtype)
         return (A, B) if self.stacks > 1 else (A[0], B[0])
 
     @torch.no_grad()
@@ -137,7 +143,7 @@ class ParametersWrapper(Wrapper):
         return [p for _, part in self.named_parts() for p in part.parameters_of(adapter)]
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        changed = {name: part.weight() for name, part in self.named_parts() if part.beside()}
+        changed = {name: part.effective_weight() for name, part in self.named_parts() if part.beside()}
         return functional_call(self.base, changed, args, kwargs) if changed else self.base(*args, **kwargs)
 
     @contextmanager

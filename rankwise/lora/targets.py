@@ -3,10 +3,11 @@
 import re
 from collections.abc import Iterable, Mapping, Sequence
 
+import torch
 from torch import nn
 
 from rankwise.errors import TargetError, listing, nearest
-from rankwise.lora.base_weight import is_conv1d
+from rankwise.lora.base_weight import dimensions, is_conv1d
 from rankwise.lora.config import ALL_LINEAR, LoraConfig
 from rankwise.lora.kinds import unsupported_reason
 
@@ -18,6 +19,18 @@ def matches_name(name: str, pattern: str) -> bool:
 
 def is_linear(module: nn.Module) -> bool:
     return isinstance(module, nn.Linear) or is_conv1d(module)
+
+
+def _maps_to_one_vector(module: nn.Module) -> bool:
+    """Whether a layer gives d numbers for k; what derives from nn.Linear may do more, such as a mixture's router."""
+    if not isinstance(module, nn.Linear) or type(module).forward is nn.Linear.forward:
+        return True
+    weight = module.weight
+    if not weight.is_floating_point():  # A quantised layer, which has to have its own forward.
+        return True
+    with torch.no_grad():
+        result = module(torch.zeros(1, module.in_features, dtype=weight.dtype, device=weight.device))
+    return isinstance(result, torch.Tensor) and result.shape == (1, module.out_features)
 
 
 def select_heads(modules: Mapping[str, nn.Module], config: LoraConfig, kind: str) -> list[str]:
@@ -129,8 +142,10 @@ def _all_linear(model: nn.Module, free: dict[str, nn.Module], modules: Mapping[s
         name
         for name, module in free.items()
         if is_linear(module)
+        and min(dimensions(module)) > 1  # The update of a vector, such as a gate's, has no low rank.
         and module is not getattr(head, "base", head)
         and not unsupported_reason(module, modules[name.rpartition(".")[0]])
+        and _maps_to_one_vector(module)
     ]
 
 

@@ -71,12 +71,18 @@ class TokenRows(Wrapper):
             result = torch.where((place >= 0)[..., None], own, result)
         return result
 
-    def trained_table(self) -> nn.Parameter:
-        """The whole table with the rows of the adapters at work in it."""
-        table = self.base.weight.detach().clone()
+    @property
+    def weight(self) -> Tensor:
+        """The base's table; with the rows of the adapters at work in it, where the model computes with it."""
+        return self.trained_table() if self.weight_is_read and self.active else self.base.weight
+
+    def trained_table(self) -> Tensor:
+        """[vocabulary, d], the whole table with the rows of the adapters at work in it."""
+        table = self.base.weight
         for rows in map(self.rows, self.active):
-            table[list(rows.tokens)] = rows.values.detach().to(table.dtype)
-        return nn.Parameter(table, requires_grad=False)
+            tokens = torch.tensor(rows.tokens, device=table.device)
+            table = table.index_copy(0, tokens, rows.values.to(table.dtype))
+        return table
 
 
 class TiedTokenHead(Wrapper):

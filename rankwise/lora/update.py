@@ -68,5 +68,5 @@ class Update(nn.Module):
 
     def low_rank(self) -> LowRank:
         """The update as a d × k matrix; a convolution's kernel is flattened into k."""
-        A, B = (factor.detach() for factor in self.factors())
+        A, B = self.factors()
         return LowRank(A.flatten(1), B.flatten(1), self.scale)

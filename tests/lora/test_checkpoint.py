@@ -2,15 +2,17 @@
 
 import json
 import pickle
+from copy import deepcopy
 
 import peft
 import pytest
 import torch
 from conftest import ROOT, randomise_adapter, tiny
 from safetensors.torch import load_file, save_file
+from torch import nn
 
 from rankwise import LoraConfig, TrainConfig, eject_, inject_, load_adapter_, merge_, read_adapter, save_adapter
-from rankwise.errors import CheckpointError
+from rankwise.errors import CheckpointError, ConfigError
 from rankwise.finetune import finetune
 from rankwise.models.adapted import read_labels
 from rankwise.models.load import load_model, load_tokenizer
@@ -124,6 +126,21 @@ def test_a_trained_adapter_of_a_real_model_computes_the_same_in_peft_merged_and_
         theirs.save_pretrained(tmp_path / "theirs")
         load_adapter_(model, tmp_path / "theirs")
         assert relative_error(model(ids).logits, theirs(ids).logits) < 1e-5
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_rank_above_that_of_a_gate_loads_from_peft_though_it_cannot_be_asked_for(tmp_path):
+    gate, x = nn.Sequential(nn.Linear(6, 1)).double(), torch.randn(3, 6).double()
+    theirs = peft.get_peft_model(
+        deepcopy(gate),
+        peft.LoraConfig(r=4, target_modules=["0"], init_lora_weights=False),
+        autocast_adapter_dtype=False,
+    )
+    theirs.save_pretrained(tmp_path)
+    with pytest.raises(ConfigError, match="r = 4 is larger"):
+        inject_(gate, LoraConfig(r=4, target_modules=["0"]))
+    load_adapter_(gate, tmp_path)
+    assert relative_error(gate(x), theirs(x)) < 1e-12
 
 
 def test_saving_the_same_adapter_twice_gives_the_same_bytes(tmp_path):

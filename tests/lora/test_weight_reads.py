@@ -1,0 +1,155 @@
+"""Models that compute with a layer's weight without calling the layer."""
+
+import pytest
+import torch
+from conftest import randomise_adapter
+from torch import nn
+from torch.nn import functional as F
+
+from rankwise import LoraConfig, adapters_off, inject_, merge_, unmerge_
+from rankwise.errors import ConfigError
+from rankwise.lora.inject import set_adapter_training, trainable_parameters
+from rankwise.lora.weight_reads import weight_is_read
+
+
+class Calls(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.up, self.down = nn.Linear(6, 8), nn.Linear(8, 6)
+
+    def forward(self, x):
+        return self.down(self.up(x).relu())
+
+
+class Reads(Calls):
+    """Computes as Calls does, from the weights."""
+
+    def forward(self, x):
+        hidden = x.to(self.up.weight.dtype) @ self.up.weight.T + self.up.bias
+        return F.linear(hidden.relu(), weight=self.down.weight, bias=self.down.bias)
+
+
+class AsksOnly(Calls):
+    def forward(self, x):
+        if isinstance(self.up.weight, torch.Tensor) and self.up.bias is not None:
+            x = x.to(self.up.weight.dtype).to(self.up.weight.device)
+        return super().forward(x)
+
+
+class Around(nn.Module):
+    """Reads a weight two levels below."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner = nn.ModuleDict({"both": Calls()})
+        self.both = Calls()
+
+    def forward(self, x):
+        return F.linear(x, self.both.up.weight) + self.inner["both"].up(x)
+
+
+def read_names(model):
+    modules = dict(model.named_modules())
+    return [name for name in modules if name and weight_is_read(name, modules)]
+
+
+def test_only_layers_whose_values_are_used_count_as_read():
+    assert read_names(Calls()) == []
+    assert read_names(AsksOnly()) == []
+    assert read_names(Reads()) == ["up", "down"]
+    assert read_names(Around()) == ["both.up"]
+    assert read_names(nn.Sequential(Reads(), Calls())) == ["0.up", "0.down"]
+
+
+@pytest.mark.parametrize(
+    "config",
+    [{}, {"use_dora": True}, {"lora_bias": True}, {"use_rslora": True, "init_lora_weights": "pissa"}],
+    ids=str,
+)
+def test_a_read_weight_gives_the_outputs_and_gradients_of_a_called_layer(config):
+    results = {}
+    for kind in (Calls, Reads):
+        torch.manual_seed(0)
+        model = kind().double()
+        x = torch.randn(5, 6, dtype=torch.float64)
+        plain = model(x)
+        inject_(model, LoraConfig(r=2, **config), generator=torch.Generator().manual_seed(1))
+        randomise_adapter(model)
+        output = model(x)
+        assert not torch.allclose(output, plain)
+        output.square().sum().backward()
+        with adapters_off(model):
+            torch.testing.assert_close(model(x), plain, rtol=0, atol=0)
+        merge_(model)
+        torch.testing.assert_close(model(x), output, rtol=1e-12, atol=1e-12)
+        unmerge_(model)
+        results[kind] = [output, *(p.grad for p in trainable_parameters(model))]
+    for read, called in zip(results[Reads], results[Calls], strict=True):
+        torch.testing.assert_close(read, called, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("gradients", [False, True])
+def test_the_inference_kernel_of_a_transformer_encoder_sees_the_adapter(gradients):
+    torch.manual_seed(0)
+    model = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True).eval()
+    inject_(model, LoraConfig(r=2, target_modules=["linear1", "linear2"]))
+    randomise_adapter(model)
+    x = torch.randn(2, 3, 8)
+    hidden = model.norm1(x + model.self_attn(x, x, x)[0])
+    expected = model.norm2(hidden + model.linear2(model.linear1(hidden).relu()))
+    with torch.set_grad_enabled(gradients):
+        torch.testing.assert_close(model(x), expected)
+
+
+def test_dropout_on_a_read_weight_is_refused_in_training_only():
+    model = Reads()
+    inject_(model, LoraConfig(r=2, lora_dropout=0.5))
+    randomise_adapter(model)
+    set_adapter_training(model, True)
+    with pytest.raises(ConfigError, match="exclude_modules"):
+        model(torch.randn(3, 6))
+    set_adapter_training(model, False)
+    model(torch.randn(3, 6))
+
+
+def test_reads_see_a_head_that_trains_in_full_and_trained_rows():
+    model = Reads()
+    inject_(model, LoraConfig(r=2, target_modules=["up"], modules_to_save=["down"]))
+    x = torch.randn(3, 6)
+    before = model(x)
+    with torch.no_grad():
+        model.down.shares["default"].weight.add_(1)
+    assert not torch.allclose(model(x), before)
+
+    class Tied(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.embed = nn.Embedding(5, 4)
+            self.proj = nn.Linear(4, 4)
+
+        def forward(self, ids):
+            return self.proj(self.embed(ids)) @ self.embed.weight.T
+
+    model = Tied()
+    inject_(model, LoraConfig(r=2, target_modules=["proj"], trainable_token_indices={"embed": [1]}))
+    with torch.no_grad():
+        model.embed.rows("default").values.mul_(3)
+    output = model(torch.tensor([2, 1]))
+    merge_(model)
+    table = model.embed.trained_table()
+    expected = model.proj(F.embedding(torch.tensor([2, 1]), table)) @ table.T
+    torch.testing.assert_close(output, expected)
+
+
+def test_all_linear_leaves_out_vectors_and_layers_that_return_more_than_a_vector():
+    class Router(nn.Linear):
+        def forward(self, x):
+            return super().forward(x).topk(2)
+
+    class Reversed(nn.Linear):
+        def forward(self, x):
+            return x @ self.weight.T + self.bias
+
+    layers = {"gate": nn.Linear(6, 1), "router": Router(6, 4), "reversed": Reversed(6, 4), "down": nn.Linear(6, 4)}
+    report = inject_(nn.ModuleDict(layers), LoraConfig(r=2))
+    assert [m.name for m in report.matrices] == ["reversed", "down"]
