@@ -50,7 +50,9 @@ if TYPE_CHECKING:
     from rankwise.lora.merge import unmerge_ as unmerge_
     from rankwise.lora.report import InjectReport as InjectReport
     from rankwise.lora.start import start_from_data_ as start_from_data_
+    from rankwise.lora.start import start_from_original_ as start_from_original_
     from rankwise.train.config import TrainConfig as TrainConfig
+    from rankwise.train.optimizer import lora_optimizer as lora_optimizer
 
 __version__ = "0.1.0"
 
@@ -72,12 +74,14 @@ _HOMES = {
     "eject_": "rankwise.lora.inject",
     "inject_": "rankwise.lora.inject",
     "load_adapter_": "rankwise.lora.checkpoint",
+    "lora_optimizer": "rankwise.train.optimizer",
     "merge_": "rankwise.lora.merge",
     "merge_and_remove_": "rankwise.lora.merge",
     "read_adapter": "rankwise.lora.checkpoint",
     "register_layer": "rankwise.lora.kinds",
     "save_adapter": "rankwise.lora.checkpoint",
     "start_from_data_": "rankwise.lora.start",
+    "start_from_original_": "rankwise.lora.start",
     "trainable_parameters": "rankwise.lora.inject",
     "unmerge_": "rankwise.lora.merge",
 }

@@ -41,6 +41,7 @@ def save_adapter(model: nn.Module, folder: str | Path, adapter: str | None = Non
     `adapter` may be left out if there is only one. The same adapter gives the same bytes. A file is replaced in one
     step, so a kill leaves the old one or the new one. An adapter that started from a part of the base (PiSSA, OLoRA, …)
     is written as plain LoRA of twice the rank, which any reader of the format can use on the original base.
+    Under FSDP2 every process must call this, each with a folder of its own or all but one with one to throw away.
     Returns the folder. Raises ConfigError if the model carries no such adapter, StorageError if it cannot be written.
     """
     folder = Path(folder)
@@ -53,13 +54,15 @@ def save_adapter(model: nn.Module, folder: str | Path, adapter: str | None = Non
         name: layer for name, layer in named_wrappers(model) if isinstance(layer, LoraLayer) and adapter in layer.shares
     }
     updates = [layer.update(adapter) for layer in layers.values()]
-    doubled = any(update.start_A is not None for update in updates)
+    doubled = any(update.has_start for update in updates)
     tensors = _slots(model, adapter)
     if doubled:
         # The second half is the start, subtracted.
         whole = {id(u.lora_A): u.factors()[0] for u in updates} | {id(u.lora_B): u.factors()[1] for u in updates}
         tensors = {name: whole.get(id(tensor), tensor) for name, tensor in tensors.items()}
-    stored = {format.PREFIX + key: tensor.detach().cpu().contiguous() for key, tensor in sorted(tensors.items())}
+    stored = {
+        format.PREFIX + key: _whole(tensor.detach()).cpu().contiguous() for key, tensor in sorted(tensors.items())
+    }
     others = [name for name, _ in named_base_modules(model) if name not in layers]
     targets = [name for name, layer in layers.items() if not layer.inside_attention]
     settings = format.to_settings(
@@ -72,6 +75,13 @@ def save_adapter(model: nn.Module, folder: str | Path, adapter: str | None = Non
         save_file(stored, temporary, metadata={"format": "pt"})
     atomic.write_text(folder / format.CONFIG_FILE, json.dumps(settings, indent=2, sort_keys=True) + "\n")
     return folder
+
+
+def _whole(tensor: Tensor) -> Tensor:
+    """All of a tensor that may be spread over processes."""
+    # Told by its method: to import its class takes as long as half of torch.
+    gather = getattr(tensor, "full_tensor", None)
+    return tensor if gather is None else gather()
 
 
 def read_adapter(folder: str | Path) -> Adapter:

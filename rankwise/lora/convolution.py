@@ -38,7 +38,7 @@ class LoraConv(LoraLayer):
     def _factors(self, update: Update, dtype: Any) -> tuple[Tensor, Tensor]:
         """A and B; a start stacked below A goes group by group, since each group reads its own rows."""
         A, B = update.factors(dtype)
-        if update.start_A is None or self.groups == 1:
+        if not update.has_start or self.groups == 1:
             return A, B
         own_A, start_A = A.chunk(2)
         halves = zip(own_A.chunk(self.groups), start_A.chunk(self.groups), strict=True)

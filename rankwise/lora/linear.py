@@ -23,15 +23,14 @@ class LoraLinear(LoraLayer):
         A, B = update.factors(x.dtype)
         dropped = update.dropout > 0 and update.training
         # The autograd function is there for its backward pass, and costs more than a token's arithmetic to call.
-        if not dropped and torch.is_grad_enabled() and self._is_matrix_product(x):
+        if torch.is_grad_enabled() and not dropped and self._is_matrix_product(x):
             return LinearWithUpdate.apply(x, self.base.weight, self.base.bias, A, B, update.scale)
         result = self.base(x)
         if result.dtype != A.dtype:
             return result + self.product(update, x).to(result.dtype)
-        hidden = F.linear(F.dropout(x, update.dropout, update.training), A)
-        return torch.addmm(
-            result.reshape(-1, result.shape[-1]), hidden.reshape(-1, hidden.shape[-1]), B.T, alpha=update.scale
-        ).view(result.shape)
+        # Few and cheap calls: for one token they are what an adapter costs.
+        hidden = F.linear(F.dropout(x, update.dropout) if dropped else x, A)
+        return torch.add(result, F.linear(hidden, B), alpha=update.scale)
 
     def _only_plain_update(self) -> Update | None:
         """The one update at work, if its change is scale·B·A·x and nothing more."""
@@ -39,7 +38,7 @@ class LoraLinear(LoraLayer):
             return None
         [(adapter, weight)] = self.active.items()
         update = self.update(adapter)
-        return update if weight == 1 and update.magnitude is None and update.lora_bias is None else None
+        return update if weight == 1 and update.is_plain else None
 
     def _is_matrix_product(self, x: Tensor) -> bool:
         """Whether base(x) is W·x + bias and nothing else, with W and bias frozen."""

@@ -1,21 +1,23 @@
-"""Starting an adapter from data: EVA, CorDA and LoRA-GA look at a few batches before training."""
+"""Starting an adapter from data (EVA, CorDA and LoRA-GA look at a few batches before training) or from the weights
+that a quantised base had before (LoftQ)."""
 
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from rankwise.errors import ConfigError
+from rankwise.errors import ConfigError, listing
 from rankwise.lora.adapters import check_names
-from rankwise.lora.base_weight import as_matrix, working_dtype
+from rankwise.lora.base_weight import as_matrix, dimensions, working_dtype
 from rankwise.lora.inject import DEFAULT, adapters_off, injection, set_active
 from rankwise.lora.layers import named_lora_layers
 from rankwise.lora.linear import LoraLinear
 from rankwise.lora.variants.corda import corda
 from rankwise.lora.variants.eva import eva, spread_ranks
+from rankwise.lora.variants.loftq import loftq
 from rankwise.lora.variants.lora_ga import lora_ga
 
 FROM_DATA = ("eva", "corda", "lora_ga")
@@ -53,6 +55,39 @@ def start_from_data_(
             update.begin_at(*lora_ga(sums[name], update.r))
         layer.reset_magnitude(update)
     return {name: layer.update(adapter).r for name, layer in layers.items()}
+
+
+@torch.no_grad()
+def start_from_original_(model: nn.Module, original: Mapping[str, Tensor], adapter: str = DEFAULT) -> None:
+    """Give an adapter over a quantised base its start by LoftQ, in place: base and adapter are near the original.
+
+    `original`: the base's weights [d, k] before they were quantised, by parameter name ("…q_proj.weight"). A quantised
+    weight is read by what the layer makes of the unit vectors, so any kind of layer will do.
+    Raises ConfigError, before anything is changed, for a weight that is missing or has another shape, and for layers
+    that are not linear.
+    """
+    check_names(model, [adapter])
+    layers = {name: layer for name, layer in named_lora_layers(model) if adapter in layer.shares}
+    problems = []
+    for name, layer in layers.items():
+        shape, weight = dimensions(layer.base), original.get(f"{name}.weight")
+        if not isinstance(layer, LoraLinear):
+            problems.append(f"{name}: not a linear layer")
+        elif weight is None or tuple(weight.shape) != shape:
+            found = "it is missing" if weight is None else f"found {list(weight.shape)}"
+            problems.append(f"{name}.weight: {list(shape)} is wanted, {found}")
+    if problems:
+        raise ConfigError("the original weights do not fit the adapted layers:\n" + listing(problems))
+    for name, layer in layers.items():
+        update = layer.update(adapter)
+        kind: Any = {"dtype": update.lora_A.dtype, "device": update.lora_A.device}
+        weight = layer.own(layer.weight_name)
+        units = torch.eye(update.lora_A.shape[1], device=weight.device)
+        outputs = layer.base(units.to(weight.dtype) if weight.is_floating_point() else units).to(**kind)
+        bias = layer.own(layer.bias_name)
+        quantised = (outputs if bias is None else outputs - bias.to(**kind)).T
+        update.set(*loftq(original[f"{name}.weight"].to(**kind) - quantised, update.r, update.scale))
+        layer.reset_magnitude(update)
 
 
 def _start_eva(model: nn.Module, layers: dict[str, Any], sums: dict[str, Tensor], adapter: str) -> dict[str, int]:

@@ -24,8 +24,9 @@ class Update(nn.Module):
     """[d]"""
     magnitude: nn.Parameter | None
     """[d], DoRA's length of each row of W"""
-    start_A: Tensor | None
-    start_B: Tensor | None
+    has_start = False
+    start_A: Tensor
+    start_B: Tensor
 
     def __init__(
         self, config: LoraConfig, name: str, shape_A: tuple[int, ...], shape_B: tuple[int, ...], **kind: Any
@@ -41,8 +42,8 @@ class Update(nn.Module):
             self.lora_bias = nn.Parameter(torch.zeros(shape_B[0], **kind), requires_grad=trains)
         if config.use_dora:
             self.magnitude = nn.Parameter(torch.ones(shape_B[0], **kind), requires_grad=trains)
-        self.register_buffer("start_A", None, persistent=False)
-        self.register_buffer("start_B", None, persistent=False)
+        self.is_plain = not (config.lora_bias or config.use_dora)
+        """Whether the change is scale·B·A·x and nothing more."""
 
     @property
     def r(self) -> int:
@@ -57,12 +58,14 @@ class Update(nn.Module):
     def begin_at(self, A: Tensor, B: Tensor) -> None:
         """Start from these factors, and subtract them for good."""
         self.set(A, B)
-        self.start_A, self.start_B = self.lora_A.detach().clone(), self.lora_B.detach().clone()
+        self.register_buffer("start_A", self.lora_A.detach().clone(), persistent=False)
+        self.register_buffer("start_B", self.lora_B.detach().clone(), persistent=False)
+        self.has_start = True
 
     def factors(self, dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor]:
         """(A, B) of the whole ΔW / scale, with the start stacked below A and, negative, beside B."""
         A, B = self.lora_A, self.lora_B
-        if self.start_A is not None and self.start_B is not None:
+        if self.has_start:
             A, B = torch.cat([A, self.start_A]), torch.cat([B, -self.start_B], dim=1)
         return (A, B) if dtype is None or A.dtype == dtype else (A.to(dtype), B.to(dtype))
 

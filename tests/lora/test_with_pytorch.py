@@ -11,6 +11,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArgumen
 from rankwise import LoraConfig, eject_, inject_, load_adapter_, merge_, register_layer, save_adapter
 from rankwise.lora.inject import trainable_parameters
 from rankwise.lora.linear import LoraLinear
+from rankwise.models.trainer import AdapterCheckpoints
 
 IDS = torch.tensor([[3, 4, 5, 6], [9, 8, 7, 6]])
 
@@ -121,6 +122,23 @@ def test_transformers_trainer_trains_an_adapted_model_unchanged(tmp_path):
     eject_(model)
     assert all(torch.equal(p, base[name]) for name, p in model.named_parameters())
     load_adapter_(model, tmp_path / "adapter")
+
+
+def test_a_trainers_checkpoints_hold_the_adapter_alone(tmp_path):
+    model = tiny("llama")
+    inject_(model, LoraConfig(r=2))
+    rows = [{"input_ids": IDS[0], "labels": IDS[0]}]
+    arguments = TrainingArguments(
+        str(tmp_path), max_steps=2, save_steps=1, learning_rate=0.05, report_to=[], use_cpu=True, disable_tqdm=True
+    )
+    Trainer(model, arguments, train_dataset=rows, callbacks=[AdapterCheckpoints()]).train()
+    for step in (1, 2):
+        files = {path.name for path in (tmp_path / f"checkpoint-{step}").iterdir()}
+        assert {"adapter_config.json", "adapter_model.safetensors", "optimizer.pt"} <= files
+        assert "model.safetensors" not in files
+    other = tiny("llama")
+    load_adapter_(other, tmp_path / "checkpoint-2")
+    torch.testing.assert_close(other(IDS).logits, model(IDS).logits)
 
 
 class Scaled(nn.Module):

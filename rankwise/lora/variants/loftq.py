@@ -1,0 +1,15 @@
+"""LoftQ: start so that a quantised base and the adapter together are near the original weights
+(Li et al. 2023, arXiv 2310.08659)."""
+
+import torch
+from torch import Tensor
+
+
+def loftq(residual: Tensor, r: int, scale: float) -> tuple[Tensor, Tensor]:
+    """Factors with scale·B·A = the best approximation of residual [d, k] = W - W_quantised by a matrix of rank r.
+
+    This is the first of the paper's alternating rounds, the one that leaves the quantised weight as it is.
+    """
+    U, S, Vh = torch.linalg.svd(residual, full_matrices=False)
+    root = (S[:r] / scale).sqrt()
+    return root[:, None] * Vh[:r], U[:, :r] * root

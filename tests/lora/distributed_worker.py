@@ -1,0 +1,38 @@
+"""One of two processes of test_distributed.py: HOW FOLDER PORT RANK."""
+
+import sys
+
+import torch
+from conftest import tiny
+from torch import distributed
+from torch.distributed.fsdp import fully_shard
+from torch.nn.parallel import DistributedDataParallel
+
+from rankwise import LoraConfig, inject_, save_adapter, trainable_parameters
+
+IDS = torch.arange(3, 35).view(4, 8)
+
+
+def main() -> None:
+    how, folder, port, rank = sys.argv[1], sys.argv[2], sys.argv[3], int(sys.argv[4])
+    distributed.init_process_group("gloo", f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
+    model = tiny("llama")
+    inject_(model, LoraConfig(r=2, lora_alpha=64), generator=torch.Generator().manual_seed(0))
+    if how == "ddp":
+        wrapped = DistributedDataParallel(model)
+    else:
+        mesh = distributed.init_device_mesh("cpu", (2,))
+        for block in model.model.layers:
+            fully_shard(block, mesh=mesh)
+        wrapped = fully_shard(model, mesh=mesh)
+    optimizer = torch.optim.SGD(trainable_parameters(model), lr=0.5)
+    own = IDS[2 * rank : 2 * rank + 2]
+    for _ in range(2):
+        wrapped(own, labels=own).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    save_adapter(model, folder if rank == 0 else f"{folder}-{rank}")
+    distributed.destroy_process_group()
+
+
+main()
