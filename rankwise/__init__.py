@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from rankwise.lora.checkpoint import load_adapter_ as load_adapter_
     from rankwise.lora.checkpoint import read_adapter as read_adapter
     from rankwise.lora.checkpoint import save_adapter as save_adapter
+    from rankwise.lora.checkpoint import swap_adapter_ as swap_adapter_
     from rankwise.lora.combine import CombineReport as CombineReport
     from rankwise.lora.combine import combine_adapters_ as combine_adapters_
     from rankwise.lora.config import LoraConfig as LoraConfig
@@ -82,6 +83,7 @@ _HOMES = {
     "save_adapter": "rankwise.lora.checkpoint",
     "start_from_data_": "rankwise.lora.start",
     "start_from_original_": "rankwise.lora.start",
+    "swap_adapter_": "rankwise.lora.checkpoint",
     "trainable_parameters": "rankwise.lora.inject",
     "unmerge_": "rankwise.lora.merge",
 }

@@ -17,7 +17,7 @@ from rankwise.lora.adapters import adapter_names, check_names, delete_adapter_
 from rankwise.lora.base_weight import bias_name, is_conv1d
 from rankwise.lora.config import LoraConfig
 from rankwise.lora.inject import DEFAULT, check_free, inject_unset_, injection, set_active
-from rankwise.lora.layers import LoraLayer, named_base_modules, named_wrappers
+from rankwise.lora.layers import LoraLayer, named_base_modules, named_lora_layers, named_wrappers
 from rankwise.lora.low_rank import LowRank
 from rankwise.lora.report import InjectReport
 from rankwise.lora.targets import shortest_names
@@ -130,6 +130,46 @@ def load_adapter_(
         for name, slot in slots.items():
             slot.copy_(tensors[name])
     return report
+
+
+def swap_adapter_(model: nn.Module, folder: str | Path, adapter: str = DEFAULT) -> None:
+    """Let an adapter of the model take the values of the one in `folder`, in place: torch.compile need not run again.
+
+    The model computes what it would with the adapter in `folder` loaded. That may have other ranks up to those here
+    (the rest is filled with zeros), another lora_alpha (B takes up the difference), and may leave modules out.
+    Raises CheckpointError, with every problem in one message, if it does not fit; the model is then as it was.
+    """
+    folder = Path(folder)
+    check_names(model, [adapter])
+    own = injection(model).configs[adapter]
+    config, tensors, problems = _read_files(folder, trainable=not own.inference_mode)
+    low_rank, rest = _sort_tensors(config, tensors, problems)
+    layers = {name: layer for name, layer in named_lora_layers(model) if adapter in layer.shares}
+    updates = {name: layer.update(adapter) for name, layer in layers.items()}
+    if isinstance(config.init_lora_weights, str) or any(update.has_start for update in updates.values()):
+        problems.append("a start that takes a part of the base away (PiSSA, OLoRA) cannot be swapped in or out")
+    problems += [f"{name}: there is no place for it in the model" for name in sorted(rest)]
+    if others := set(_slots(model, adapter)) - set(format.factor_names(layers, adapter)):
+        problems.append(f"the model's adapter trains more than low-rank updates: {', '.join(sorted(others)[:5])}")
+    for name, found in low_rank.items():
+        update = updates.get(name)
+        if update is None:
+            problems.append(f"{name}: the model's adapter does not adapt it{nearest(name, updates)}")
+        elif found.shape != update.low_rank().shape or layers[name].stacks > 1:
+            problems.append(
+                f"{name}: the model needs {list(update.low_rank().shape)}, the file holds {list(found.shape)}"
+            )
+        elif found.rank > update.r:
+            problems.append(f"{name}: rank {found.rank} does not fit into rank {update.r}")
+    _raise_if(problems, folder)
+    with torch.no_grad():
+        for name, update in updates.items():
+            A, B = update.lora_A.flatten(1), update.lora_B.flatten(1)
+            A.zero_(), B.zero_()
+            if name in low_rank:
+                found = low_rank[name]
+                A[: found.rank] = found.A
+                B[:, : found.rank] = found.B * (found.scale / update.scale)
 
 
 def _slots(model: nn.Module, adapter: str) -> dict[str, Tensor]:

@@ -77,6 +77,16 @@ def _of_update(name: str, layer: LoraLayer, update: Update) -> dict[str, Tensor]
     return tensors
 
 
+def factor_names(layers: Mapping[str, LoraLayer], adapter: str) -> list[str]:
+    """The names in the file of A and B of an adapter in these layers."""
+    found = []
+    for name, layer in layers.items():
+        update = layer.update(adapter)
+        tensors = _of_update(_path(name, layer), layer, update) if layer.is_module else {}
+        found += [key for key, tensor in tensors.items() if tensor is update.lora_A or tensor is update.lora_B]
+    return found
+
+
 def name_of_bias(module: str, adapted: bool, bias: str) -> str:
     """The name in the file of a bias that trains; an adapted module lies one level deeper there."""
     return ".".join(part for part in (module, "base_layer" if adapted else "", bias) if part)
