@@ -165,7 +165,8 @@ def swap_adapter_(model: nn.Module, folder: str | Path, adapter: str = DEFAULT) 
     with torch.no_grad():
         for name, update in updates.items():
             A, B = update.lora_A.flatten(1), update.lora_B.flatten(1)
-            A.zero_(), B.zero_()
+            A.zero_()
+            B.zero_()
             if name in low_rank:
                 found = low_rank[name]
                 A[: found.rank] = found.A

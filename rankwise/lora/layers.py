@@ -109,7 +109,6 @@ class LoraLayer(Wrapper):
         self.merged: dict[str, float] = {}
         self.unmerged: dict[str, nn.Parameter | None] = {}
         """The base's own parameters, by name, while merged ones stand in their place."""
-        self._squared_norms: Tensor | None = None
 
     def factor_shapes(self, r: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
         """The shapes of A and B."""
@@ -257,14 +256,13 @@ class LoraLayer(Wrapper):
         A constant for the gradient (DoRA, section 4.3).
         """
         weight = self.base_matrix()
-        if self._squared_norms is None or self._squared_norms.device != weight.device:
-            self._squared_norms = weight.to(working_dtype(weight)).square().sum(1)
         A, B = self.row_factors(update)
         s = update.scale
-        grouped = weight.to(A.dtype).view(*A.shape[:-2], -1, weight.shape[1])
+        weight = weight.to(A.dtype)
+        grouped = weight.view(*A.shape[:-2], -1, weight.shape[1])
         cross = (grouped @ A.transpose(-2, -1) * B).sum(-1)
         own = (B @ (A @ A.transpose(-2, -1)) * B).sum(-1)
-        squared = self._squared_norms.to(A.dtype) + (2 * s * cross + s * s * own).flatten()
+        squared = weight.square().sum(1) + (2 * s * cross + s * s * own).flatten()
         return squared.clamp_min(torch.finfo(A.dtype).tiny).sqrt()
 
     def own(self, name: str) -> Any:

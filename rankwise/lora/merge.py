@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from rankwise.errors import ConfigError, MergeError, listing
 from rankwise.lora.inject import ATTRIBUTE, injection, put
 from rankwise.lora.layers import LoraLayer, has_merged, named_lora_layers, named_wrappers, refuse_dora_beside_merged
-from rankwise.lora.tied import sharing_names
+from rankwise.lora.tied import storage_counts, storage_of
 from rankwise.lora.trained import TiedTokenHead, TokenRows
 
 
@@ -49,6 +49,7 @@ def merge_(model: nn.Module, adapters: Sequence[str] | None = None, dtype: torch
         raise MergeError("this model already holds merged adapters; go back first: rankwise.unmerge_(model)")
     for _, layer in layers:
         refuse_dora_beside_merged(layer, active, chosen)
+    sharers = storage_counts(model)
     sums, problems, untied, changed, lost = {}, [], [], 0, 0
     for name, layer in layers:
         weight = layer.base_matrix()
@@ -57,7 +58,7 @@ def merge_(model: nn.Module, adapters: Sequence[str] | None = None, dtype: torch
             problems.append(f"{name}: W0 + ΔW is not finite")
         changed += int(moved.sum())
         lost += int((moved & (matrix == weight)).sum())
-        if len(sharing_names(model, layer.own(layer.weight_name))) > 1:
+        if sharers[storage_of(layer.own(layer.weight_name))] > 1:
             untied.append(name)
         sums[name] = matrix, bias
     if problems:

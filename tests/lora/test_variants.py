@@ -271,3 +271,17 @@ def test_a_start_that_the_file_cannot_hold_is_refused(tmp_path):
     theirs.save_pretrained(tmp_path)
     with pytest.raises(CheckpointError, match="path_initial_model_for_weight_conversion"):
         load_adapter_(tiny("llama"), tmp_path)
+
+
+def test_dora_sees_base_values_that_are_loaded_after_injection():
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.Linear(6, 5)).double(), torch.randn(3, 6, dtype=torch.float64)
+    inject_(model, LoraConfig(r=2, target_modules=["0"], use_dora=True))
+    randomise_adapter(model)
+    model(x)
+    with torch.no_grad():
+        model[0].base.weight.mul_(3)
+    update, base = model[0].update("default"), model[0].base
+    changed = base.weight + update.low_rank().delta(torch.float64)
+    expected = F.linear(x, changed * (update.magnitude / changed.norm(dim=1))[:, None], base.bias)
+    close(model(x), expected)
