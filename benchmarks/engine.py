@@ -70,7 +70,8 @@ class Task:
             self.labels = sorted({str(row.fields["label"]) for row in found}) if shape == "classify" else []
             rows = examples_for(self.kind, found, self.tokenizer, self.labels, 1024, "drop")
         random.Random(0).shuffle(rows)
-        self.held_out, self.train = rows[:HELD_OUT], rows[HELD_OUT:]
+        self.held_out: list[Any] = rows[:HELD_OUT]
+        self.train: list[Any] = rows[HELD_OUT:]
 
     def model(self) -> Any:
         import torch

@@ -60,8 +60,8 @@ def packed_attention(
     split and cat copy once each way; a slice per segment would fill a zero tensor of the whole stream for each of them
     in the backward pass.
     """
-    if packing is None or softcap is not None:
-        raise ValueError("packed attention needs its packing and serves no soft-capped scores")
+    if packing is None:
+        raise ValueError("the model does not hand on how its stream is packed")
     causal = is_causal if is_causal is not None else getattr(module, "is_causal", True)
     queries, keys, values = (x.split(packing.lengths, dim=2) for x in (query, key, value))
     outputs = []
@@ -69,6 +69,9 @@ def packed_attention(
         path = packing.path(segment)
         k, v = (torch.cat([x[i] for i in path], dim=2) if path[1:] else x[segment] for x in (keys, values))
         plain = q.shape[2] == k.shape[2] and not (sliding_window and k.shape[2] > sliding_window)
+        if softcap is not None:
+            outputs.append(_soft_capped(q, k, v, _mask(q, k, causal, sliding_window), softcap, scaling, dropout))
+            continue
         outputs.append(
             F.scaled_dot_product_attention(
                 q,
@@ -82,6 +85,17 @@ def packed_attention(
             )
         )
     return torch.cat(outputs, dim=2).transpose(1, 2).contiguous(), None
+
+
+def _soft_capped(
+    query: Tensor, key: Tensor, value: Tensor, seen: Tensor, softcap: float, scaling: float | None, dropout: float
+) -> Tensor:
+    """Attention whose scores pass through softcap·tanh(score / softcap) (Gemma 2), which no kernel here computes."""
+    groups = query.shape[1] // key.shape[1]
+    key, value = (x.repeat_interleave(groups, dim=1) for x in (key, value))
+    scores = query @ key.transpose(2, 3) * (query.shape[3] ** -0.5 if scaling is None else scaling)
+    scores = (torch.tanh(scores / softcap) * softcap).masked_fill(~seen, -torch.inf)
+    return F.dropout(scores.softmax(-1), dropout) @ value
 
 
 def _mask(query: Tensor, key: Tensor, causal: bool, window: int | None) -> Tensor:

@@ -97,10 +97,22 @@ class LanguageEngine(Engine[TextExample]):
 class ClassifierEngine(Engine[LabelExample]):
     """For sequence classifiers: the loss counts texts."""
 
+    _first_position = 0
+
+    def _why_not_packed(self, sample: Sequence[LabelExample]) -> str | None:
+        reason = super()._why_not_packed(sample)
+        if reason is None:
+            return None
+        # RoBERTa and its kin count positions from the one after that of padding.
+        self._first_position = self.pad_id + 1
+        return None if super()._why_not_packed(sample) is None else reason
+
     def _packed(self, examples: Sequence[LabelExample]) -> tuple[Tensor, Tensor]:
         stream = pack_texts(examples, self._device)
+        inputs = _inputs(stream)
+        inputs["position_ids"] = stream.positions + self._first_position
         with self._packed_attention():
-            hidden = self.model.base_model(**_inputs(stream)).last_hidden_state[0]
+            hidden = self.model.base_model(**inputs).last_hidden_state[0]
         return self._classify(hidden, stream), stream.targets
 
     def _padded(self, examples: Sequence[LabelExample]) -> tuple[Tensor, Tensor]:

@@ -32,6 +32,15 @@ class LoraLinear(LoraLayer):
         hidden = F.linear(F.dropout(x, update.dropout) if dropped else x, A)
         return torch.add(result, F.linear(hidden, B), alpha=update.scale)
 
+    def has_own_backward(self, dtype: torch.dtype) -> bool:
+        """Whether training on inputs of this type takes the hand-written backward pass (linear_function)."""
+        update = self._only_plain_update()
+        return (
+            update is not None
+            and not update.dropout
+            and self._is_matrix_product(self.base.weight.new_empty(0, dtype=dtype))
+        )
+
     def _only_plain_update(self) -> Update | None:
         """The one update at work, if its change is scale·B·A·x and nothing more."""
         if self.rows is not None or self.merged or len(self.active) != 1:

@@ -1,0 +1,50 @@
+"""Which of the engine's techniques a run uses, on its own rows, and why not the others."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from rankwise.data.examples import TextExample
+from rankwise.engine.batch import pack
+from rankwise.engine.engine import Engine
+from rankwise.lora.layers import named_lora_layers
+from rankwise.lora.linear import LoraLinear
+
+
+def explain(engine: Engine[Any], batches: Sequence[Sequence[Any]]) -> str:
+    """A line for each technique; the shares are those of `batches`, the first ones of the run."""
+    rows = [row for batch in batches for row in batch]
+    useful = sum(len(row.ids) for row in rows)
+    padded = sum(len(batch) * max(len(row.ids) for row in batch) for batch in batches)
+    lines = [f"on the first {len(batches)} batches ({len(rows)} rows, {useful:,} tokens):"]
+    if not engine.packs:
+        lines.append(f"packed streams: no, because {engine.padded_because}; {padded - useful:,} tokens of padding")
+    else:
+        lines.append(f"packed streams: yes, {padded - useful:,} tokens of padding saved ({1 - useful / padded:.0%})")
+    if isinstance(rows[0], TextExample):
+        lines += _of_text(engine, batches, useful)
+    return "\n  ".join([*lines, *_of_layers(engine)])
+
+
+def _of_text(engine: Engine[Any], batches: Sequence[Sequence[TextExample]], useful: int) -> list[str]:
+    trained = sum(sum(row.trained) for batch in batches for row in batch)
+    if not engine.packs:
+        return ["shared beginnings: no, they need packed streams", "output head at trained tokens only: no, as before"]
+    streams = [pack(batch, engine.model.device) for batch in batches]
+    computed = sum(stream.ids.shape[1] for stream in streams)
+    segments = sum(len(stream.packing.lengths) for stream in streams)
+    shared = f"yes, {useful - computed:,} tokens computed once instead of again ({1 - computed / useful:.0%})"
+    if computed == useful:
+        shared = "nothing to gain, rows of a batch do not begin alike (--batches alike brings such rows together)"
+    return [
+        f"shared beginnings: {shared}; {segments / len(streams):.1f} segments a batch",
+        f"output head at trained tokens only: yes, {trained:,} of {computed:,} positions ({trained / computed:.0%})",
+    ]
+
+
+def _of_layers(engine: Engine[Any]) -> list[str]:
+    layers = named_lora_layers(engine.model)
+    by_hand = sum(isinstance(x, LoraLinear) and x.has_own_backward(engine.model.dtype) for _, x in layers)
+    line = f"backward pass written by hand: {by_hand} of {len(layers)} adapted layers"
+    if by_hand < len(layers):
+        line += " (not with dropout, DoRA, a bias of B, and for quantised or other than linear layers)"
+    return [line, f"the backward pass ends at the lowest adapter: {layers[0][0]}"] if layers else []

@@ -1,0 +1,97 @@
+"""The engine on many types of models, against the definition: each example by itself, with the plain forward pass."""
+
+import random
+
+import pytest
+import torch
+from conftest import TOKENS, randomise_adapter
+from test_engine import conversations, gradients, reference_loss
+from torch.nn import functional as F
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
+
+from rankwise import LoraConfig, inject_
+from rankwise.data.examples import LabelExample
+from rankwise.engine.engine import ClassifierEngine, LanguageEngine
+
+SMALL = {
+    "vocab_size": 96, "hidden_size": 32, "intermediate_size": 48, "ffn_dim": 48, "num_hidden_layers": 2,
+    "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8, "max_position_embeddings": 64, **TOKENS,
+    "pad_token_id": 0,
+}  # fmt: skip
+CAUSAL = {
+    "bloom": {}, "cohere": {}, "falcon": {"alibi": False}, "gemma": {},
+    "gemma2": {"query_pre_attn_scalar": 8, "sliding_window": 6, "attn_logit_softcapping": 0.5},
+    "gpt2": {}, "gpt_neox": {}, "granite": {"logits_scaling": 3.0}, "helium": {}, "llama": {}, "mistral": {},
+    "nemotron": {}, "olmo": {}, "olmo2": {}, "opt": {"word_embed_proj_dim": 32}, "phi": {}, "phi3": {}, "qwen2": {},
+    "qwen3": {}, "smollm3": {}, "stablelm": {}, "starcoder2": {},
+}  # fmt: skip
+CLASSIFIERS = {"bert": {}, "roberta": {}, "distilbert": {}, "electra": {}, "deberta-v2": {}, "modernbert": {}}
+# Types that the packed path must serve; the others may take the padded one, and must say why.
+PACKED = {
+    "gemma",
+    "gemma2",
+    "gpt2",
+    "gpt_neox",
+    "granite",
+    "llama",
+    "mistral",
+    "olmo",
+    "olmo2",
+    "opt",
+    "phi",
+    "phi3",
+    "qwen2",
+}
+PACKED |= {"qwen3", "smollm3", "starcoder2", "cohere", "helium", "bert", "roberta", "electra"}
+
+
+@pytest.fixture(autouse=True)
+def all_in_fp64(monkeypatch):
+    """Models that compute their norms and rotations in fp32 do so in fp64 here, so that 1e-10 can be asked of them."""
+    monkeypatch.setattr(torch, "float32", torch.float64)
+    monkeypatch.setattr(torch.Tensor, "float", torch.Tensor.double)
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(torch.float)
+
+
+def build(auto, kind, overrides, r, **more):
+    fields = type(AutoConfig.for_model(kind))().to_dict().keys()
+    attributes = AutoConfig.for_model(kind).attribute_map
+    small = {attributes.get(key, key): value for key, value in SMALL.items() if attributes.get(key, key) in fields}
+    torch.manual_seed(0)
+    model = auto.from_config(AutoConfig.for_model(kind, **{**small, **overrides, **more})).double().eval()
+    inject_(model, LoraConfig(r=r, task_type="SEQ_CLS" if more else "CAUSAL_LM"))
+    randomise_adapter(model)
+    return model
+
+
+def assert_same(engine, examples, expected):
+    loss = engine.loss(examples)
+    torch.testing.assert_close(loss, expected, rtol=1e-10, atol=0)
+    ours, theirs = gradients(engine.model, loss), gradients(engine.model, expected)
+    assert (ours - theirs).abs().max() <= 1e-10 * theirs.abs().max()
+
+
+@pytest.mark.parametrize("kind", CAUSAL)
+def test_loss_and_gradients_of_conversations_are_those_of_each_by_itself(kind):
+    for seed, common, r in ((0, 0, 1), (1, 18, 5)):
+        model = build(AutoModelForCausalLM, kind, CAUSAL[kind], r)
+        examples = conversations(5, common, seed)
+        engine = LanguageEngine(model, 0, examples)
+        assert engine.packs or (kind not in PACKED and engine.padded_because), engine.padded_because
+        assert_same(engine, examples, reference_loss(model, examples))
+
+
+@pytest.mark.parametrize("kind", CLASSIFIERS)
+def test_loss_and_gradients_of_texts_are_those_of_each_by_itself(kind):
+    model = build(AutoModelForSequenceClassification, kind, CLASSIFIERS[kind], 3, num_labels=4)
+    draw = random.Random(0)
+    texts = [
+        LabelExample(tuple(draw.randrange(3, 96) for _ in range(draw.randrange(3, 12))), draw.randrange(4), "here")
+        for _ in range(6)
+    ]
+    engine = ClassifierEngine(model, 0, texts)
+    assert engine.packs or (kind not in PACKED and engine.padded_because), engine.padded_because
+    logits = torch.cat([model(torch.tensor([text.ids])).logits for text in texts])
+    assert_same(engine, texts, F.cross_entropy(logits, torch.tensor([text.label for text in texts])))
