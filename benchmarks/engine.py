@@ -56,7 +56,7 @@ class Task:
         from rankwise.data.rows import read_rows
         from rankwise.models.load import load_tokenizer
 
-        self.kind = "seq_cls" if shape == "classify" else "causal_lm"
+        self.kind: Any = "seq_cls" if shape == "classify" else "causal_lm"
         self.model_name = "minilm-l6" if shape == "classify" else "smollm2-135m"
         self.tokenizer = load_tokenizer(self.model_name)
         self.labels: list[str] = []
