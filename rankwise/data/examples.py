@@ -22,6 +22,8 @@ class TextExample:
     """For each token whether it is trained: those of assistant turns with their end-of-turn token, or of a text all."""
     place: str
     """file:line, for messages."""
+    cut: int = 0
+    """Tokens that were cut off its end."""
 
     @property
     def prompt_length(self) -> int:
@@ -41,6 +43,7 @@ class LabelExample:
     ids: tuple[int, ...]
     label: int
     place: str
+    cut: int = 0
 
     def short(self) -> "LabelExample":
         """The first 24 tokens."""
@@ -218,9 +221,7 @@ def _encoded(transcripts: Sequence[Transcript], tokenizer: Tokenizer) -> list[En
 
 def _in_parts(script: Transcript, cuts: Sequence[int], tokenizer: Tokenizer) -> Encoded:
     bounds = [0, *(place for place in cuts if 0 < place < len(script.text)), len(script.text)]
-    parts = [
-        Transcript(script.text[start:end], (), script.special and start == 0) for start, end in pairwise(bounds)
-    ]
+    parts = [Transcript(script.text[start:end], (), script.special and start == 0) for start, end in pairwise(bounds)]
     ids: list[int] = []
     trained: list[bool] = []
     for start, tokens in zip(bounds, _tokens(parts, tokenizer), strict=False):
@@ -251,15 +252,23 @@ def _fit(examples: list[E], max_length: int, long_rows: LongRows) -> list[E]:
             "do with them: --long-rows cut (their end is cut off and not trained) or --long-rows drop (they are left "
             "out):\n" + listing([f"{e.place}: {len(e.ids)} tokens" for e in too_long])
         )
+    kept = fitted(examples, max_length, long_rows)
+    if not kept:
+        raise DataError(f"--long-rows drop leaves no row: all {len(examples)} have more than {max_length} tokens")
+    return kept
+
+
+def fitted(examples: list[E], max_length: int, long_rows: LongRows) -> list[E]:
+    """The examples with longer ones than `max_length` cut or dropped; for "error" they stay as they are."""
     if long_rows == "drop":
-        kept = [e for e in examples if len(e.ids) <= max_length]
-        if not kept:
-            raise DataError(f"--long-rows drop leaves no row: all {len(examples)} have more than {max_length} tokens")
-        return kept
-    return [_cut(e, max_length) for e in examples]
+        return [e for e in examples if len(e.ids) <= max_length]
+    if long_rows == "cut":
+        return [_cut(e, max_length) if len(e.ids) > max_length else e for e in examples]
+    return examples
 
 
 def _cut(example: E, length: int) -> E:
+    cut = len(example.ids) - length
     if isinstance(example, TextExample):
-        return TextExample(example.ids[:length], example.trained[:length], example.place)
-    return LabelExample(example.ids[:length], example.label, example.place)
+        return TextExample(example.ids[:length], example.trained[:length], example.place, cut)
+    return LabelExample(example.ids[:length], example.label, example.place, cut)

@@ -1,4 +1,4 @@
-"""Data files → numbered rows. JSONL, JSON, CSV and TSV (also gzipped) and Parquet; a damaged row never hides another."""
+"""Data files → numbered rows: JSONL, JSON, CSV and TSV (also gzipped) and Parquet. A bad row never hides another."""
 
 import csv
 import gzip

@@ -160,3 +160,54 @@ def weighted(rows: list[Row], seed: int) -> list[Row]:
         return rows
     draw = random.Random(seed)
     return [row for row in rows for _ in range(floor(row.weight) + (draw.random() < row.weight % 1))]
+
+
+@dataclass(frozen=True)
+class Division:
+    """Training and evaluation rows, none of which asks what a row of the other side asks."""
+
+    scans: tuple[Scan, ...]
+    """Of the training data, and of the evaluation data where there is some."""
+    train: list[Row]
+    held_out: list[Row]
+    left_out: list[Row]
+    """Training rows that ask what a given evaluation row asks."""
+
+    @property
+    def problems(self) -> list[Problem]:
+        return [problem for scan in self.scans for problem in scan.problems]
+
+    def refuse_problems(self) -> None:
+        """Raise DataError if anything is wrong with a row of either side."""
+        refuse([entry for scan in self.scans if scan.problems for entry in scan.entries], self.problems)
+
+    def lines(self) -> list[str]:
+        """What was read, and what was left out and why."""
+        lines = [scan.summary() for scan in self.scans]
+        if self.left_out:
+            lines.append(
+                f"left out of training: {len(self.left_out)} rows that ask what an evaluation row asks "
+                f"(the first: {self.left_out[0].place})"
+            )
+        return lines
+
+
+def divide(
+    data: Data, eval_data: Data | None, task: str, layout: Layout, eval_fraction: float = 0.0, seed: int = 0
+) -> Division:
+    """Read the data and divide it: `eval_data` is held out where it is given, else `eval_fraction` of the rows.
+
+    While anything is wrong with a row (`problems`), nothing is split off.
+    Raises DataError as `scan_rows` and `split_rows` do, and if no training row is left.
+    """
+    scan = scan_rows(data, task, layout)
+    if eval_data is not None:
+        held_out = scan_rows(eval_data, task, layout)
+        train, left_out = without_overlap(scan.rows, held_out.rows)
+        if left_out and not train:
+            raise DataError(f"every row of {', '.join(scan.entries)} asks what a row of the evaluation data asks too")
+        return Division((scan, held_out), weighted(train, seed), held_out.rows, left_out)
+    if not eval_fraction or scan.problems:
+        return Division((scan,), weighted(scan.rows, seed), [], [])
+    train, held_out = split_rows(scan.rows, eval_fraction, seed)
+    return Division((scan,), weighted(train, seed), held_out, [])
