@@ -117,7 +117,7 @@ def report_on(
         if task == "seq_cls":
             problems += [Problem(row.place, _unknown(row)) for row in rows if str(row.fields["label"]) not in labels]
             rows = [row for row in rows if str(row.fields["label"]) in labels]
-            examples = label_examples(rows, tokenizer, sorted(labels), 10**9, "cut") if rows else []
+            examples: list[Any] = label_examples(rows, tokenizer, sorted(labels), 10**9, "cut") if rows else []
         else:
             examples, refused = tokenise(rows, tokenizer, train_on)
             problems += refused

@@ -5,6 +5,7 @@ where the conversation before it ends when the model is asked for an answer (add
 the conversation up to it ends. Both must be the beginning of the whole conversation as the template renders it.
 """
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -123,10 +124,14 @@ def _advice(messages: list[Message], index: int) -> str:
 
 
 def _check_instructions(messages: list[Message], tools: Sequence[Any] | None, whole: str) -> None:
-    """Templates can leave out what they have no place for, without a word: a system message, or the tools."""
+    """Templates can leave out what they have no place for, without a word: a system message, tools, their results."""
     squeezed = _squeezed(whole)
     for index, message in enumerate(messages):
-        if message["role"] in ("system", "developer", "user") and _squeezed(message["content"]) not in squeezed:
+        forms = [message["content"]] if message["role"] != "assistant" else [""]
+        if message["role"] == "tool":
+            # It may stand there as JSON text, with its quotes escaped.
+            forms += [json.dumps(forms[0], ensure_ascii=ascii)[1:-1] for ascii in (False, True)]
+        if not any(_squeezed(form) in squeezed for form in forms):
             raise DataError(f"the chat template leaves out or changes what turn {index + 1} ({message['role']}) says")
     lost = [tool["function"]["name"] for tool in tools or () if tool["function"]["name"] not in whole]
     if lost:
@@ -154,7 +159,7 @@ def _lacks_end(message: Message, answer: str, tokenizer: Tokenizer) -> bool:
         # What a call looks like is the template's affair, so an ordinary turn tells whether it writes ends.
         probe = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
         return _render(probe, None, tokenizer).rstrip().endswith("b")
-    return answer.rstrip().endswith(message["content"].rstrip())
+    return _squeezed(answer).endswith(_squeezed(message["content"]))
 
 
 def _render(messages: list[Message], tools: Sequence[Any] | None, tokenizer: Tokenizer, ask: bool = False) -> str:
