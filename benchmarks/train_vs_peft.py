@@ -55,7 +55,7 @@ def run_rankwise(steps: int, folder: Path) -> float:
 
     model, _, train, _, _ = prepare(steps)
     engine = LanguageEngine(model, 2, train)
-    config = TrainConfig(model="", data=DATA, out=folder, batch_size=BATCH, lr=RATE, max_steps=steps)
+    config = TrainConfig(model="", data=(DATA,), out=folder, batch_size=BATCH, lr=RATE, max_steps=steps)
     [*_, last] = training_steps(engine, train, config)
     save_adapter(model, folder)
     return last.seconds

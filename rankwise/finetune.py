@@ -9,7 +9,9 @@ from typing import Any
 import torch
 
 from rankwise.data.examples import Prompt, asked, examples_for
-from rankwise.data.rows import Row, read_rows, split_rows
+from rankwise.data.report import measure
+from rankwise.data.rows import Row, divide
+from rankwise.data.shapes import Layout
 from rankwise.engine.engine import Engine, engine_for
 from rankwise.errors import DataError
 from rankwise.lora.config import LoraConfig
@@ -54,7 +56,7 @@ def finetune(config: TrainConfig, reporter: Reporter | None = None) -> dict[str,
         target_modules=config.targets,
         base_model_name_or_path=config.model,
     )
-    train_rows, held_out_rows = _read(config)
+    train_rows, held_out_rows = _read(config, reporter)
     torch.manual_seed(config.seed)
 
     with reporter.stage(f"loading {config.model}"):
@@ -65,7 +67,7 @@ def finetune(config: TrainConfig, reporter: Reporter | None = None) -> dict[str,
     report = inject_(model, lora)
     engine = engine_for(config.task, model, pad_id(tokenizer), data.train)
     reporter.say(report.summary())
-    reporter.say(_describe(data, engine))
+    reporter.say(_describe(data, engine, len(train_rows) - len(data.train)))
 
     sha_before = base_sha256(model)
     before = _evaluate(engine, tokenizer, data, reporter, "evaluating before")
@@ -96,11 +98,13 @@ def finetune(config: TrainConfig, reporter: Reporter | None = None) -> dict[str,
     return result
 
 
-def _read(config: TrainConfig) -> tuple[list[Row], list[Row]]:
-    rows = read_rows(config.data, config.task)
-    if config.eval_data is not None:
-        return rows, read_rows(config.eval_data, config.task)
-    return split_rows(rows, config.eval_fraction, config.seed) if config.eval_fraction else (rows, [])
+def _read(config: TrainConfig, reporter: Reporter) -> tuple[list[Row], list[Row]]:
+    layout = Layout.parse(config.format, config.columns)
+    division = divide(config.data, config.eval_data, config.task, layout, config.eval_fraction, config.seed)
+    division.refuse_problems()
+    for line in division.lines():
+        reporter.say(line)
+    return division.train, division.held_out
 
 
 def _labels(rows: list[Row]) -> list[str]:
@@ -114,7 +118,10 @@ def _tokenise(
     config: TrainConfig, train: list[Row], held_out: list[Row], tokenizer: Any, labels: list[str], limit: int
 ) -> Dataset:
     length = min(config.max_length, limit)
-    sides = [examples_for(config.task, rows, tokenizer, labels, length, config.long_rows) for rows in (train, held_out)]
+    sides = [
+        examples_for(config.task, rows, tokenizer, labels, length, config.long_rows, config.train_on)
+        for rows in (train, held_out)
+    ]
     questions = held_out[: config.eval_answers] if config.task == "causal_lm" else []
     return Dataset(sides[0], sides[1], [asked(row, tokenizer) for row in questions], labels)
 
@@ -180,7 +187,7 @@ def _measured(before: Evaluation | None, after: Evaluation | None) -> dict[str, 
     }
 
 
-def _describe(data: Dataset, engine: Engine[Any]) -> str:
-    tokens = sum(len(example.ids) for example in data.train)
+def _describe(data: Dataset, engine: Engine[Any], dropped: int) -> str:
     path = "packed, no padding" if engine.packs else f"padded, because {engine.padded_because}"
-    return f"{len(data.train):,} rows train ({tokens:,} tokens), {len(data.held_out):,} are held out; {path}"
+    left_out = f"; {dropped:,} too long and left out" if dropped else ""
+    return f"training: {measure(data.train)}{left_out}\n{len(data.held_out):,} rows are held out; {path}"

@@ -6,6 +6,8 @@ from pathlib import Path
 from typing import Literal
 
 from rankwise.cli.arguments import parse
+from rankwise.data.shapes import Format, Layout
+from rankwise.data.transcripts import TrainOn
 from rankwise.errors import ConfigError
 
 
@@ -14,7 +16,13 @@ class EvalConfig:
     """Measure loss and exact match (or accuracy) on a file."""
 
     data: Path
-    """A JSONL file of the shape that the adapter was trained on."""
+    """A file of the shape that the adapter was trained on."""
+    format: Format | None = None
+    """Shape of the rows; without it, the one that most rows have."""
+    columns: tuple[str, ...] = ()
+    """Names of the data's own columns, such as prompt=question completion=answer."""
+    train_on: TrainOn = "completion"
+    """What the loss counts, as in training."""
     adapter: Path | None = None
     """Adapter folder, or the folder of a run; without it the base model is measured."""
     model: str | None = None
@@ -31,6 +39,7 @@ def main(options: list[str]) -> int:
     config = parse(EvalConfig, options, "eval")
     if config.answers is not None and config.answers < 0:
         raise ConfigError(f"--answers must be at least 0, found {config.answers}")
+    layout = Layout.parse(config.format, config.columns)
     from rankwise.data.examples import asked, examples_for
     from rankwise.data.rows import read_rows
     from rankwise.engine.engine import engine_for
@@ -42,9 +51,9 @@ def main(options: list[str]) -> int:
     reporter = Reporter()
     with reporter.stage("loading"):
         adapted = load_adapted(config.model, config.adapter)
-    rows, tokenizer = read_rows(config.data, adapted.task), adapted.tokenizer
+    rows, tokenizer = read_rows(config.data, adapted.task, layout), adapted.tokenizer
     length = min(config.max_length, longest_input(adapted.model))
-    examples = examples_for(adapted.task, rows, tokenizer, adapted.labels, length, config.long_rows)
+    examples = examples_for(adapted.task, rows, tokenizer, adapted.labels, length, config.long_rows, config.train_on)
     questions = [asked(row, tokenizer) for row in rows[: config.answers]] if adapted.task == "causal_lm" else []
     engine = engine_for(adapted.task, adapted.model, pad_id(tokenizer), examples)
     with reporter.stage("evaluating") as stage:

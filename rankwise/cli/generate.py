@@ -17,7 +17,7 @@ class GenerateConfig:
     prompt: str | None = None
     """The prompt."""
     file: Path | None = None
-    """A JSONL file of `prompt` (and perhaps `completion`) or `messages` rows; answers are printed as JSONL."""
+    """A file of rows of any shape but text/label, with or without answers; what the model says is printed as JSONL."""
     adapter: Path | None = None
     """Adapter folder, or the folder of a run."""
     model: str | None = None
@@ -62,6 +62,6 @@ def main(options: list[str]) -> int:
         print("\n".join(f"{side}: {text[0]}" if len(sides) > 1 else text[0] for side, text in answers.items()))
         return 0
     for index, row in enumerate(rows):
-        given = {name: row.fields[name] for name in ("prompt", "messages", "completion") if name in row.fields}
+        given = {name: row.fields[name] for name in ("prompt", "messages", "text", "completion") if name in row.fields}
         print(json.dumps({**given, **{side: texts[index] for side, texts in answers.items()}}, ensure_ascii=False))
     return 0

@@ -8,6 +8,7 @@ from rankwise.errors import RankwiseError, nearest
 
 COMMANDS = {
     "train": "fine-tune a model on your own file",
+    "data": "show what a file would teach: shape, trained tokens, lengths, every problem",
     "eval": "measure a model, with or without an adapter, on a file",
     "generate": "answer prompts with the base model, an adapter, or both side by side",
     "merge": "write the model with the adapter added in, as a plain Hugging Face folder",

@@ -1,1 +1,1 @@
-"""From files to tokens: rows, conversations, and the mask of the tokens that are trained."""
+"""From files to tokens: rows of any shape, conversations, and the mask of the tokens that are trained."""

@@ -2,13 +2,13 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any, Literal, TypeVar
 
-from rankwise.data.rows import Row
+from rankwise.data.files import Problem, Row
+from rankwise.data.rows import MOST_PROBLEMS
+from rankwise.data.transcripts import Tokenizer, TrainOn, Transcript, question, transcript
 from rankwise.errors import DataError, listing
-
-Tokenizer = Any
-"""A transformers tokenizer (PreTrainedTokenizerBase); transformers is not imported here."""
 
 LongRows = Literal["error", "cut", "drop"]
 
@@ -19,14 +19,16 @@ class TextExample:
 
     ids: tuple[int, ...]
     trained: tuple[bool, ...]
-    """For each token whether the loss counts it: those of assistant turns with their end-of-turn token."""
+    """For each token whether it is trained: those of assistant turns with their end-of-turn token, or of a text all."""
     place: str
     """file:line, for messages."""
+    cut: int = 0
+    """Tokens that were cut off its end."""
 
     @property
     def prompt_length(self) -> int:
-        """Number of tokens before the first trained one."""
-        return self.trained.index(True)
+        """Number of tokens before the first trained one; at least 1, because nothing predicts the first token."""
+        return self.trained.index(True, 1)
 
     def short(self) -> "TextExample":
         """The first trained token with the 24 tokens before it."""
@@ -41,6 +43,7 @@ class LabelExample:
     ids: tuple[int, ...]
     label: int
     place: str
+    cut: int = 0
 
     def short(self) -> "LabelExample":
         """The first 24 tokens."""
@@ -59,34 +62,41 @@ class Prompt:
 
 
 def examples_for(
-    task: str, rows: Sequence[Row], tokenizer: Tokenizer, labels: Sequence[str], max_length: int, long_rows: LongRows
+    task: str,
+    rows: Sequence[Row],
+    tokenizer: Tokenizer,
+    labels: Sequence[str],
+    max_length: int,
+    long_rows: LongRows,
+    train_on: TrainOn = "completion",
 ) -> list[Any]:
     """TextExamples for "causal_lm" or LabelExamples for "seq_cls"; see `text_examples` and `label_examples`."""
     if not rows:
         return []
     if task == "seq_cls":
         return label_examples(rows, tokenizer, labels, max_length, long_rows)
-    return text_examples(rows, tokenizer, max_length, long_rows)
+    return text_examples(rows, tokenizer, max_length, long_rows, train_on)
 
 
-def text_examples(rows: Sequence[Row], tokenizer: Tokenizer, max_length: int, long_rows: LongRows) -> list[TextExample]:
-    """One TextExample for each prompt/completion or messages row.
+def text_examples(
+    rows: Sequence[Row],
+    tokenizer: Tokenizer,
+    max_length: int,
+    long_rows: LongRows,
+    train_on: TrainOn = "completion",
+) -> list[TextExample]:
+    """One TextExample for each prompt/completion, messages or text row.
 
+    `train_on` "completion" trains every assistant turn with its end-of-turn token, "last" the last one alone, "all"
+    every token; of a text every token is trained.
     Raises DataError if rows are longer than `max_length` tokens and `long_rows` is "error", if a cut row would have no
-    trained token, or if the chat template refuses a row or renders a conversation's turns out of order.
+    trained token, or if the chat template refuses a row or leaves open where its turns begin and end.
     """
-    if tokenizer.eos_token is None:
-        raise DataError("the model's tokenizer names no end-of-text token (eos_token), so no answer could end")
-    examples, problems = [], []
-    for row in rows:
-        try:
-            ids, trained = _encode(_pieces(row, tokenizer), tokenizer)
-        except DataError as error:
-            problems.append(f"{row.place}: {error}")
-        else:
-            examples.append(TextExample(ids, trained, row.place))
+    examples, problems = tokenise(rows, tokenizer, train_on)
     if problems:
-        raise DataError(f"the chat template cannot render {len(problems)} rows:\n{listing(problems)}")
+        raise DataError(
+            f"the chat template cannot render {len(problems)} rows:\n{listing(list(map(str, problems)), MOST_PROBLEMS)}"
+        )
     kept = _fit(examples, max_length, long_rows)
     untrained = [e.place for e in kept if not any(e.trained[1:])]
     if untrained:
@@ -96,6 +106,34 @@ def text_examples(rows: Sequence[Row], tokenizer: Tokenizer, max_length: int, lo
             + listing(untrained)
         )
     return kept
+
+
+def tokenise(
+    rows: Sequence[Row], tokenizer: Tokenizer, train_on: TrainOn = "completion"
+) -> tuple[list[TextExample], list[Problem]]:
+    """The rows as tokens, of any length, and what is wrong with those that the chat template cannot render.
+
+    Raises DataError if the tokenizer names no end-of-text token.
+    """
+    if tokenizer.eos_token is None:
+        raise DataError("the model's tokenizer names no end-of-text token (eos_token), so no answer could end")
+    examples: list[TextExample] = []
+    problems: list[Problem] = []
+    for first in range(0, len(rows), _AT_ONCE):
+        places, scripts = [], []
+        for row in rows[first : first + _AT_ONCE]:
+            try:
+                scripts.append(transcript(row.fields, tokenizer, train_on))
+                places.append(row.place)
+            except DataError as error:
+                problems.append(Problem(row.place, str(error)))
+        encoded = _encoded(scripts, tokenizer)
+        examples += [TextExample(ids, trained, place) for (ids, trained), place in zip(encoded, places, strict=True)]
+    return examples, problems
+
+
+_AT_ONCE = 512
+"""Rows given to the tokenizer in one call."""
 
 
 def label_examples(
@@ -122,86 +160,86 @@ def label_examples(
 
 
 def asked(row: Row, tokenizer: Tokenizer) -> Prompt:
-    """What a row asks: its prompt, or its conversation up to a last assistant turn, which is the reference answer.
+    """What a row asks (its prompt, its conversation up to a last assistant turn, or its text) and the reference answer.
 
     Raises DataError if the chat template refuses the row.
     """
+    [ids] = _tokens([question(row.fields, tokenizer)], tokenizer)
+    return Prompt(ids, _reference(row, tokenizer))
+
+
+def _reference(row: Row, tokenizer: Tokenizer) -> str | None:
     if "messages" not in row.fields:
-        return user_prompt(row.fields["prompt"], tokenizer, row.fields.get("completion"))
-    messages, answer = row.fields["messages"], None
-    if messages[-1]["role"] == "assistant":
-        messages, answer = messages[:-1], messages[-1]["content"]
-    return Prompt(_encode([(_render(messages, tokenizer, ask=True), False)], tokenizer)[0], answer)
+        return row.fields.get("completion")
+    last = row.fields["messages"][-1]
+    if last["role"] != "assistant" or last["content"].strip() or "tool_calls" not in last:
+        return last["content"] if last["role"] == "assistant" else None
+    # How a tool call is written is the template's affair.
+    [(ids, trained)] = _encoded([transcript(row.fields, tokenizer, "last")], tokenizer)
+    return tokenizer.decode(ids[trained.index(True) :], skip_special_tokens=True)
 
 
 def user_prompt(text: str, tokenizer: Tokenizer, answer: str | None = None) -> Prompt:
     """A single question, as the model would be asked it in training."""
-    return Prompt(_encode(_prompt_pieces(text, tokenizer), tokenizer)[0], answer)
+    [ids] = _tokens([question({"prompt": text}, tokenizer)], tokenizer)
+    return Prompt(ids, answer)
 
 
-Pieces = list[tuple[str, bool]]
-"""Stretches of text with whether their tokens are trained. Each is tokenised by itself, as it is at generation, when
-the prompt's tokens are fixed before the answer's."""
+Ids = tuple[int, ...]
+Encoded = tuple[Ids, tuple[bool, ...]]
 
 
-def _pieces(row: Row, tokenizer: Tokenizer) -> Pieces:
-    if "messages" in row.fields:
-        return _conversation_pieces(row.fields["messages"], tokenizer)
-    prompt, completion = row.fields["prompt"], row.fields["completion"]
-    if not tokenizer.chat_template:
-        return [*_prompt_pieces(prompt, tokenizer), (completion + tokenizer.eos_token, True)]
-    turns = [{"role": "user", "content": prompt}, {"role": "assistant", "content": completion}]
-    return _conversation_pieces(turns, tokenizer)
+def _encoded(transcripts: Sequence[Transcript], tokenizer: Tokenizer) -> list[Encoded]:
+    """Each transcript's tokens and which of them are trained.
 
-
-def _prompt_pieces(prompt: str, tokenizer: Tokenizer) -> Pieces:
-    if not tokenizer.chat_template:
-        return [(prompt, False)]
-    return [(_render([{"role": "user", "content": prompt}], tokenizer, ask=True), False)]
-
-
-def _conversation_pieces(messages: list[dict[str, Any]], tokenizer: Tokenizer) -> Pieces:
-    """The rendered conversation, cut where each assistant turn begins and ends, as the template itself places them."""
-    if not tokenizer.chat_template:
-        raise DataError("the tokenizer has no chat template; give the data as prompt/completion")
-    whole, pieces, done = _render(messages, tokenizer), [], 0
-    for index, message in enumerate(messages):
-        if message["role"] != "assistant":
+    A text is tokenised as a whole. Where an answer begins or ends, the tokens of the text up to there must be the first
+    tokens of the whole, so that no token lies on both sides and the prompt has the tokens that it has when the model is
+    asked. Where they are not, the text is cut there and its parts are tokenised one by one.
+    """
+    places = [sorted({place for answer in script.answers for place in answer}) for script in transcripts]
+    whole = _tokens(transcripts, tokenizer)
+    inner = [
+        Transcript(script.text[:place], (), script.special)
+        for script, cuts in zip(transcripts, places, strict=True)
+        for place in cuts
+        if 0 < place < len(script.text)
+    ]
+    beginnings = iter(_tokens(inner, tokenizer))
+    encoded = []
+    for script, ids, cuts in zip(transcripts, whole, places, strict=True):
+        before = {place: next(beginnings) for place in cuts if 0 < place < len(script.text)}
+        if any(ids[: len(start)] != start for start in before.values()):
+            encoded.append(_in_parts(script, cuts, tokenizer))
             continue
-        before = _render(messages[:index], tokenizer, ask=True)
-        after = _render(messages[: index + 1], tokenizer).rstrip()
-        if not (whole.startswith(before) and whole.startswith(after) and done <= len(before) < len(after)):
-            raise DataError(
-                f"the template renders turn {index + 1} in another way inside the whole conversation than by itself, "
-                "so its tokens cannot be told apart; split the conversation so that this turn is the last"
-            )
-        answer = whole[len(before) : len(after)]
-        if answer.rstrip().endswith(message["content"].rstrip()):
-            answer += tokenizer.eos_token
-        pieces += [(whole[done : len(before)], False), (answer, True)]
-        done = len(after)
-    return pieces
+        counts = {0: 0, len(script.text): len(ids), **{place: len(start) for place, start in before.items()}}
+        trained = [False] * len(ids)
+        for start, end in script.answers:
+            trained[counts[start] : counts[end]] = [True] * (counts[end] - counts[start])
+        encoded.append((ids, tuple(trained)))
+    return encoded
 
 
-def _render(messages: list[dict[str, Any]], tokenizer: Tokenizer, ask: bool = False) -> str:
-    from jinja2 import TemplateError
-
-    try:
-        return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=ask)
-    except TemplateError as error:
-        raise DataError(f"the chat template refuses it: {error}") from None
-
-
-def _encode(pieces: Pieces, tokenizer: Tokenizer) -> tuple[tuple[int, ...], tuple[bool, ...]]:
+def _in_parts(script: Transcript, cuts: Sequence[int], tokenizer: Tokenizer) -> Encoded:
+    bounds = [0, *(place for place in cuts if 0 < place < len(script.text)), len(script.text)]
+    parts = [Transcript(script.text[start:end], (), script.special and start == 0) for start, end in pairwise(bounds)]
     ids: list[int] = []
     trained: list[bool] = []
-    for position, (text, is_trained) in enumerate(pieces):
-        # A chat template writes its own first token; a plain prompt gets the tokenizer's (a BOS, where it has one).
-        special = position == 0 and not tokenizer.chat_template
-        tokens = tokenizer(text, add_special_tokens=special).input_ids
+    for start, tokens in zip(bounds, _tokens(parts, tokenizer), strict=False):
         ids += tokens
-        trained += [is_trained] * len(tokens)
+        trained += [any(first <= start < last for first, last in script.answers)] * len(tokens)
     return tuple(ids), tuple(trained)
+
+
+def _tokens(transcripts: Sequence[Transcript], tokenizer: Tokenizer) -> list[Ids]:
+    """The tokens of each text, with the tokenizer's own first one (a BOS, where it has one) if `special`."""
+    found: list[Ids] = [()] * len(transcripts)
+    for special in (False, True):
+        chosen = [index for index, script in enumerate(transcripts) if script.special == special]
+        if chosen:
+            lists = tokenizer([transcripts[index].text for index in chosen], add_special_tokens=special).input_ids
+            for index, ids in zip(chosen, lists, strict=True):
+                found[index] = tuple(ids)
+    return found
 
 
 def _fit(examples: list[E], max_length: int, long_rows: LongRows) -> list[E]:
@@ -214,15 +252,23 @@ def _fit(examples: list[E], max_length: int, long_rows: LongRows) -> list[E]:
             "do with them: --long-rows cut (their end is cut off and not trained) or --long-rows drop (they are left "
             "out):\n" + listing([f"{e.place}: {len(e.ids)} tokens" for e in too_long])
         )
+    kept = fitted(examples, max_length, long_rows)
+    if not kept:
+        raise DataError(f"--long-rows drop leaves no row: all {len(examples)} have more than {max_length} tokens")
+    return kept
+
+
+def fitted(examples: list[E], max_length: int, long_rows: LongRows) -> list[E]:
+    """The examples with longer ones than `max_length` cut or dropped; for "error" they stay as they are."""
     if long_rows == "drop":
-        kept = [e for e in examples if len(e.ids) <= max_length]
-        if not kept:
-            raise DataError(f"--long-rows drop leaves no row: all {len(examples)} have more than {max_length} tokens")
-        return kept
-    return [_cut(e, max_length) for e in examples]
+        return [e for e in examples if len(e.ids) <= max_length]
+    if long_rows == "cut":
+        return [_cut(e, max_length) if len(e.ids) > max_length else e for e in examples]
+    return examples
 
 
 def _cut(example: E, length: int) -> E:
+    cut = len(example.ids) - length
     if isinstance(example, TextExample):
-        return TextExample(example.ids[:length], example.trained[:length], example.place)
-    return LabelExample(example.ids[:length], example.label, example.place)
+        return TextExample(example.ids[:length], example.trained[:length], example.place, cut)
+    return LabelExample(example.ids[:length], example.label, example.place, cut)

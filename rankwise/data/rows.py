@@ -1,168 +1,213 @@
-"""Reading JSONL files of the three shapes that rankwise trains on."""
+"""Reading data of any shape, all its problems at once, and dividing it into training and evaluation rows."""
 
 import json
 import random
-from collections.abc import Iterable, Mapping
+from collections.abc import Sequence
 from dataclasses import dataclass
+from math import floor
 from pathlib import Path
-from typing import Any
 
-from rankwise.errors import DataError, listing, nearest
+from rankwise.data.files import Problem, Row
+from rankwise.data.shapes import Found, Layout, detect, standard_fields, standard_prompt
+from rankwise.data.sources import read_sources
+from rankwise.errors import DataError, listing
 
-SHAPES: dict[str, tuple[str, ...]] = {
-    "prompt/completion": ("prompt", "completion"),
-    "messages": ("messages",),
-    "text/label": ("text", "label"),
-}
-TASK_SHAPES = {"causal_lm": ("prompt/completion", "messages"), "seq_cls": ("text/label",)}
-ROLES = ("system", "developer", "user", "assistant", "tool")
+Data = Path | str | Sequence[Path | str]
+"""A file, a folder or a hub data set, or several of them; see `rankwise.data.sources`."""
+_SORTED = json.JSONEncoder(sort_keys=True)
+MOST_PROBLEMS = 20
+"""Problems that a message shows in full."""
 
 
 @dataclass(frozen=True)
-class Row:
-    """One line of a data file."""
+class Scan:
+    """What was found in the data."""
 
-    file: Path
-    line: int
-    """Counted from 1."""
-    fields: Mapping[str, Any]
+    entries: tuple[str, ...]
+    rows: list[Row]
+    """The rows that nothing is wrong with, in their standard fields."""
+    problems: list[Problem]
+    found: Found
 
-    @property
-    def place(self) -> str:
-        return f"{self.file}:{self.line}"
+    def summary(self) -> str:
+        """The shape and what was passed over, in a line."""
+        shape = self.found.shape.name if self.found.shape else "no shape"
+        parts = [f"{', '.join(self.entries)}: {shape}, {len(self.rows):,} rows"]
+        if self.found.fits_too:
+            parts.append(f"fits {', '.join(self.found.fits_too)} too (--format chooses)")
+        if self.found.unused:
+            parts.append(f"not used: {', '.join(self.found.unused)}")
+        return "; ".join(parts)
 
 
-def read_rows(path: Path, task: str) -> list[Row]:
-    """All rows of a JSONL file; blank lines are passed over.
+def scan_rows(data: Data, task: str, layout: Layout | None = None) -> Scan:
+    """Read everything; every row must have the shape that most rows have (or `layout` says).
 
-    Every row must have the shape of the first one, and a shape that `task` ("causal_lm" or "seq_cls") trains on.
-    Raises DataError with file and line of every bad line.
+    Raises DataError only if a file as a whole cannot be read, or if there is no row at all.
     """
-    rows, problems = _parse(path)
-    if not rows and not problems:
-        raise DataError(f"{path} holds no row; rankwise needs one JSON object a line")
-    shape = next((shape for row in rows if (shape := _shape_of(row.fields, task))), None)
-    for row in rows:
-        problems += [f"{row.place}: {problem}" for problem in _problems(row.fields, shape, task)]
-    if problems:
-        raise DataError(f"{path} cannot be used; problems: {len(problems)}\n{listing(problems)}")
-    return rows
-
-
-def read_prompts(path: Path) -> list[Row]:
-    """All rows of a JSONL file of prompts: a `prompt`, or `messages`; a `completion` may be there and is kept.
-
-    Raises DataError with file and line of every bad line.
-    """
-    rows, problems = _parse(path)
-    for row in rows:
-        if "messages" in row.fields:
-            problems += [f"{row.place}: {problem}" for problem in _message_problems(row.fields["messages"])]
-        elif not isinstance(row.fields.get("prompt"), str):
-            found = ", ".join(map(repr, row.fields)) or "none"
-            problems.append(f"{row.place}: needs a field 'prompt' that is a string, found the fields {found}")
-    if not rows and not problems:
-        raise DataError(f"{path} holds no prompt; rankwise needs one JSON object a line")
-    if problems:
-        raise DataError(f"{path} cannot be used; problems: {len(problems)}\n{listing(problems)}")
-    return rows
-
-
-def _parse(path: Path) -> tuple[list[Row], list[str]]:
+    layout, entries = layout or Layout(), _entries(data)
+    records = list(read_sources(entries))
+    if not records:
+        raise DataError(f"{', '.join(entries)} holds no row; rankwise needs one JSON object a line")
+    found = detect((record.fields for record in records if isinstance(record, Row)), task, layout)
     rows, problems = [], []
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except FileNotFoundError:
-        raise DataError(f"no such data file: {path}") from None
-    except UnicodeDecodeError as error:
-        raise DataError(f"{path} is not UTF-8 text (byte {error.start}); convert it first") from None
-    except OSError as error:
-        raise DataError(f"{path} cannot be read: {error.strerror}") from None
-    for number, line in enumerate(text.split("\n"), start=1):
-        if not line.strip():
+    # The list is emptied on the way, so that raw and standard fields of all rows are never held together.
+    records.reverse()
+    while records:
+        record = records.pop()
+        if isinstance(record, Problem):
+            problems.append(record)
             continue
-        try:
-            value = json.loads(line)
-        except json.JSONDecodeError as error:
-            problems.append(f"{path}:{number}: not JSON: {error.msg} at column {error.colno}")
+        fields, faults = standard_fields(layout.rename(record.fields), found.shape, task)
+        problems += [Problem(record.place, fault) for fault in faults]
+        if not faults:
+            rows.append(_with(record, fields))
+    return Scan(entries, rows, problems, found)
+
+
+def read_rows(data: Data, task: str, layout: Layout | None = None) -> list[Row]:
+    """All rows, in the standard fields of their shape (`rankwise.data.shapes`).
+
+    `task` is "causal_lm" or "seq_cls". Raises DataError with file and line of every bad row.
+    """
+    scan = scan_rows(data, task, layout)
+    refuse(scan.entries, scan.problems)
+    return scan.rows
+
+
+def read_prompts(data: Data) -> list[Row]:
+    """All rows of a file of prompts of any shape; answers may be there and are kept.
+
+    Raises DataError with file and line of every bad row.
+    """
+    entries, rows, problems = _entries(data), [], []
+    for record in read_sources(entries):
+        if isinstance(record, Problem):
+            problems.append(record)
             continue
-        if isinstance(value, dict):
-            rows.append(Row(path, number, value))
-        else:
-            problems.append(f"{path}:{number}: a row must be a JSON object, found {type(value).__name__}")
-    return rows, problems
+        fields, faults = standard_prompt(record.fields)
+        problems += [Problem(record.place, fault) for fault in faults]
+        rows.append(_with(record, fields))
+    if not rows and not problems:
+        raise DataError(f"{', '.join(entries)} holds no prompt; rankwise needs one JSON object a line")
+    refuse(entries, problems)
+    return rows
 
 
-def _shape_of(fields: Mapping[str, Any], task: str) -> str | None:
-    return next((shape for shape in TASK_SHAPES[task] if all(name in fields for name in SHAPES[shape])), None)
+def refuse(entries: Sequence[str], problems: Sequence[Problem]) -> None:
+    """Raise DataError if there are problems, with the first of them and the count of all."""
+    if problems:
+        shown = listing([str(problem) for problem in problems], MOST_PROBLEMS)
+        raise DataError(f"{', '.join(entries)} cannot be used; problems: {len(problems)}\n{shown}")
 
 
-def _problems(fields: Mapping[str, Any], shape: str | None, task: str) -> Iterable[str]:
-    if shape is None or any(name not in fields for name in SHAPES[shape]):
-        yield _missing(fields, shape, task)
-    elif shape == "messages":
-        yield from _message_problems(fields["messages"])
-    elif shape == "text/label":
-        if not isinstance(fields["text"], str) or not fields["text"].strip():
-            yield f"text must be a string that is not empty, found {fields['text']!r}"
-        if isinstance(fields["label"], bool) or not isinstance(fields["label"], str | int) or fields["label"] == "":
-            yield f"label must be a string or a whole number, found {fields['label']!r}"
-    else:
-        for name in SHAPES[shape]:
-            if not isinstance(fields[name], str):
-                yield f"{name} must be a string, found {type(fields[name]).__name__}"
-        if isinstance(fields["completion"], str) and not fields["completion"].strip():
-            yield "completion is empty, so no token of this row would be trained"
+def _entries(data: Data) -> tuple[str, ...]:
+    return (str(data),) if isinstance(data, str | Path) else tuple(map(str, data))
 
 
-def _missing(fields: Mapping[str, Any], shape: str | None, task: str) -> str:
-    wanted = [shape] if shape else TASK_SHAPES[task]
-    needed = " or ".join(" + ".join(SHAPES[name]) for name in wanted)
-    hints = [
-        f"{found!r} is perhaps {name!r}"
-        for shape_name in wanted
-        for name in SHAPES[shape_name]
-        for found in fields
-        if name not in fields and found not in SHAPES[shape_name] and nearest(found, [name], most=1)
-    ]
-    other = next((t for t in TASK_SHAPES if t != task and _shape_of(fields, t)), None)
-    if other:
-        hints.append(f"this row fits --task {other}")
-    hint = f" ({'; '.join(hints)})" if hints else ""
-    return f"needs the fields {needed}, found {', '.join(map(repr, fields)) or 'none'}{hint}"
+def _with(row: Row, fields: dict) -> Row:
+    return Row(row.file, row.line, fields, row.by_row, row.weight)
 
 
-def _message_problems(messages: Any) -> Iterable[str]:
-    if not isinstance(messages, list) or not messages:
-        yield "messages must be a list that is not empty"
-        return
-    for index, message in enumerate(messages):
-        if not isinstance(message, dict):
-            yield f"messages[{index}] must be an object, found {type(message).__name__}"
-        elif message.get("role") not in ROLES:
-            yield f"messages[{index}].role must be one of {', '.join(ROLES)}, found {message.get('role')!r}"
-        elif not isinstance(message.get("content"), str):
-            yield f"messages[{index}].content must be a string, found {type(message.get('content')).__name__}"
-    assistants = [m for m in messages if isinstance(m, dict) and m.get("role") == "assistant"]
-    if not any(isinstance(m.get("content"), str) and m["content"].strip() for m in assistants):
-        yield "no assistant message with content, so no token of this row would be trained"
+def question_key(row: Row) -> str:
+    """What a row asks, with all white space alike: rows with the same key ask the same.
+
+    The prompt, the conversation before its last assistant message, or the text.
+    """
+    fields = row.fields
+    if "messages" not in fields:
+        return " ".join(fields["prompt" if "prompt" in fields else "text"].split())
+    messages = fields["messages"]
+    answers = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
+    asked = messages[: answers[-1]] if answers else messages
+    parts = [f"{message['role']}: {message['content']} {message.get('tool_calls', '')}" for message in asked]
+    return " ".join(" ".join([str(fields.get("tools", "")), *parts]).split())
 
 
 def split_rows(rows: list[Row], fraction: float, seed: int) -> tuple[list[Row], list[Row]]:
     """Cut rows into (train, evaluation), about `fraction` of them for evaluation, drawn by `seed`.
 
-    Rows with the same content stay on one side, so that no evaluation row is also trained.
+    Rows that ask the same stay on one side, so that no evaluation row is also trained.
     Raises DataError if either side would be empty.
     """
-    groups: dict[str, list[Row]] = {}
-    for row in rows:
-        groups.setdefault(json.dumps(row.fields, sort_keys=True), []).append(row)
-    keys = sorted(groups)
-    random.Random(seed).shuffle(keys)
-    held_out: list[Row] = []
-    kept: list[Row] = []
-    for key in keys:
-        (held_out if len(held_out) < fraction * len(rows) else kept).extend(groups[key])
+    groups: dict[str, list[int]] = {}
+    for index, row in enumerate(rows):
+        groups.setdefault(question_key(row), []).append(index)
+    ordered = sorted(groups.values(), key=lambda group: min(_SORTED.encode(rows[i].fields) for i in group))
+    random.Random(seed).shuffle(ordered)
+    held_out: list[int] = []
+    kept: list[int] = []
+    for group in ordered:
+        (held_out if len(held_out) < fraction * len(rows) else kept).extend(group)
     if not kept or not held_out:
         raise DataError(f"{len(rows)} rows cannot be split with --eval-fraction {fraction}; give --eval-data, or 0")
-    return sorted(kept, key=lambda row: row.line), sorted(held_out, key=lambda row: row.line)
+    return [rows[index] for index in sorted(kept)], [rows[index] for index in sorted(held_out)]
+
+
+def without_overlap(train: list[Row], held_out: list[Row]) -> tuple[list[Row], list[Row]]:
+    """(training rows that no evaluation row asks too, training rows that one does)."""
+    asked = {question_key(row) for row in held_out}
+    kept: list[Row] = []
+    overlapping: list[Row] = []
+    for row in train:
+        (overlapping if question_key(row) in asked else kept).append(row)
+    return kept, overlapping
+
+
+def weighted(rows: list[Row], seed: int) -> list[Row]:
+    """The rows as often as their weights say; of a weight's fraction, the rows that `seed` draws come once more."""
+    if all(row.weight == 1 for row in rows):
+        return rows
+    draw = random.Random(seed)
+    return [row for row in rows for _ in range(floor(row.weight) + (draw.random() < row.weight % 1))]
+
+
+@dataclass(frozen=True)
+class Division:
+    """Training and evaluation rows, none of which asks what a row of the other side asks."""
+
+    scans: tuple[Scan, ...]
+    """Of the training data, and of the evaluation data where there is some."""
+    train: list[Row]
+    held_out: list[Row]
+    left_out: list[Row]
+    """Training rows that ask what a given evaluation row asks."""
+
+    @property
+    def problems(self) -> list[Problem]:
+        return [problem for scan in self.scans for problem in scan.problems]
+
+    def refuse_problems(self) -> None:
+        """Raise DataError if anything is wrong with a row of either side."""
+        refuse([entry for scan in self.scans if scan.problems for entry in scan.entries], self.problems)
+
+    def lines(self) -> list[str]:
+        """What was read, and what was left out and why."""
+        lines = [scan.summary() for scan in self.scans]
+        if self.left_out:
+            lines.append(
+                f"left out of training: {len(self.left_out)} rows that ask what an evaluation row asks "
+                f"(the first: {self.left_out[0].place})"
+            )
+        return lines
+
+
+def divide(
+    data: Data, eval_data: Data | None, task: str, layout: Layout, eval_fraction: float = 0.0, seed: int = 0
+) -> Division:
+    """Read the data and divide it: `eval_data` is held out where it is given, else `eval_fraction` of the rows.
+
+    While anything is wrong with a row (`problems`), nothing is split off.
+    Raises DataError as `scan_rows` and `split_rows` do, and if no training row is left.
+    """
+    scan = scan_rows(data, task, layout)
+    if eval_data is not None:
+        held_out = scan_rows(eval_data, task, layout)
+        train, left_out = without_overlap(scan.rows, held_out.rows)
+        if left_out and not train:
+            raise DataError(f"every row of {', '.join(scan.entries)} asks what a row of the evaluation data asks too")
+        return Division((scan, held_out), weighted(train, seed), held_out.rows, left_out)
+    if not eval_fraction or scan.problems:
+        return Division((scan,), weighted(scan.rows, seed), [], [])
+    train, held_out = split_rows(scan.rows, eval_fraction, seed)
+    return Division((scan,), weighted(train, seed), held_out, [])

@@ -70,6 +70,19 @@ def longest_input(model: Any) -> int:
     return getattr(model.config, "max_position_embeddings", None) or 10**9
 
 
+def longest_input_of(name: str) -> int:
+    """The same for a base model that is not loaded. Raises ModelError."""
+    from transformers import AutoConfig
+
+    folder = local_path(name)
+    with quiet():
+        try:
+            config = AutoConfig.from_pretrained(folder, local_files_only=True)
+        except Exception as error:
+            raise ModelError(f"the configuration of {name} cannot be loaded: {error}") from error
+    return getattr(config, "max_position_embeddings", None) or 10**9
+
+
 def base_sha256(model: nn.Module) -> str:
     """SHA-256 over the names and bytes of all base weights, whether an adapter is in the model or not."""
     digest = hashlib.sha256()

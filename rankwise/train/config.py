@@ -4,6 +4,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from rankwise.data.shapes import Format
+from rankwise.data.transcripts import TrainOn
 from rankwise.errors import ConfigError, listing
 
 
@@ -13,12 +15,19 @@ class TrainConfig:
 
     model: str
     """Base model: smollm2-135m, minilm-l6, a Hugging Face folder, a .gguf file or a hub id."""
-    data: Path
-    """Training data: a JSONL file of prompt/completion, messages, or text/label rows."""
+    data: tuple[Path, ...]
+    """Training data: files (JSONL, JSON, CSV, TSV, Parquet), folders of them, or hub data sets (OWNER/NAME@SPLIT).
+    b.csv:2 counts the rows of b.csv twice."""
     out: Path
     """Folder of the run; it must not exist yet."""
     task: Literal["causal_lm", "seq_cls"] = "causal_lm"
     """causal_lm: answer prompts. seq_cls: give texts a label."""
+    format: Format | None = None
+    """Shape of the rows; without it, the one that most rows have."""
+    columns: tuple[str, ...] = ()
+    """Names of the data's own columns, such as prompt=question completion=answer."""
+    train_on: TrainOn = "completion"
+    """completion: every answer of a row. last: only its last answer. all: the prompts too. (causal_lm)"""
     eval_data: Path | None = None
     """Held-out data in the same shape; without it, --eval-fraction of the training data is held out."""
     eval_fraction: float = 0.1
@@ -52,9 +61,11 @@ class TrainConfig:
     """Decides the adapter's start, the order of the rows, dropout and the held-out split."""
 
     def __post_init__(self) -> None:
-        for name in ("data", "out", "eval_data"):
+        for name in ("out", "eval_data"):
             value = getattr(self, name)
             object.__setattr__(self, name, None if value is None else Path(value))
+        entries: Any = (self.data,) if isinstance(self.data, str | Path) else self.data
+        object.__setattr__(self, "data", tuple(map(Path, entries)))
         problems = list(self._problems())
         if problems:
             raise ConfigError("these settings cannot be:\n" + listing(problems))
@@ -83,4 +94,6 @@ class TrainConfig:
     def as_dict(self) -> dict[str, Any]:
         """Plain values for YAML, enough to repeat the run."""
         plain = {name: str(value) if isinstance(value, Path) else value for name, value in asdict(self).items()}
-        return {**plain, "target_modules": list(self.target_modules)}
+        data = [str(entry) for entry in self.data]
+        lists = {"target_modules": list(self.target_modules), "columns": list(self.columns)}
+        return {**plain, "data": data[0] if len(data) == 1 else data, **lists}

@@ -1,0 +1,115 @@
+"""`rankwise data`"""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import tyro
+
+from rankwise.cli.arguments import parse
+from rankwise.data.shapes import Format, Layout
+from rankwise.data.transcripts import TrainOn
+from rankwise.errors import ConfigError, listing
+
+if TYPE_CHECKING:
+    from rankwise.data.report import DataReport
+
+LONGEST_SHOWN = 4000
+"""Characters of a stretch of the example."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """Show what a data set would teach a model: its shape, an example with the trained tokens, counts, all problems."""
+
+    data: tyro.conf.Positional[tuple[Path, ...]]
+    """Files (JSONL, JSON, CSV, TSV, Parquet), folders of them, or hub data sets (OWNER/NAME@SPLIT); b.csv:2 counts the
+    rows of b.csv twice."""
+    model: str
+    """The model whose tokenizer and chat template read the data."""
+    task: Literal["causal_lm", "seq_cls"] = "causal_lm"
+    """causal_lm: answer prompts. seq_cls: give texts a label."""
+    format: Format | None = None
+    """Shape of the rows; without it, the one that most rows have."""
+    columns: tuple[str, ...] = ()
+    """Names of the data's own columns, such as prompt=question completion=answer."""
+    train_on: TrainOn = "completion"
+    """completion: every answer of a row. last: only its last answer. all: the prompts too. (causal_lm)"""
+    eval_data: Path | None = None
+    """Held-out data in the same shape."""
+    max_length: int = 1024
+    """Longest row, in tokens."""
+    long_rows: Literal["error", "cut", "drop"] = "error"
+    """What to do with rows longer than --max-length."""
+    all_problems: bool = False
+    """Print every problem, not only the first twenty."""
+    json: bool = False
+    """Print the report as JSON, with every problem."""
+
+
+def main(options: list[str]) -> int:
+    config = parse(DataConfig, options, "data")
+    if not config.data:
+        raise ConfigError("name at least one file, folder or hub data set")
+    if config.max_length < 2:
+        raise ConfigError(f"--max-length must be at least 2, found {config.max_length}")
+    layout = Layout.parse(config.format, config.columns)
+    from rankwise.data.report import report_on
+    from rankwise.data.rows import divide
+    from rankwise.models.load import load_tokenizer, longest_input_of
+
+    division = divide(config.data, config.eval_data, config.task, layout)
+    tokenizer = load_tokenizer(config.model)
+    length = min(config.max_length, longest_input_of(config.model))
+    report = report_on(division, config.task, tokenizer, length, config.long_rows, config.train_on)
+    if config.json:
+        print(json.dumps(report.as_dict(), ensure_ascii=False, indent=1))
+    else:
+        _show(report, tokenizer, config.all_problems)
+    return 0 if report.ready else 2
+
+
+def _show(report: "DataReport", tokenizer: Any, all_problems: bool) -> None:
+    from rich.console import Console
+
+    console = Console(highlight=False, soft_wrap=True)
+    for line in report.lines:
+        console.print(line, markup=False)
+    console.print(f"training: {report.train}", markup=False)
+    if report.held_out:
+        console.print(f"evaluation: {report.held_out}", markup=False)
+    if report.labels:
+        rows = list(report.labels.values())
+        console.print(f"labels: {len(rows)}, with {rows[-1]:,} to {rows[0]:,} rows each", markup=False)
+    _show_example(report, tokenizer, console)
+    if report.problems:
+        most = len(report.problems) if all_problems else 20
+        console.print(f"\nproblems: {len(report.problems):,}", markup=False)
+        console.print(listing([str(problem) for problem in report.problems], most), markup=False)
+    console.print(f"\n{report.verdict}", markup=False)
+
+
+def _show_example(report: "DataReport", tokenizer: Any, console: Any) -> None:
+    """The first row: trained tokens in colour on a terminal, in ⟦ ⟧ elsewhere."""
+    from rich.text import Text
+
+    from rankwise.data.examples import LabelExample
+    from rankwise.data.report import stretches
+
+    example = report.example
+    if example is None:
+        return
+    if isinstance(example, LabelExample):
+        label = sorted(report.labels)[example.label]
+        console.print(f"\n{example.place}: {tokenizer.decode(example.ids)} → {label}", markup=False)
+        return
+    marks = ("", "") if console.is_terminal else ("⟦", "⟧")
+    text = Text()
+    for part, trained in stretches(example, tokenizer):
+        if len(part) > LONGEST_SHOWN:
+            part = f"{part[: LONGEST_SHOWN // 2]} … {part[-LONGEST_SHOWN // 2 :]}"
+        text.append(part.join(marks) if trained else part, style="bold green" if trained else "dim")
+    how = "in green" if console.is_terminal else "between ⟦ and ⟧"
+    console.print(f"\n{example.place}, as the model reads it; trained {how}:", markup=False)
+    console.print(text)

@@ -1,0 +1,160 @@
+"""What a data set would teach, before any training: counts, lengths, an example with its trained tokens, a verdict."""
+
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from itertools import groupby
+from typing import Any
+
+from rankwise.data.examples import LabelExample, LongRows, TextExample, fitted, label_examples, tokenise
+from rankwise.data.files import Problem, Row
+from rankwise.data.rows import Division
+from rankwise.data.transcripts import Tokenizer, TrainOn
+
+
+@dataclass(frozen=True)
+class Measure:
+    """Counts of one side's rows."""
+
+    rows: int
+    tokens: int
+    trained_tokens: int
+    """0 for texts with labels, where the loss counts rows."""
+    median: int
+    """Length in tokens, as p95, p99 and longest."""
+    p95: int
+    p99: int
+    longest: int
+    cut: int
+    """Rows whose end was cut off."""
+    duplicates: int
+    """Rows that another row before them equals, token by token."""
+
+    def __str__(self) -> str:
+        trained = f", {self.trained_tokens:,} of them trained" if self.trained_tokens else ""
+        notes = f"; {self.cut:,} cut off at their end" if self.cut else ""
+        notes += f"; {self.duplicates:,} are duplicates" if self.duplicates else ""
+        return (
+            f"{self.rows:,} rows, {self.tokens:,} tokens{trained}; length: median {self.median}, "
+            f"95 % up to {self.p95}, 99 % up to {self.p99}, longest {self.longest}{notes}"
+        )
+
+
+def measure(examples: Sequence[TextExample] | Sequence[LabelExample]) -> Measure:
+    """Count rows, tokens and duplicates of examples."""
+    lengths = sorted(len(example.ids) for example in examples) or [0]
+    median, p95, p99 = (lengths[int(part * (len(lengths) - 1))] for part in (0.5, 0.95, 0.99))
+    different = {(e.ids, e.trained if isinstance(e, TextExample) else e.label) for e in examples}
+    return Measure(
+        rows=len(examples),
+        tokens=sum(lengths),
+        trained_tokens=sum(sum(example.trained[1:]) for example in examples if isinstance(example, TextExample)),
+        median=median,
+        p95=p95,
+        p99=p99,
+        longest=lengths[-1],
+        cut=sum(example.cut > 0 for example in examples),
+        duplicates=len(examples) - len(different),
+    )
+
+
+@dataclass(frozen=True)
+class DataReport:
+    """Everything that `rankwise data` says."""
+
+    lines: list[str]
+    train: Measure
+    held_out: Measure | None
+    labels: dict[str, int]
+    """Rows of each label; empty for causal_lm."""
+    left_out: int
+    """Training rows that ask what an evaluation row asks."""
+    problems: list[Problem]
+    """Everything that would stop a training run, row by row."""
+    dropped: int
+    """Rows that are too long and left out."""
+    example: TextExample | LabelExample | None
+
+    @property
+    def verdict(self) -> str:
+        if self.problems:
+            rows = len({problem.place for problem in self.problems})
+            return f"not ready: {rows:,} rows stop a training run; mend or remove them"
+        if not self.train.rows:
+            return "not ready: no row is left to train on"
+        if self.labels and len(self.labels) < 2:
+            return "not ready: every row has the same label; a classifier needs at least two"
+        return f"ready to train ({self.dropped:,} rows are too long and left out)" if self.dropped else "ready to train"
+
+    @property
+    def ready(self) -> bool:
+        return self.verdict.startswith("ready")
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain values for JSON."""
+        return {
+            "verdict": self.verdict,
+            "ready": self.ready,
+            "read": self.lines,
+            "train": asdict(self.train),
+            "held_out": self.held_out and asdict(self.held_out),
+            "labels": self.labels,
+            "left_out_of_training": self.left_out,
+            "dropped": self.dropped,
+            "problems": [asdict(problem) for problem in self.problems],
+        }
+
+
+def report_on(
+    division: Division, task: str, tokenizer: Tokenizer, max_length: int, long_rows: LongRows, train_on: TrainOn
+) -> DataReport:
+    """Tokenise both sides and find everything that would stop a training run on them."""
+    labels = Counter(str(row.fields["label"]) for row in division.train) if task == "seq_cls" else Counter()
+    problems = list(division.problems)
+    sides: list[list[Any]] = []
+    dropped = 0
+    for rows in (division.train, division.held_out):
+        if task == "seq_cls":
+            problems += [Problem(row.place, _unknown(row)) for row in rows if str(row.fields["label"]) not in labels]
+            rows = [row for row in rows if str(row.fields["label"]) in labels]
+            examples: list[Any] = label_examples(rows, tokenizer, sorted(labels), 10**9, "cut") if rows else []
+        else:
+            examples, refused = tokenise(rows, tokenizer, train_on)
+            problems += refused
+        kept = fitted(examples, max_length, long_rows)
+        problems += _problems(kept, max_length)
+        dropped += len(examples) - len(kept)
+        sides.append(kept)
+    return DataReport(
+        lines=division.lines(),
+        train=measure(sides[0]),
+        held_out=measure(sides[1]) if division.held_out else None,
+        labels=dict(labels.most_common()),
+        left_out=len(division.left_out),
+        # A row that a weight repeats has its problem once.
+        problems=list(dict.fromkeys(problems)),
+        dropped=dropped,
+        example=next(iter(sides[0]), None),
+    )
+
+
+def _unknown(row: Row) -> str:
+    return f"the label {row.fields['label']!r} is not among those that are trained"
+
+
+def _problems(kept: Sequence[TextExample] | Sequence[LabelExample], max_length: int) -> Iterator[Problem]:
+    for example in kept:
+        if len(example.ids) > max_length:
+            yield Problem(
+                example.place,
+                f"{len(example.ids)} tokens, more than {max_length}, all that --max-length and the model allow "
+                "(--long-rows cut or drop says what to do with such rows)",
+            )
+        elif isinstance(example, TextExample) and not any(example.trained[1:]):
+            yield Problem(example.place, "no trained token: the prompt alone fills --max-length, or no turn is trained")
+
+
+def stretches(example: TextExample, tokenizer: Tokenizer) -> list[tuple[str, bool]]:
+    """The example as text, in stretches that are trained or not."""
+    pairs = groupby(zip(example.ids, example.trained, strict=True), key=lambda pair: pair[1])
+    return [(tokenizer.decode([token for token, _ in group]), trained) for trained, group in pairs]

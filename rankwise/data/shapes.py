@@ -1,0 +1,242 @@
+"""The shapes of rows that rankwise trains on: found over all rows of the data, and brought to a few standard fields.
+
+| shape | fields | after reading |
+|---|---|---|
+| prompt/completion | prompt, completion | the same |
+| alpaca | instruction, output; input and system may be there | prompt, completion; messages if there is a system |
+| messages | messages; tools may be there | messages, tools |
+| sharegpt | conversations; tools and system may be there | messages, tools |
+| text | text | the same |
+| text/label | text, label | the same |
+"""
+
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from rankwise.data.conversations import Faults, kind, messages_from, messages_from_sharegpt, tools_from, unreadable
+from rankwise.errors import ConfigError, DataError, nearest
+
+Fields = Mapping[str, Any]
+Format = Literal["prompt/completion", "alpaca", "messages", "sharegpt", "text", "text/label"]
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A kind of row."""
+
+    name: Format
+    task: str
+    needed: tuple[str, ...]
+    optional: tuple[str, ...]
+    read: Callable[[Fields, Faults], dict[str, Any]]
+    """Brings a row that has the needed fields to the standard ones, and writes what is wrong with it to the list."""
+
+
+@dataclass(frozen=True)
+class Layout:
+    """What the user says of the data's shape; without it, the shape is detected."""
+
+    format: Format | None = None
+    columns: Mapping[str, str] = field(default_factory=dict)
+    """Standard name → the data's name of it."""
+
+    @classmethod
+    def parse(cls, format: Format | None, columns: Sequence[str]) -> "Layout":
+        """`columns` as ["prompt=question", …]. Raises ConfigError for a standard name that does not exist."""
+        known = sorted({name for shape in SHAPES for name in shape.needed + shape.optional})
+        renamed = {}
+        for entry in columns:
+            name, equals, column = entry.partition("=")
+            if name not in known or not equals or not column:
+                raise ConfigError(
+                    f"--columns takes entries like prompt=question, with one of {', '.join(known)} before the '='; "
+                    f"found {entry!r}{nearest(name, known)}"
+                )
+            renamed[name] = column
+        return cls(format, renamed)
+
+    def rename(self, fields: Fields) -> Fields:
+        """The row with its columns under their standard names."""
+        if not self.columns:
+            return fields
+        rest = {name: value for name, value in fields.items() if name not in self.columns}
+        return {**rest, **{name: fields[column] for name, column in self.columns.items() if column in fields}}
+
+
+_NOT_TRAINED = "so no token of this row would be trained"
+_NOT_ASKED = "so nothing is asked; text without a question has the shape text"
+
+
+def _prompt_completion(fields: Fields, faults: Faults) -> dict[str, Any]:
+    _check_text("prompt", fields["prompt"], faults, _NOT_ASKED)
+    _check_text("completion", fields["completion"], faults, _NOT_TRAINED)
+    return {name: fields[name] for name in ("prompt", "completion")}
+
+
+def _alpaca(fields: Fields, faults: Faults) -> dict[str, Any]:
+    _check_text("instruction", fields["instruction"], faults, _NOT_ASKED)
+    _check_text("output", fields["output"], faults, _NOT_TRAINED)
+    standard = _alpaca_prompt(fields, faults)
+    if faults:
+        return {}
+    if "messages" in standard:
+        return {"messages": [*standard["messages"], {"role": "assistant", "content": fields["output"]}]}
+    return {**standard, "completion": fields["output"]}
+
+
+def _alpaca_prompt(fields: Fields, faults: Faults) -> dict[str, Any]:
+    for name in ("input", "system"):
+        if fields.get(name) is not None:
+            _check_text(name, fields[name], faults)
+    if faults:
+        return {}
+    prompt = fields["instruction"] + (f"\n{fields['input']}" if fields.get("input") else "")
+    if fields.get("system"):
+        return {"messages": [{"role": "system", "content": fields["system"]}, {"role": "user", "content": prompt}]}
+    return {"prompt": prompt}
+
+
+def _messages(fields: Fields, faults: Faults, need_answer: bool = True) -> dict[str, Any]:
+    tools = tools_from(fields.get("tools"), faults)
+    messages = messages_from(fields["messages"], faults, need_answer)
+    return {"messages": messages, **({"tools": tools} if tools else {})}
+
+
+def _sharegpt(fields: Fields, faults: Faults, need_answer: bool = True) -> dict[str, Any]:
+    tools = tools_from(fields.get("tools"), faults)
+    messages = messages_from_sharegpt(fields["conversations"], faults, need_answer)
+    if fields.get("system"):
+        _check_text("system", fields["system"], faults)
+        messages = [{"role": "system", "content": fields["system"]}, *messages]
+    return {"messages": messages, **({"tools": tools} if tools else {})}
+
+
+def _text(fields: Fields, faults: Faults) -> dict[str, Any]:
+    text = fields["text"]
+    if not isinstance(text, str) or not text.strip():
+        faults.append(f"text must be a string that is not empty, found {text!r:.80}")
+    elif problem := unreadable(text):
+        faults.append(f"text {problem}")
+    return {"text": text}
+
+
+def _text_label(fields: Fields, faults: Faults) -> dict[str, Any]:
+    label = fields["label"]
+    if isinstance(label, bool) or not isinstance(label, str | int) or not str(label).strip():
+        faults.append(f"label must be a string or a whole number, found {label!r:.80}")
+    return {**_text(fields, faults), "label": label}
+
+
+SHAPES = (
+    Shape("prompt/completion", "causal_lm", ("prompt", "completion"), (), _prompt_completion),
+    Shape("messages", "causal_lm", ("messages",), ("tools",), _messages),
+    Shape("alpaca", "causal_lm", ("instruction", "output"), ("input", "system"), _alpaca),
+    Shape("sharegpt", "causal_lm", ("conversations",), ("tools", "system"), _sharegpt),
+    Shape("text", "causal_lm", ("text",), (), _text),
+    Shape("text/label", "seq_cls", ("text", "label"), (), _text_label),
+)
+"""A row that fits several shapes has the first of them."""
+
+
+def _check_text(name: str, value: Any, faults: Faults, empty: str | None = None) -> None:
+    """Write to `faults` if the value is no text, or if it is empty and `empty` says what follows from that."""
+    if not isinstance(value, str):
+        faults.append(f"{name} must be a string, found {kind(value)}")
+    elif empty and not value.strip():
+        faults.append(f"{name} is empty, {empty}")
+    elif problem := unreadable(value):
+        faults.append(f"{name} {problem}")
+
+
+@dataclass(frozen=True)
+class Found:
+    """The shape of a data set."""
+
+    shape: Shape | None
+    """None where no row has a shape that the task trains on."""
+    fits_too: tuple[str, ...]
+    """Other shapes that as many rows have."""
+    unused: tuple[str, ...]
+    """Columns that the shape does not use."""
+
+
+def detect(rows: Iterable[Fields], task: str, layout: Layout) -> Found:
+    """The shape that most rows have, or `layout.format`.
+
+    Among shapes that at least half of the rows have, the first of SHAPES wins: rows of instruction, output and text are
+    alpaca rows even if some of them lack their output. A row with a label is not taken for plain text.
+    Raises ConfigError if the format is not one of the task's, DataError for a column that no row has.
+    """
+    kinds = Counter(tuple(fields) for fields in rows)
+    columns = dict.fromkeys(name for names in kinds for name in names)
+    lacking = [f"{column!r}{nearest(column, columns)}" for column in layout.columns.values() if column not in columns]
+    if lacking:
+        raise DataError(f"--columns names columns that no row has: {', '.join(lacking)}")
+    renamed = Counter({tuple(layout.rename(dict.fromkeys(names))): count for names, count in kinds.items()})
+    shapes = [shape for shape in SHAPES if shape.task == task]
+    counts = {shape: sum(n for names, n in renamed.items() if _fits(shape, names, layout)) for shape in shapes}
+    if layout.format:
+        shape = next((shape for shape in shapes if shape.name == layout.format), None)
+        if shape is None:
+            known = ", ".join(shape.name for shape in shapes)
+            raise ConfigError(f"--format {layout.format} does not fit --task {task}, which takes {known}")
+    else:
+        half = [shape for shape in shapes if 2 * counts[shape] >= sum(kinds.values())]
+        shape = half[0] if half else max(shapes, key=lambda shape: counts[shape])
+        shape = shape if counts[shape] else None
+    if shape is None:
+        return Found(None, (), ())
+    used = {layout.columns.get(name, name) for name in shape.needed + shape.optional}
+    fits_too = tuple(other.name for other in shapes if other is not shape and 0 < counts[shape] <= counts[other])
+    return Found(shape, fits_too, tuple(name for name in columns if name not in used))
+
+
+def _fits(shape: Shape, names: Sequence[str], layout: Layout) -> bool:
+    plain = shape.name != "text" or "label" not in names or layout.format == "text"
+    return plain and all(name in names for name in shape.needed)
+
+
+def standard_fields(fields: Fields, shape: Shape | None, task: str) -> tuple[dict[str, Any], list[str]]:
+    """(the row's standard fields, what is wrong with it); the fields count only if nothing is wrong."""
+    if shape is None or any(name not in fields for name in shape.needed):
+        return {}, [_missing(fields, shape, task)]
+    faults: Faults = []
+    return shape.read(fields, faults), faults
+
+
+def standard_prompt(fields: Fields) -> tuple[dict[str, Any], list[str]]:
+    """The same for a row that is only asked, of any shape but text/label: its answer may be missing and is kept."""
+    faults: Faults = []
+    if "messages" in fields:
+        return _messages(fields, faults, need_answer=False), faults
+    if "conversations" in fields:
+        return _sharegpt(fields, faults, need_answer=False), faults
+    answer = fields.get("completion", fields.get("output"))
+    completion = {"completion": answer} if isinstance(answer, str) else {}
+    if isinstance(fields.get("prompt"), str):
+        return {"prompt": fields["prompt"], **completion}, faults
+    if isinstance(fields.get("instruction"), str):
+        return {**_alpaca_prompt(fields, faults), **completion}, faults
+    if isinstance(fields.get("text"), str):
+        return {"text": fields["text"]}, faults
+    found = ", ".join(map(repr, fields)) or "none"
+    return {}, [f"needs a field 'prompt' that is a string, found the fields {found}"]
+
+
+def _missing(fields: Fields, shape: Shape | None, task: str) -> str:
+    wanted = [shape] if shape else [shape for shape in SHAPES if shape.task == task]
+    needed = " or ".join(" + ".join(shape.needed) for shape in wanted)
+    known = {name for shape in SHAPES for name in shape.needed + shape.optional}
+    hints = [
+        f"{found!r} is perhaps {name!r}"
+        for name in dict.fromkeys(name for shape in wanted for name in shape.needed if name not in fields)
+        for found in fields
+        if found not in known and nearest(found, [name], most=1)
+    ]
+    other = next((s.task for s in SHAPES if s.task != task and all(name in fields for name in s.needed)), None)
+    if other:
+        hints.append(f"this row fits --task {other}")
+    hint = f" ({'; '.join(hints)})" if hints else ""
+    return f"needs the fields {needed}, found {', '.join(map(repr, fields)) or 'none'}{hint}"

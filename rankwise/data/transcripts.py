@@ -1,0 +1,180 @@
+"""Rows → the text that the model reads, with the stretches of it that are trained, found through the chat template.
+
+A chat template is a program, so where an assistant's turn begins and ends is asked of the template itself: it begins
+where the conversation before it ends when the model is asked for an answer (add_generation_prompt), and it ends where
+the conversation up to it ends. Both must be the beginning of the whole conversation as the template renders it.
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from rankwise.data.conversations import Message, with_text_arguments
+from rankwise.errors import DataError
+
+Tokenizer = Any
+"""A transformers tokenizer (PreTrainedTokenizerBase); transformers is not imported here."""
+
+TrainOn = Literal["completion", "last", "all"]
+
+
+@dataclass(frozen=True)
+class Transcript:
+    """What the model reads."""
+
+    text: str
+    answers: tuple[tuple[int, int], ...]
+    """[start, end) of each stretch of `text` that is trained, in their order."""
+    special: bool
+    """Whether the tokenizer adds its own first token; a chat template writes it itself."""
+
+
+def transcript(fields: Mapping[str, Any], tokenizer: Tokenizer, train_on: TrainOn = "completion") -> Transcript:
+    """The transcript of a row in its standard fields.
+
+    Raises DataError if the chat template refuses the row, drops a part of it, or renders turns in a way that leaves
+    open where they begin and end.
+    """
+    if "text" in fields:
+        text, end = fields["text"], tokenizer.eos_token
+        text += "" if text.endswith(end) else end
+        return Transcript(text, ((0, len(text)),), special=True)
+    if "messages" in fields:
+        return _conversation(fields["messages"], fields.get("tools"), tokenizer, train_on)
+    prompt, completion = fields["prompt"], fields["completion"]
+    if tokenizer.chat_template:
+        turns = [{"role": "user", "content": prompt}, {"role": "assistant", "content": completion}]
+        return _conversation(turns, None, tokenizer, train_on)
+    text = prompt + completion + tokenizer.eos_token
+    return Transcript(text, ((0 if train_on == "all" else len(prompt), len(text)),), special=True)
+
+
+def question(fields: Mapping[str, Any], tokenizer: Tokenizer) -> Transcript:
+    """The transcript of what a row asks: the prompt, all before a last assistant message, or the text itself.
+
+    Raises DataError if the chat template refuses the row.
+    """
+    if "messages" in fields:
+        messages = fields["messages"]
+        if messages[-1]["role"] == "assistant":
+            messages = messages[:-1]
+        text = _render(messages, fields.get("tools"), tokenizer, ask=True)
+    elif "prompt" in fields and tokenizer.chat_template:
+        text = _render([{"role": "user", "content": fields["prompt"]}], None, tokenizer, ask=True)
+    else:
+        return Transcript(fields.get("prompt", fields.get("text")), (), special=True)
+    return Transcript(text, (), special=False)
+
+
+def _conversation(
+    messages: list[Message], tools: Sequence[Any] | None, tokenizer: Tokenizer, train_on: TrainOn
+) -> Transcript:
+    """The conversation up to its last trained turn, as the template renders it.
+
+    A template that writes nothing after a turn leaves it without an end; the end-of-text token is then put there.
+    """
+    whole = _render(messages, tools, tokenizer)
+    _check_instructions(messages, tools, whole)
+    turns = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
+    if train_on == "completion":
+        turns = [index for index in turns if messages[index].get("weight", 1)]
+    text, answers, done = "", [], 0
+    for index in turns if train_on == "completion" else turns[-1:]:
+        start, end = _turn(messages, index, whole, done, tools, tokenizer)
+        answer = whole[start:end]
+        _check_answer(messages[index], index, answer)
+        if _lacks_end(messages[index], answer, tokenizer):
+            answer += tokenizer.eos_token
+        text += whole[done:start]
+        answers.append((len(text), len(text) + len(answer)))
+        text += answer
+        done = end
+    return Transcript(text, ((0, len(text)),) if train_on == "all" else tuple(answers), special=False)
+
+
+def _turn(
+    messages: list[Message], index: int, whole: str, done: int, tools: Sequence[Any] | None, tokenizer: Tokenizer
+) -> tuple[int, int]:
+    """[start, end) of an assistant's turn in the whole conversation; `done` characters belong to turns before it."""
+    before = _render(messages[:index], tools, tokenizer, ask=True)
+    after = (whole if index == len(messages) - 1 else _render(messages[: index + 1], tools, tokenizer)).rstrip()
+    end = tokenizer.eos_token
+    if not whole.startswith(after) and after.endswith(end):
+        # Some templates (Phi-3.5's) write the end-of-text token once, after the whole conversation.
+        after = after.removesuffix(end).rstrip()
+    if not whole.startswith(before):
+        raise DataError(
+            f"the template asks for turn {index + 1} with {before[-24:]!r} at the end, which is not what stands before "
+            "that turn in the conversation as it renders it: what is trained would not be what the model is asked for"
+            + _advice(messages, index)
+        )
+    if not (whole.startswith(after) and done <= len(before) < len(after)):
+        raise DataError(
+            f"the template renders turn {index + 1} in another way inside the whole conversation than by itself, "
+            "so its tokens cannot be told apart" + _advice(messages, index)
+        )
+    return len(before), len(after)
+
+
+def _advice(messages: list[Message], index: int) -> str:
+    if all(message["role"] != "assistant" for message in messages[index + 1 :]):
+        return ""
+    return "; split the conversation so that this turn is the last, or train the last turn alone: --train-on last"
+
+
+def _check_instructions(messages: list[Message], tools: Sequence[Any] | None, whole: str) -> None:
+    """Templates can leave out what they have no place for, without a word: a system message, tools, their results."""
+    squeezed = _squeezed(whole)
+    for index, message in enumerate(messages):
+        forms = [message["content"]] if message["role"] != "assistant" else [""]
+        if message["role"] == "tool":
+            # It may stand there as JSON text, with its quotes escaped.
+            forms += [json.dumps(forms[0], ensure_ascii=ascii)[1:-1] for ascii in (False, True)]
+        if not any(_squeezed(form) in squeezed for form in forms):
+            raise DataError(f"the chat template leaves out or changes what turn {index + 1} ({message['role']}) says")
+    lost = [tool["function"]["name"] for tool in tools or () if tool["function"]["name"] not in whole]
+    if lost:
+        raise DataError(f"the chat template has no place for tools: it leaves out {', '.join(lost)}")
+
+
+def _check_answer(message: Message, index: int, answer: str) -> None:
+    if _squeezed(message["content"]) not in _squeezed(answer):
+        raise DataError(f"the chat template leaves out or changes what turn {index + 1} (assistant) says")
+    lost = [call["function"]["name"] for call in message.get("tool_calls", ())]
+    lost = [name for name in lost if name not in answer]
+    if lost:
+        raise DataError(
+            f"the chat template has no place for tool calls: in turn {index + 1} it leaves out {', '.join(lost)}"
+        )
+
+
+def _squeezed(text: str) -> str:
+    """Without white space, which templates strip and add."""
+    return "".join(text.split())
+
+
+def _lacks_end(message: Message, answer: str, tokenizer: Tokenizer) -> bool:
+    if message.get("tool_calls"):
+        # What a call looks like is the template's affair, so an ordinary turn tells whether it writes ends.
+        probe = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+        return _render(probe, None, tokenizer).rstrip().endswith("b")
+    return _squeezed(answer).endswith(_squeezed(message["content"]))
+
+
+def _render(messages: list[Message], tools: Sequence[Any] | None, tokenizer: Tokenizer, ask: bool = False) -> str:
+    from jinja2 import TemplateError
+
+    if not tokenizer.chat_template:
+        raise DataError("the tokenizer has no chat template; give the data as prompt/completion")
+    try:
+        try:
+            return _applied(messages, tools, tokenizer, ask)
+        except TypeError:
+            return _applied(with_text_arguments(messages), tools, tokenizer, ask)
+    except (TemplateError, TypeError, ValueError, KeyError, AttributeError) as error:
+        raise DataError(f"the chat template refuses it: {error}") from None
+
+
+def _applied(messages: list[Message], tools: Sequence[Any] | None, tokenizer: Tokenizer, ask: bool) -> str:
+    return tokenizer.apply_chat_template(messages, tools=tools, tokenize=False, add_generation_prompt=ask)
