@@ -60,13 +60,11 @@ def damage(checkpoint: Path) -> str | None:
         return f"{SUMS_FILE} is missing or damaged"
     expected = {name: digest for digest, _, name in (line.partition("  ") for line in lines)}
     found = {file.name for file in checkpoint.iterdir()} - {SUMS_FILE}
-    for name in sorted(found | expected.keys()):
-        if name not in found:
-            return f"{name} is missing"
-        if name not in expected:
-            return f"{name} is not in {SUMS_FILE}"
+    for name in sorted(found ^ expected.keys()):
+        return f"{name} stands in the folder or in {SUMS_FILE}, but not in both"
+    for name in sorted(found):
         if _sha256(checkpoint / name) != expected[name]:
-            return f"{name} was cut or changed"
+            return f"{name} does not have its sum in {SUMS_FILE}: one of them was cut or changed"
     return None if found else "it is empty"
 
 

@@ -61,12 +61,17 @@ class RunFolder:
         return self
 
     def __exit__(self, *_: Any) -> None:
-        if [entry.name for entry in self.path.glob("*")] == [LOCK_FILE]:
-            (self.path / LOCK_FILE).unlink()
-            self.path.rmdir()
-        self._lock.release()
+        try:
+            if [entry.name for entry in self.path.glob("*")] == [LOCK_FILE]:
+                (self.path / LOCK_FILE).unlink()
+                self.path.rmdir()
+        finally:
+            self._lock.release()
 
     def _check_empty(self) -> None:
+        # A process that was killed before it had anything to resume.
+        for left_over in self.path.glob(f".{SETTINGS_FILE}.*.tmp"):
+            left_over.unlink()
         if any(entry.name != LOCK_FILE for entry in self.path.iterdir()):
             advice = "choose another folder, or remove it first"
             if (self.path / SETTINGS_FILE).is_file() and not self._is_finished():
