@@ -30,11 +30,11 @@ def prepare(steps: int):
     """The model with a fresh adapter, the batches, and held-out rows: the same for both."""
     import torch
 
-    from rankwise import LoraConfig, inject_
+    from rankwise import LoraConfig, TrainConfig, inject_
     from rankwise.data.examples import text_examples
     from rankwise.data.rows import read_rows
     from rankwise.models.load import load_model, load_tokenizer
-    from rankwise.train.loop import shuffled_batches
+    from rankwise.train.batches import planned_steps
 
     tokenizer = load_tokenizer("smollm2-135m")
     train, held_out = (
@@ -44,7 +44,8 @@ def prepare(steps: int):
     torch.manual_seed(0)
     model = load_model("smollm2-135m", "causal_lm")
     inject_(model, LoraConfig(task_type="CAUSAL_LM", r=RANK, lora_alpha=ALPHA))
-    return model, tokenizer, train, held_out, list(shuffled_batches([[row] for row in train], BATCH, steps, seed=0))
+    config = TrainConfig(model="", data=DATA, out=DATA, batch_size=BATCH, lr=RATE, max_steps=steps)
+    return model, tokenizer, train, held_out, [batch for [batch] in planned_steps(train, config)]
 
 
 def run_rankwise(steps: int, folder: Path) -> float:

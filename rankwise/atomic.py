@@ -9,6 +9,15 @@ from pathlib import Path
 
 from rankwise.errors import StorageError
 
+ADVICE = {
+    errno.ENOSPC: "free some space",
+    errno.EDQUOT: "free some space",
+    errno.EFBIG: "raise the limit on a file's size (ulimit -f)",
+    errno.EACCES: "choose a place that you may write to",
+    errno.EROFS: "choose a place that you may write to",
+}
+"""What helps against an operating system's error."""
+
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
@@ -21,6 +30,7 @@ def replacing(path: Path) -> Iterator[Path]:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         yield temporary
+        _reach_the_disk(temporary)
         os.replace(temporary, path)
     except Exception as error:
         raise storage_error(path, error) or error from None
@@ -29,6 +39,14 @@ def replacing(path: Path) -> Iterator[Path]:
             shutil.rmtree(temporary, ignore_errors=True)
         else:
             temporary.unlink(missing_ok=True)
+
+
+def _reach_the_disk(path: Path) -> None:
+    """Without this a power cut soon after the rename could leave the new name with nothing in it."""
+    for file in [path] if path.is_file() else path.rglob("*"):
+        if file.is_file():
+            with file.open("r+b") as opened:
+                os.fsync(opened.fileno())
 
 
 def write_text(path: Path, text: str) -> None:
@@ -43,9 +61,7 @@ def storage_error(path: Path, error: Exception) -> StorageError | None:
     safetensors reports an operating system's error as text, "… (os error 28)", so the text is read as well.
     """
     number = error.errno if isinstance(error, OSError) else None
-    for code in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS):
+    for code, advice in ADVICE.items():
         if number == code or f"(os error {code})" in str(error):
-            full = code in (errno.ENOSPC, errno.EDQUOT)
-            advice = "free some space" if full else "choose a place that you may write to"
             return StorageError(f"cannot write {path}: {os.strerror(code)}; {advice} and try again")
     return None

@@ -1,9 +1,6 @@
 """The main path: load → inject → data → train → evaluate → save."""
 
-import signal
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
@@ -18,12 +15,16 @@ from rankwise.lora.config import LoraConfig
 from rankwise.lora.inject import inject_
 from rankwise.models.adapted import TASK_TYPES
 from rankwise.models.load import base_sha256, load_model, load_tokenizer, longest_input, pad_id
+from rankwise.train.batches import planned_steps
 from rankwise.train.config import TrainConfig
 from rankwise.train.evaluate import Evaluation, evaluate
-from rankwise.train.loop import Step, step_count, training_steps
+from rankwise.train.loop import Training
 from rankwise.train.progress import Reporter, peak_memory_bytes
+from rankwise.train.rate_check import best_rate
 from rankwise.train.report import render_report
+from rankwise.train.run import run_training
 from rankwise.train.run_folder import RunFolder
+from rankwise.train.start import Start, data_sha256
 
 
 @dataclass(frozen=True)
@@ -39,15 +40,20 @@ class Dataset:
     """Names of the classes, in the order of the classifier's outputs; empty for causal_lm."""
 
 
-def finetune(config: TrainConfig, reporter: Reporter | None = None) -> dict[str, Any]:
+def finetune(config: TrainConfig, reporter: Reporter | None = None, resume: bool = False) -> dict[str, Any]:
     """Train an adapter as `config` says and leave it, with what was measured, in the run folder `config.out`.
 
+    With `resume` the run that was interrupted there goes on, and ends with the very bytes that it would have had.
     Returns the content of result.json. The same configuration on the same machine gives the same adapter, byte for
-    byte. Ctrl-C ends the training after the current step and saves the adapter as it is then.
-    Raises ConfigError, DataError, ModelError, TargetError or StorageError before any training if an input is wrong.
+    byte. Ctrl-C or SIGTERM ends the training after the current step and saves a checkpoint and the adapter.
+    Raises ConfigError, DataError, ModelError, TargetError or StorageError before any training if an input is wrong, or
+    if settings, data or base are not those of the run to resume.
     """
-    reporter = reporter or Reporter()
-    run = RunFolder(config.out)
+    with RunFolder(config, resume) as run:
+        return _finetune(config, run, reporter or Reporter())
+
+
+def _finetune(config: TrainConfig, run: RunFolder, reporter: Reporter) -> dict[str, Any]:
     lora = LoraConfig(
         task_type=TASK_TYPES[config.task],
         r=config.r,
@@ -69,10 +75,9 @@ def finetune(config: TrainConfig, reporter: Reporter | None = None) -> dict[str,
     reporter.say(report.summary())
     reporter.say(_describe(data, engine, len(train_rows) - len(data.train)))
 
-    sha_before = base_sha256(model)
-    before = _evaluate(engine, tokenizer, data, reporter, "evaluating before")
-    run.start(config)
-    steps, interrupted = _train(engine, data, config, run, reporter)
+    start, training = _start(engine, tokenizer, data, config, run, reporter)
+    outcome = run_training(training, data.held_out, labels, config, run, reporter)
+    steps, interrupted = outcome.steps, outcome.interrupted
     run.save_adapter(model, labels)
     after = None
     try:
@@ -81,21 +86,48 @@ def finetune(config: TrainConfig, reporter: Reporter | None = None) -> dict[str,
     except KeyboardInterrupt:
         interrupted = True
     result = {
-        **_measured(before, after),
+        **_measured(start.evaluation, after),
         "trainable_parameters": report.trainable_parameters,
         "total_parameters": report.total_parameters,
         "steps": len(steps),
+        "adapter_step": outcome.adapter_step,
+        "stopped_early": outcome.stopped_early,
         "interrupted": interrupted,
+        "signal": outcome.signal,
+        "learning_rate": training.rate,
         "seconds": steps[-1].seconds if steps else 0.0,
         "useful_tokens": sum(step.tokens for step in steps),
         "useful_tokens_per_second": sum(step.tokens for step in steps) / steps[-1].seconds if steps else None,
         "peak_memory_bytes": peak_memory_bytes(),
         "packed": engine.packs,
-        "base_sha256_before": sha_before,
+        "base_sha256_before": start.base_sha256,
         "base_sha256_after": base_sha256(model),
     }
     run.finish(result, render_report(config.as_dict(), result, steps, str(report)))
     return result
+
+
+def _start(
+    engine: Engine[Any], tokenizer: Any, data: Dataset, config: TrainConfig, run: RunFolder, reporter: Reporter
+) -> tuple[Start, Training]:
+    """Measure the base and settle the learning rate, or take both from the run to be resumed."""
+    hashes = data_sha256(data.train, data.held_out), base_sha256(engine.model)
+    start = run.read_start()
+    if start is not None:
+        start.check(*hashes)
+        return start, Training(engine, data.train, replace(config, lr=start.learning_rate))
+    # A plan that cannot be is found before anything is measured or written.
+    count = len(planned_steps(data.train, config))
+    run.write_settings()
+    before = _evaluate(engine, tokenizer, data, reporter, "evaluating before")
+    rate = config.lr
+    if rate == "auto":
+        rate = best_rate(engine, data.train, data.held_out, config, reporter.say)
+    training = Training(engine, data.train, replace(config, lr=rate))
+    reporter.say(f"{count:,} steps, learning rate {training.rate:.3g}")
+    start = Start(*hashes, training.rate, before and asdict(before))
+    run.write_start(start)
+    return start, training
 
 
 def _read(config: TrainConfig, reporter: Reporter) -> tuple[list[Row], list[Row]]:
@@ -124,49 +156,6 @@ def _tokenise(
     ]
     questions = held_out[: config.eval_answers] if config.task == "causal_lm" else []
     return Dataset(sides[0], sides[1], [asked(row, tokenizer) for row in questions], labels)
-
-
-def _train(
-    engine: Engine[Any], data: Dataset, config: TrainConfig, run: RunFolder, reporter: Reporter
-) -> tuple[list[Step], bool]:
-    """All steps, and whether the user ended them early. What was learned so far stays in the model either way."""
-    steps: list[Step] = []
-    total = step_count(len(data.train), config)
-    with _first_interrupt(reporter) as interrupted, reporter.training(total) as view:
-        try:
-            for step in training_steps(engine, data.train, config, stopped=interrupted):
-                steps.append(step)
-                run.add_step(step)
-                view.step(step)
-                if step.number % max(1, total // 10) == 0:
-                    run.save_checkpoint(engine.model, data.labels, step.number)
-        except KeyboardInterrupt:
-            return steps, True
-        return steps, interrupted() and len(steps) < total
-
-
-@contextmanager
-def _first_interrupt(reporter: Reporter) -> Iterator[Callable[[], bool]]:
-    """Let the first Ctrl-C (or SIGTERM) only be noted; a second one interrupts at once, as ever."""
-    seen: list[int] = []
-    before = {}
-
-    def note(number: int, _frame: Any) -> None:
-        seen.append(number)
-        reporter.say("stopping after this step; the adapter will be saved (again: stop at once)")
-        for name, handler in before.items():
-            signal.signal(name, handler)
-
-    try:
-        before.update({name: signal.signal(name, note) for name in (signal.SIGINT, signal.SIGTERM)})
-    except ValueError:
-        # Only the main thread may set handlers; elsewhere the caller decides how to stop.
-        before.clear()
-    try:
-        yield lambda: bool(seen)
-    finally:
-        for name, handler in before.items():
-            signal.signal(name, handler)
 
 
 def _evaluate(engine: Engine[Any], tokenizer: Any, data: Dataset, reporter: Reporter, name: str) -> Evaluation | None:

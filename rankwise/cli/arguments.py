@@ -22,24 +22,24 @@ def parse(config_class: type[C], options: list[str], command: str) -> C:
 
     Raises ConfigError for a YAML file that cannot be used; for a wrong flag or value tyro prints a message and exits 2.
     """
-    files, flags = _without_config(options)
+    files, flags = without("--config", "the name of a YAML file", options)
     names = [field.name for field in fields(config_class)]  # pyright: ignore[reportArgumentType]
     from_files = [flag for path in files for flag in _yaml_flags(path, names)]
     description = f"{config_class.__doc__}\n\n--config FILE.yaml sets any of these; flags given beside it win."
     return tyro.cli(config_class, args=from_files + flags, prog=f"rankwise {command}", description=description)
 
 
-def _without_config(options: list[str]) -> tuple[list[Path], list[str]]:
-    """The files named by --config FILE or --config=FILE, and the other options."""
+def without(flag: str, what: str, options: list[str]) -> tuple[list[Path], list[str]]:
+    """The files or folders named by `flag` FILE or `flag`=FILE, and the other options."""
     files, rest, waiting = [], [], iter(options)
     for option in waiting:
         name, equals, value = option.partition("=")
-        if name != "--config":
+        if name != flag:
             rest.append(option)
         elif value := value if equals else next(waiting, ""):
             files.append(Path(value))
         else:
-            raise ConfigError("--config needs the name of a YAML file")
+            raise ConfigError(f"{flag} needs {what}")
     return files, rest
 
 

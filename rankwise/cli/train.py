@@ -1,17 +1,36 @@
 """`rankwise train`"""
 
-from rankwise.cli.arguments import parse
-from rankwise.train.config import TrainConfig
+import signal
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
-INTERRUPTED = 130
+from rankwise.cli.arguments import parse, without
+from rankwise.errors import ConfigError
+from rankwise.train.config import TrainConfig
 
 
 def main(options: list[str]) -> int:
-    config = parse(TrainConfig, options, "train")
+    """Returns the exit code: 0, or 128 + the number of the signal that ended the run (Ctrl-C: 130, SIGTERM: 143)."""
+    runs, flags = without("--resume", "the folder of a run", options)
+    if len(runs) > 1:
+        raise ConfigError(f"--resume goes on with one run, found {', '.join(map(str, runs))}")
+    if runs and any(flag.partition("=")[0] == "--out" for flag in flags):
+        raise ConfigError("--resume goes on in the run's own folder; leave --out out")
+    for run in runs:
+        if not (run / "run.yaml").is_file():
+            raise ConfigError(f"{run} holds no run to resume: there is no run.yaml in it")
+        flags = ["--config", str(run / "run.yaml"), *flags]
+    config = parse(TrainConfig, flags, "train")
     from rankwise.finetune import finetune
 
-    result = finetune(config)
-    print(f"adapter: {config.out / 'adapter'}")
+    result = finetune(replace(config, out=runs[0]) if runs else config, resume=bool(runs))
+    _print(runs[0] if runs else config.out, result)
+    return 128 + signal.Signals[result["signal"] or "SIGINT"] if result["interrupted"] else 0
+
+
+def _print(out: Path, result: dict[str, Any]) -> None:
+    print(f"adapter: {out / 'adapter'} (after step {result['adapter_step']})")
     if result["eval_loss_after"] is not None:
         change = 1 - result["eval_loss_after"] / result["eval_loss_before"]
         loss = f"{result['eval_loss_before']:.4f} → {result['eval_loss_after']:.4f} ({-change:+.1%})"
@@ -26,4 +45,5 @@ def main(options: list[str]) -> int:
     )
     unchanged = result["base_sha256_before"] == result["base_sha256_after"]
     print("base weights: unchanged" if unchanged else "base weights: CHANGED, please report this")
-    return INTERRUPTED if result["interrupted"] else 0
+    if result["interrupted"]:
+        print(f"interrupted; to go on: rankwise train --resume {out}")

@@ -8,10 +8,28 @@ from rankwise.data.shapes import Format
 from rankwise.data.transcripts import TrainOn
 from rankwise.errors import ConfigError, listing
 
+LEAST = {
+    "batch_size": 1,
+    "batch_tokens": 1,
+    "accumulate": 1,
+    "max_length": 2,
+    "max_steps": 1,
+    "eval_answers": 0,
+    "eval_steps": 0,
+    "patience": 0,
+    "save_steps": 1,
+    "seed": 0,
+    "weight_decay": 0,
+}
+"""The least value of a setting."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig:
-    """Fine-tune a base model on your own file with a low-rank adapter."""
+    """Fine-tune a base model on your own file with a low-rank adapter.
+
+    --resume RUN goes on with an interrupted run, with the settings in its run.yaml and no others.
+    """
 
     model: str
     """Base model: smollm2-135m, minilm-l6, a Hugging Face folder, a .gguf file or a hub id."""
@@ -47,7 +65,11 @@ class TrainConfig:
     max_steps: int | None = None
     """Stop after so many optimiser steps, however many epochs that is."""
     batch_size: int = 8
-    """Rows in one optimiser step."""
+    """Rows in one batch."""
+    batch_tokens: int | None = None
+    """Instead of --batch-size: as many rows in one batch as fit into so many tokens."""
+    accumulate: int = 1
+    """Batches in one optimiser step; their loss is the mean over all of its trained tokens."""
     batches: Literal["random", "alike"] = "random"
     """random: rows in any order. alike (causal_lm): rows with the same beginning, such as a document with several
     questions, go together, up to half a batch of them, and the beginning is computed once."""
@@ -55,8 +77,22 @@ class TrainConfig:
     """Longest row, in tokens."""
     long_rows: Literal["error", "cut", "drop"] = "error"
     """What to do with rows longer than --max-length."""
-    lr: float = 1e-3
-    """Highest learning rate: reached after the first 5 % of the steps, then falling linearly to 0."""
+    lr: float | Literal["auto"] | None = None
+    """Highest learning rate; without it 1e-3, and 1.5e-3 for a run of fewer than 100 steps. auto: the best of a third,
+    once and three times that, after a short check on the first steps' rows."""
+    lr_schedule: Literal["linear", "cosine", "constant"] = "linear"
+    """Course of the learning rate after the warm-up: falling to 0 along a line or a cosine, or staying."""
+    warmup: float = 0.05
+    """Share of the steps, in [0, 1], in which the learning rate rises to its highest."""
+    weight_decay: float = 0.0
+    """Decoupled decay of the adapter's factors A and B: each step multiplies them by 1 - rate · weight_decay."""
+    eval_steps: int | None = None
+    """Measure the held-out loss every so many steps and keep the best adapter; 0: never. Without it, five times a run
+    if that costs at most a tenth of the training."""
+    patience: int = 3
+    """Stop after so many of these evaluations without a new best; 0: never."""
+    save_steps: int | None = None
+    """Save a checkpoint every so many steps; without it, about ten times a run. The last two are kept."""
     seed: int = 0
     """Decides the adapter's start, the order of the rows, dropout and the held-out split."""
 
@@ -73,16 +109,20 @@ class TrainConfig:
     def _problems(self):
         if not 0 <= self.eval_fraction < 1:
             yield f"--eval-fraction must lie in [0, 1), found {self.eval_fraction}"
+        if not 0 <= self.warmup <= 1:
+            yield f"--warmup must lie in [0, 1], found {self.warmup}"
         for name in ("epochs", "lr"):
-            if not getattr(self, name) > 0:
-                yield f"--{name} must be above 0, found {getattr(self, name)}"
-        for name, least in (("batch_size", 1), ("max_length", 2), ("eval_answers", 0), ("seed", 0)):
-            if getattr(self, name) < least:
-                yield f"--{name.replace('_', '-')} must be at least {least}, found {getattr(self, name)}"
+            value = getattr(self, name)
+            if value not in (None, "auto") and not value > 0:
+                yield f"--{name} must be above 0, found {value}"
+        for name, least in LEAST.items():
+            value = getattr(self, name)
+            if value is not None and not value >= least:
+                yield f"--{name.replace('_', '-')} must be at least {least}, found {value}"
+        if self.eval_steps and self.eval_data is None and not self.eval_fraction:
+            yield "--eval-steps needs held-out data; give --eval-data, or an --eval-fraction above 0"
         if self.batches == "alike" and self.task != "causal_lm":
             yield "--batches alike needs --task causal_lm; a classifier's rows share nothing"
-        if self.max_steps is not None and self.max_steps < 1:
-            yield f"--max-steps must be at least 1, found {self.max_steps}"
 
     @property
     def targets(self) -> tuple[str, ...] | str:

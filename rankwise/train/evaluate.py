@@ -41,6 +41,22 @@ def evaluate(
     An answer matches if it equals the reference but for blanks at both ends. An answer may be one token longer than
     the longest reference, which no match needs.
     """
+    loss, right = _loss_and_right(engine, examples, on_progress)
+    if isinstance(examples[0], LabelExample):
+        return Evaluation(loss, "accuracy", right, len(examples))
+    metric = _exact_match(engine, tokenizer, prompts, on_progress)
+    return Evaluation(loss, "exact_match", metric, len(examples))
+
+
+def held_out_loss(engine: Engine[E], examples: Sequence[E]) -> float:
+    """The loss of `evaluate` alone."""
+    return _loss_and_right(engine, examples)[0]
+
+
+def _loss_and_right(
+    engine: Engine[E], examples: Sequence[E], on_progress: Callable[[str], None] = lambda text: None
+) -> tuple[float, float]:
+    """The mean loss, and the share of the most likely tokens (labels) that are right."""
     set_adapter_training(engine.model, False)
     # Packed rows share what they begin with; padded ones should be equally long.
     ordered = sorted(examples, key=lambda example: example.ids if engine.packs else (len(example.ids),))
@@ -52,10 +68,7 @@ def evaluate(
         loss += F.cross_entropy(logits, targets, reduction="sum").item()
         counted += len(targets)
         right += int((logits.argmax(-1) == targets).sum())
-    if isinstance(ordered[0], LabelExample):
-        return Evaluation(loss / counted, "accuracy", right / counted, len(ordered))
-    metric = _exact_match(engine, tokenizer, prompts, on_progress)
-    return Evaluation(loss / counted, "exact_match", metric, len(ordered))
+    return loss / counted, right / counted
 
 
 def _exact_match(

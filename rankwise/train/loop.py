@@ -1,27 +1,22 @@
 """The training loop. It yields what happened and prints nothing."""
 
-import random
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from math import ceil
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.optim import AdamW, Optimizer
-from torch.optim.lr_scheduler import LambdaLR
+from torch.optim import AdamW
 
-from rankwise.data.examples import TextExample
 from rankwise.engine.engine import Engine
-from rankwise.errors import RankwiseError
+from rankwise.errors import ConfigError, RankwiseError
 from rankwise.lora.inject import set_adapter_training, trainable_parameters
+from rankwise.lora.update import Update
+from rankwise.train.batches import counted, planned_steps
 from rankwise.train.config import TrainConfig
+from rankwise.train.learning_rate import default_rate, schedule_for
 
-T = TypeVar("T")
-
-WARM_UP = 0.05
-"""Share of the steps in which the learning rate rises."""
 LARGEST_GRADIENT = 1.0
 """A longer gradient (2-norm over all trained numbers) is shortened to this."""
 
@@ -34,97 +29,88 @@ class Step:
     """From 1."""
     of: int
     loss: float
-    """Mean over the batch's trained tokens (texts for classification), in nats, before the step."""
+    """Mean over the step's trained tokens (texts for classification), in nats, before the step."""
     learning_rate: float
     gradient_norm: float
     tokens: int
-    """Useful tokens of the batch: all that are not padding."""
+    """Useful tokens of the step: all that are not padding."""
     seconds: float
-    """Since training began."""
+    """Spent in training steps since training began, whatever was saved or evaluated between them."""
+    eval_loss: float | None = None
+    """Held-out loss after the step, where it was measured."""
+
+
+class Training:
+    """A run of training: its plan, its optimiser, and how far it is. The adapter's values are in the model."""
+
+    def __init__(self, engine: Engine[Any], examples: Sequence[Any], config: TrainConfig) -> None:
+        """Raises ConfigError if the plan cannot be, or if the learning rate is yet to be found ("auto")."""
+        self.engine = engine
+        self.plan = planned_steps(examples, config)
+        rate = default_rate(len(self.plan)) if config.lr is None else config.lr
+        if isinstance(rate, str):
+            raise ConfigError(f"a learning rate of {rate!r} must be found first; see train/rate_check.py")
+        self.rate = rate
+        self.parameters = trainable_parameters(engine.model)
+        self.optimizer = AdamW(_groups(engine.model, config), lr=rate, weight_decay=0.0, fused=True)
+        self.schedule = schedule_for(self.optimizer, config, len(self.plan))
+        self.done = 0
+        """Steps."""
+        self.seconds = 0.0
+        """Spent in them."""
+
+    def steps(self, stopped: Callable[[], bool] = lambda: False) -> Iterator[Step]:
+        """Train from where the run is; ends early, between two steps, once `stopped()`.
+
+        Raises RankwiseError when the loss is no longer finite; the adapter then keeps its values from before that step.
+        """
+        for batches in self.plan[self.done :]:
+            begin = time.perf_counter()
+            set_adapter_training(self.engine.model, True)
+            loss = self._backward(batches)
+            norm = nn.utils.clip_grad_norm_(self.parameters, LARGEST_GRADIENT)
+            if not _is_finite(loss, norm):
+                raise RankwiseError(
+                    f"the loss or its gradient is not finite at step {self.done + 1} (loss {loss.item()}); "
+                    f"try a lower --lr than {self.rate:g}. The adapter of the step before is kept"
+                )
+            self.optimizer.step()
+            self.optimizer.zero_grad(set_to_none=True)
+            rate = float(self.schedule.get_last_lr()[0])
+            self.schedule.step()
+            tokens = sum(len(example.ids) for batch in batches for example in batch)
+            self.done += 1
+            self.seconds += time.perf_counter() - begin
+            yield Step(self.done, len(self.plan), loss.item(), rate, norm.item(), tokens, self.seconds)
+            if stopped():
+                break
+        set_adapter_training(self.engine.model, False)
+
+    def _backward(self, batches: Sequence[Sequence[Any]]) -> Tensor:
+        """The mean loss over all trained tokens of a step; its gradient is added up batch by batch."""
+        counts = [sum(counted(example) for example in batch) for batch in batches]
+        parts = []
+        for batch, count in zip(batches, counts, strict=True):
+            part = self.engine.loss(batch) * (count / sum(counts))
+            part.backward()
+            parts.append(part.detach())
+        return torch.stack(parts).sum()
 
 
 def training_steps(
     engine: Engine[Any], examples: Sequence[Any], config: TrainConfig, stopped: Callable[[], bool] = lambda: False
 ) -> Iterator[Step]:
-    """Train the adapter in the engine's model and yield each step; ends early, between two steps, once `stopped()`.
-
-    AdamW without weight decay, gradients of at most norm 1, a warm-up of 5 % and a linear fall to zero.
-    Raises RankwiseError when the loss is no longer finite; the adapter then keeps its values from before that step.
-    """
-    parameters = trainable_parameters(engine.model)
-    optimizer = AdamW(parameters, lr=config.lr, weight_decay=0.0, fused=True)
-    total = step_count(len(examples), config)
-    schedule = _warm_up_then_fall(optimizer, total)
-    set_adapter_training(engine.model, True)
-    begin = time.perf_counter()
-    for number, batch in enumerate(_batches(examples, config, total), start=1):
-        loss = engine.loss(batch)
-        loss.backward()
-        norm = nn.utils.clip_grad_norm_(parameters, LARGEST_GRADIENT)
-        if not _is_finite(loss, norm):
-            raise RankwiseError(
-                f"the loss or its gradient is not finite at step {number} (loss {loss.item()}); "
-                f"try a lower --lr than {config.lr:g}. The adapter of the step before is kept"
-            )
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        rate = float(schedule.get_last_lr()[0])
-        schedule.step()
-        tokens = sum(len(example.ids) for example in batch)
-        yield Step(number, total, loss.item(), rate, norm.item(), tokens, time.perf_counter() - begin)
-        if stopped():
-            break
-    set_adapter_training(engine.model, False)
+    """Train the adapter in the engine's model from the beginning and yield each step; see `Training`."""
+    return Training(engine, examples, config).steps(stopped)
 
 
-def step_count(rows: int, config: TrainConfig) -> int:
-    """Optimiser steps of a run over so many rows: those of its epochs, or max_steps where that is given."""
-    return config.max_steps or max(1, ceil(config.epochs * ceil(rows / config.batch_size)))
-
-
-def _batches(examples: Sequence[Any], config: TrainConfig, count: int) -> Iterator[list[Any]]:
-    alike = config.batches == "alike"
-    groups = families(examples, config.batch_size // 2) if alike else [[example] for example in examples]
-    return shuffled_batches(groups, config.batch_size, count, config.seed)
-
-
-def families(examples: Sequence[TextExample], most: int) -> list[list[TextExample]]:
-    """Groups of at most `most` rows whose prompts share at least half of their tokens, from the beginning.
-
-    The engine computes what rows of a batch share once.
-    """
-    groups: list[list[TextExample]] = []
-    for example in sorted(examples, key=lambda example: example.ids):
-        if groups and len(groups[-1]) < most and _begins_alike(groups[-1][0], example):
-            groups[-1].append(example)
-        else:
-            groups.append([example])
-    return groups
-
-
-def _begins_alike(one: TextExample, other: TextExample) -> bool:
-    half = max(one.prompt_length, other.prompt_length) // 2
-    return one.ids[:half] == other.ids[:half]
-
-
-def shuffled_batches(groups: Sequence[Sequence[T]], batch_size: int, count: int, seed: int) -> Iterator[list[T]]:
-    """`count` batches; every epoch sees every item once, the groups in another order drawn from `seed`."""
-    generator = random.Random(seed)
-    made = 0
-    while True:
-        order = list(groups)
-        generator.shuffle(order)
-        items = [item for group in order for item in group]
-        for start in range(0, len(items), batch_size):
-            if made == count:
-                return
-            yield items[start : start + batch_size]
-            made += 1
-
-
-def _warm_up_then_fall(optimizer: Optimizer, total: int) -> LambdaLR:
-    warm_up = max(1, round(WARM_UP * total))
-    return LambdaLR(optimizer, lambda step: min((step + 1) / warm_up, (total - step) / max(1, total - warm_up + 1)))
+def _groups(model: nn.Module, config: TrainConfig) -> list[dict[str, Any]]:
+    """What the optimiser trains. Only A and B decay: a head, a bias or a magnitude does not begin at 0."""
+    factors = {id(p) for part in model.modules() if isinstance(part, Update) for p in (part.lora_A, part.lora_B)}
+    groups: dict[float, list[nn.Parameter]] = {}
+    for parameter in trainable_parameters(model):
+        groups.setdefault(config.weight_decay if id(parameter) in factors else 0.0, []).append(parameter)
+    return [{"params": parameters, "weight_decay": decay} for decay, parameters in groups.items()]
 
 
 def _is_finite(*values: Tensor) -> bool:

@@ -3,7 +3,7 @@
 import resource
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -34,9 +34,9 @@ class Reporter:
             stage.end()
 
     @contextmanager
-    def training(self, total: int) -> Iterator["TrainingView"]:
-        """Show the steps of a training run."""
-        view = TrainingView(self.console, total)
+    def training(self, total: int, done: Sequence[Step] = ()) -> Iterator["TrainingView"]:
+        """Show the steps of a training run, of which some may be done already."""
+        view = TrainingView(self.console, total, done)
         try:
             yield view
         finally:
@@ -65,26 +65,31 @@ class Stage:
 class TrainingView:
     """Step, loss, useful tokens/s, time left and peak memory."""
 
-    def __init__(self, console: Console, total: int) -> None:
-        self._console, self._total, self._tokens = console, total, 0
+    def __init__(self, console: Console, total: int, done: Sequence[Step] = ()) -> None:
+        self._console, self._first, self._tokens = console, len(done) + 1, sum(step.tokens for step in done)
         self._every = max(1, total // LINES_PER_RUN)
         self._progress = self._task = None
         if console.is_terminal:
             columns = (TextColumn("training"), BarColumn(bar_width=20), TextColumn("{task.description}"))
             self._progress = Progress(*columns, console=console)
-            self._task = self._progress.add_task("", total=total)
+            self._task = self._progress.add_task("", total=total, completed=len(done))
             self._progress.start()
 
     def step(self, step: Step) -> None:
         self._tokens += step.tokens
         left = step.seconds / step.number * (step.of - step.number)
+        held_out = "" if step.eval_loss is None else f"held-out loss {step.eval_loss:.4f} | "
         line = (
-            f"step {step.number}/{step.of} | loss {step.loss:.4f} | {self._tokens / step.seconds:.0f} tokens/s | "
+            f"step {step.number}/{step.of} | loss {step.loss:.4f} | {held_out}"
+            f"{self._tokens / step.seconds:.0f} tokens/s | "
             f"left {_clock(left)} | peak {peak_memory_bytes() / 1e9:.2f} GB"
         )
         if self._progress is not None and self._task is not None:
             self._progress.update(self._task, completed=step.number, description=line)
-        elif step.number % self._every == 0 or step.number in (1, step.of):
+            is_line = bool(held_out)
+        else:
+            is_line = bool(held_out) or step.number % self._every == 0 or step.number in (self._first, step.of)
+        if is_line:
             self._console.print(line, markup=False)
 
     def end(self) -> None:

@@ -1,65 +1,175 @@
-"""The folder of a run: run.yaml, metrics.jsonl, adapter/, checkpoints/, result.json and report.html."""
+"""The folder of a run: run.yaml, start.json, metrics.jsonl, checkpoints/, adapter/, report.html and result.json."""
 
 import json
 import shutil
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import yaml
+from filelock import FileLock, Timeout
 from torch import nn
 
 from rankwise import atomic
-from rankwise.errors import ConfigError
+from rankwise.errors import ConfigError, listing
 from rankwise.lora.checkpoint import save_adapter
 from rankwise.models.adapted import LABELS_FILE
+from rankwise.train.checkpoints import Checkpoints
 from rankwise.train.config import TrainConfig
-from rankwise.train.loop import Step
+from rankwise.train.loop import Step, Training
+from rankwise.train.start import Start
+from rankwise.train.state import load_state, save_state
+from rankwise.train.watch import Watch
+
+LOCK_FILE, SETTINGS_FILE, START_FILE, METRICS_FILE = ".lock", "run.yaml", "start.json", "metrics.jsonl"
 
 
 class RunFolder:
-    """Writes what a run leaves behind. Every file is replaced in one step, so a kill leaves the last good state."""
+    """Writes what a run leaves behind. Every file is replaced in one step, so a kill leaves the last good state.
 
-    def __init__(self, path: Path) -> None:
-        """Raises ConfigError if something lies at `path` already."""
-        if path.exists() and (not path.is_dir() or any(path.iterdir())):
-            raise ConfigError(f"--out {path} already holds something; choose another folder, or remove it first")
-        self.path = path
+    A context: while it lasts no other process can write to the folder. The lock is the operating system's, which ends
+    with the process however that ends. A folder in which nothing was written is removed at the end.
+    """
+
+    def __init__(self, config: TrainConfig, resume: bool = False) -> None:
+        self.path = config.out
+        self.config = config
+        self.resume = resume
+        self.checkpoints = Checkpoints(self.path / "checkpoints")
+        self._lock = FileLock(self.path / LOCK_FILE)
+
+    def __enter__(self) -> "RunFolder":
+        """Raises ConfigError if the folder is in use, holds something (nothing to resume, with `resume`), or if the
+        settings to resume with are not those of the run."""
+        if self.resume and not (self.path / SETTINGS_FILE).is_file():
+            raise ConfigError(f"{self.path} holds no run to resume: there is no {SETTINGS_FILE} in it")
+        if self.path.exists() and not self.path.is_dir():
+            raise ConfigError(f"--out {self.path} is a file; choose another folder")
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            self._lock.acquire(blocking=False)
+        except Timeout:
+            raise ConfigError(f"another process is training in {self.path}; wait for its end, or stop it") from None
+        except OSError as error:
+            raise atomic.storage_error(self.path, error) or error from None
+        try:
+            self._check_resumable() if self.resume else self._check_empty()
+        except BaseException:
+            self.__exit__()
+            raise
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        try:
+            if [entry.name for entry in self.path.glob("*")] == [LOCK_FILE]:
+                (self.path / LOCK_FILE).unlink()
+                self.path.rmdir()
+        finally:
+            self._lock.release()
+
+    def _check_empty(self) -> None:
+        # A process that was killed before it had anything to resume.
+        for left_over in self.path.glob(f".{SETTINGS_FILE}.*.tmp"):
+            left_over.unlink()
+        if any(entry.name != LOCK_FILE for entry in self.path.iterdir()):
+            advice = "choose another folder, or remove it first"
+            if (self.path / SETTINGS_FILE).is_file() and not self._is_finished():
+                advice += f"; to go on with the run in it: rankwise train --resume {self.path}"
+            raise ConfigError(f"--out {self.path} already holds something; {advice}")
+
+    def _check_resumable(self) -> None:
+        if self._is_finished():
+            raise ConfigError(f"the run in {self.path} is complete; there is nothing to resume")
+        written = yaml.safe_load((self.path / SETTINGS_FILE).read_text(encoding="utf-8"))
+        given = self.config.as_dict()
+        # The folder may have been moved, or be named from another place.
+        differences = [
+            f"{name}: the run has {written.get(name)!r}, given {given.get(name)!r}"
+            for name in sorted(written.keys() | given.keys())
+            if written.get(name) != given.get(name) and name != "out"
+        ]
+        if differences:
+            raise ConfigError(
+                f"a run is resumed with its own settings, and these are not those of {self.path / SETTINGS_FILE}:\n"
+                f"{listing(differences)}\nLeave them out, or begin a new run in another --out"
+            )
+        # What a killed process had not finished writing.
+        for left_over in [*self.path.rglob(".*.tmp"), *self.path.rglob(".tmp*")]:
+            shutil.rmtree(left_over) if left_over.is_dir() else left_over.unlink(missing_ok=True)
+
+    def _is_finished(self) -> bool:
+        result = _json(self.path / "result.json")
+        return result is not None and not result["interrupted"]
 
     @property
     def adapter(self) -> Path:
         return self.path / "adapter"
 
-    def start(self, config: TrainConfig) -> None:
+    def write_settings(self) -> None:
         """Write run.yaml; `rankwise train --config run.yaml --out OTHER` repeats the run."""
-        atomic.write_text(self.path / "run.yaml", yaml.safe_dump(config.as_dict(), sort_keys=False))
+        if not self.resume:
+            atomic.write_text(self.path / SETTINGS_FILE, yaml.safe_dump(self.config.as_dict(), sort_keys=False))
+
+    def write_start(self, start: Start) -> None:
+        """Write start.json."""
+        atomic.write_text(self.path / START_FILE, json.dumps(asdict(start), indent=2) + "\n")
+
+    def read_start(self) -> Start | None:
+        """What `write_start` wrote, or None if the run never came so far."""
+        found = _json(self.path / START_FILE)
+        return Start(**found) if found else None
 
     def add_step(self, step: Step) -> None:
         """Add a line to metrics.jsonl."""
         try:
-            with (self.path / "metrics.jsonl").open("a", encoding="utf-8") as file:
-                file.write(json.dumps(asdict(step)) + "\n")
+            with (self.path / METRICS_FILE).open("a", encoding="utf-8") as file:
+                file.write(_line(step))
         except OSError as error:
-            raise atomic.storage_error(self.path / "metrics.jsonl", error) or error from None
+            raise atomic.storage_error(self.path / METRICS_FILE, error) or error from None
 
     def save_adapter(self, model: nn.Module, labels: list[str]) -> None:
         """Write adapter/, and for a classifier the labels' names beside it (the format has no place for them)."""
         _save(model, labels, self.adapter)
 
-    def save_checkpoint(self, model: nn.Module, labels: list[str], step: int) -> None:
-        """Write checkpoints/step-…/, an adapter folder, and remove the one before."""
-        checkpoints = self.path / "checkpoints"
-        newest = checkpoints / f"step-{step:06}"
-        with atomic.replacing(newest) as temporary:
-            _save(model, labels, temporary)
-        for older in checkpoints.iterdir():
-            if older != newest:
-                shutil.rmtree(older)
+    def save_checkpoint(self, training: Training, watch: Watch, steps: Sequence[Step], labels: list[str]) -> None:
+        """Write checkpoints/step-…/: an adapter folder, with the state of the run and its metrics so far beside it."""
+
+        def write(folder: Path) -> None:
+            _save(training.engine.model, labels, folder)
+            save_state(training, watch, folder)
+            (folder / METRICS_FILE).write_text("".join(map(_line, steps)), encoding="utf-8")
+
+        self.checkpoints.save(training.done, write)
+
+    def restore(self, training: Training, watch: Watch) -> tuple[list[Step], list[str]]:
+        """Bring a new run to the newest whole checkpoint, or leave it at its beginning if there is none.
+
+        Returns the steps done so far, to which metrics.jsonl is set back, and what to tell the user.
+        """
+        checkpoint, messages = self.checkpoints.newest()
+        if checkpoint is None:
+            (self.path / METRICS_FILE).unlink(missing_ok=True)
+            return [], [*messages, "no checkpoint to resume from; training begins again"]
+        load_state(training, watch, checkpoint)
+        metrics = (checkpoint / METRICS_FILE).read_text(encoding="utf-8")
+        atomic.write_text(self.path / METRICS_FILE, metrics)
+        messages.append(f"resuming after step {training.done} of {len(training.plan)}")
+        return [Step(**json.loads(line)) for line in metrics.splitlines()], messages
 
     def finish(self, result: dict[str, Any], report: str) -> None:
         """Write report.html and, last of all, result.json."""
         atomic.write_text(self.path / "report.html", report)
         atomic.write_text(self.path / "result.json", json.dumps(result, indent=2) + "\n")
+
+
+def _line(step: Step) -> str:
+    return json.dumps(asdict(step)) + "\n"
+
+
+def _json(path: Path) -> dict[str, Any] | None:
+    """The content of a file that was replaced in one step, so is whole or not there."""
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
 
 
 def _save(model: nn.Module, labels: list[str], folder: Path) -> None:

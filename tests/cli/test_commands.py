@@ -1,10 +1,6 @@
 """The commands as a user types them, on a tiny model with SmolLM2's tokenizer and on MiniLM."""
 
 import json
-import signal
-import subprocess
-import sys
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -60,7 +56,7 @@ def test_train_leaves_a_complete_run_folder(train, tiny_llama_folder):
     assert result["trainable_parameters"] == update.trainable_parameters
     steps = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert [step["number"] for step in steps] == [1, 2, 3, 4, 5, 6]
-    assert [path.name for path in (run / "checkpoints").iterdir()] == ["step-000006"]
+    assert sorted(path.name for path in (run / "checkpoints").iterdir()) == ["step-000005", "step-000006"]
     assert (run / "report.html").is_file()
 
 
@@ -140,45 +136,6 @@ def test_merge_writes_a_folder_that_plain_transformers_loads(train, tiny_llama_f
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged").eval()
     torch.testing.assert_close(merged(ids).logits, adapted(ids).logits, rtol=1e-5, atol=1e-5)
     assert len(AutoTokenizer.from_pretrained(tmp_path / "merged")) == 49152
-
-
-@contextmanager
-def training_at(line_start, *options):
-    """`rankwise train` in a process of its own, once it has printed a line that begins so."""
-    command = [sys.executable, "-m", "rankwise", "train", *map(str, options)]
-    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, cwd=ROOT) as process:
-        assert process.stderr is not None
-        assert any(line.startswith(line_start) for line in process.stderr)
-        yield process
-
-
-@pytest.mark.parametrize("signals", [1, 2])
-def test_an_interrupted_run_leaves_a_usable_adapter(tiny_llama_folder, sql, tmp_path, signals):
-    out = tmp_path / "run"
-    options = ["--model", tiny_llama_folder, "--data", sql, "--out", out, "--epochs", "500", "--eval-answers", "0"]
-    with training_at("step 1/", *options, "--r", "2") as process:
-        for _ in range(signals):
-            process.send_signal(signal.SIGINT)
-        rest = process.stderr.read()
-    assert process.returncode == 130, rest
-    assert "Traceback" not in rest
-    result = json.loads((out / "result.json").read_text())
-    assert result["interrupted"]
-    assert result["base_sha256_before"] == result["base_sha256_after"]
-    assert 1 <= result["steps"] < 2500
-    load_adapter_(AutoModelForCausalLM.from_pretrained(tiny_llama_folder), out / "adapter")
-
-
-def test_a_killed_run_leaves_its_last_checkpoint(tiny_llama_folder, sql, tmp_path):
-    out = tmp_path / "run"
-    options = ["--model", tiny_llama_folder, "--data", sql, "--out", out, "--max-steps", "200", "--r", "2"]
-    with training_at("step 50/", *options, "--eval-fraction", "0") as process:
-        process.kill()
-    # A kill between writing the newest and removing the one before leaves both, whole.
-    checkpoints = [path for path in (out / "checkpoints").iterdir() if not path.name.startswith(".")]
-    assert max(int(checkpoint.name.removeprefix("step-")) for checkpoint in checkpoints) >= 40
-    for checkpoint in checkpoints:
-        load_adapter_(AutoModelForCausalLM.from_pretrained(tiny_llama_folder), checkpoint)
 
 
 @pytest.mark.parametrize(

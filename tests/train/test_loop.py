@@ -1,5 +1,3 @@
-import random
-from itertools import chain
 from pathlib import Path
 
 import pytest
@@ -10,7 +8,7 @@ from rankwise import LoraConfig, TrainConfig, inject_, trainable_parameters
 from rankwise.data.examples import TextExample
 from rankwise.engine.engine import LanguageEngine
 from rankwise.errors import ConfigError, RankwiseError
-from rankwise.train.loop import families, shuffled_batches, step_count, training_steps
+from rankwise.train.loop import training_steps
 
 EXAMPLES = [TextExample((5, 6, 7 + n, 8), (False, False, True, True), "here") for n in range(6)]
 
@@ -26,45 +24,6 @@ def engine(**changes):
     torch.manual_seed(0)
     inject_(model, LoraConfig(r=2, **changes))
     return LanguageEngine(model, 2, EXAMPLES)
-
-
-def test_every_epoch_sees_every_item_once_in_another_order():
-    batches = list(shuffled_batches([[n] for n in range(10)], 4, 6, seed=1))
-    first, second = [*chain(*batches[:3])], [*chain(*batches[3:])]
-    assert [len(batch) for batch in batches] == [4, 4, 2] * 2
-    assert sorted(first) == sorted(second) == list(range(10))
-    assert first != second
-    assert list(shuffled_batches([[n] for n in range(10)], 4, 6, seed=1)) == batches
-
-
-def test_steps_count_whole_epochs_unless_max_steps_is_given():
-    assert step_count(10, settings(epochs=2)) == 8
-    assert step_count(10, settings(epochs=0.5)) == 2
-    assert step_count(10, settings(epochs=2, max_steps=3)) == 3
-
-
-def test_families_hold_every_row_once_and_share_half_of_their_prompts():
-    draw = random.Random(0)
-    rows = []
-    for _ in range(20):
-        start = [draw.randrange(9) for _ in range(12)]
-        for _ in range(draw.randrange(1, 6)):
-            ids = (*start, *(draw.randrange(9) for _ in range(draw.randrange(2, 12))), 3, 3)
-            rows.append(TextExample(ids, (False,) * (len(ids) - 2) + (True, True), "here"))
-    draw.shuffle(rows)
-    batches = families(rows, 3)
-    assert sorted(row.ids for batch in batches for row in batch) == sorted(row.ids for row in rows)
-    assert max(map(len, batches)) == 3
-    for batch in batches:
-        for row in batch:
-            half = max(row.prompt_length, batch[0].prompt_length) // 2
-            assert row.ids[:half] == batch[0].ids[:half]
-
-
-def test_families_stay_together_in_shuffled_batches():
-    groups = [[f"{group}{n}" for n in range(2)] for group in "abcdef"]
-    for batch in shuffled_batches(groups, 4, 6, seed=0):
-        assert [item[0] for item in batch[::2]] == [item[0] for item in batch[1::2]]
 
 
 def test_training_on_alike_batches_sees_every_row_once_an_epoch():
@@ -124,9 +83,9 @@ def test_a_classifier_has_no_alike_batches():
 
 def test_settings_that_cannot_be_are_all_named_at_once():
     with pytest.raises(ConfigError) as error:
-        settings(lr=0, epochs=-1, batch_size=0, max_length=1, eval_fraction=1.0, max_steps=0)
-    for name in ("--lr", "--epochs", "--batch-size", "--max-length", "--eval-fraction", "--max-steps"):
-        assert name in str(error.value)
+        settings(lr=0, epochs=-1, batch_size=0, max_length=1, eval_fraction=1.0, max_steps=0, warmup=2, accumulate=0)
+    for name in ("lr", "epochs", "batch-size", "max-length", "eval-fraction", "max-steps", "warmup", "accumulate"):
+        assert f"--{name} must" in str(error.value)
 
 
 def test_one_target_that_is_not_a_plain_name_is_a_regular_expression():

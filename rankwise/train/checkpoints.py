@@ -1,0 +1,73 @@
+"""checkpoints/ of a run: an adapter folder each, with all that the run needs in order to go on from there.
+
+A checkpoint gets its name, step-000040, in one step when it is complete. Its SHA256SUMS (the format of `sha256sum`)
+names all other files, so that one that was cut or changed later is found out and passed over.
+"""
+
+import hashlib
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+from rankwise import atomic
+
+SUMS_FILE = "SHA256SUMS"
+KEPT = 2
+"""Checkpoints: the newest, and the one before in case the newest gets damaged."""
+
+
+class Checkpoints:
+    """The checkpoints in a folder, which need not exist yet."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def save(self, step: int, write: Callable[[Path], None]) -> None:
+        """Let `write` fill a folder, make it the checkpoint of `step` and remove those that are too old.
+
+        Raises StorageError if it cannot be written; the checkpoints are then as they were.
+        """
+        path = self.folder / f"step-{step:06}"
+        with atomic.replacing(path) as temporary:
+            temporary.mkdir()
+            write(temporary)
+            sums = [f"{_sha256(file)}  {file.name}\n" for file in sorted(temporary.iterdir())]
+            (temporary / SUMS_FILE).write_text("".join(sums), encoding="utf-8")
+        for older in self._newest_first()[KEPT:]:
+            shutil.rmtree(older)
+
+    def newest(self) -> tuple[Path | None, list[str]]:
+        """The newest checkpoint that is whole, and what is wrong with newer ones, which are then removed."""
+        problems: list[str] = []
+        for path in self._newest_first():
+            problem = damage(path)
+            if problem is None:
+                return path, problems
+            problems.append(f"{path}: {problem}")
+            shutil.rmtree(path)
+        return None, problems
+
+    def _newest_first(self) -> list[Path]:
+        found = self.folder.glob("step-*") if self.folder.is_dir() else ()
+        return sorted(found, key=lambda path: int(path.name.removeprefix("step-")), reverse=True)
+
+
+def damage(checkpoint: Path) -> str | None:
+    """What is wrong with a checkpoint, or None if every file is as it was written."""
+    try:
+        lines = (checkpoint / SUMS_FILE).read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError):
+        return f"{SUMS_FILE} is missing or damaged"
+    expected = {name: digest for digest, _, name in (line.partition("  ") for line in lines)}
+    found = {file.name for file in checkpoint.iterdir()} - {SUMS_FILE}
+    for name in sorted(found ^ expected.keys()):
+        return f"{name} stands in the folder or in {SUMS_FILE}, but not in both"
+    for name in sorted(found):
+        if _sha256(checkpoint / name) != expected[name]:
+            return f"{name} does not have its sum in {SUMS_FILE}: one of them was cut or changed"
+    return None if found else "it is empty"
+
+
+def _sha256(file: Path) -> str:
+    with file.open("rb") as opened:
+        return hashlib.file_digest(opened, "sha256").hexdigest()

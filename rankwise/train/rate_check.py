@@ -1,0 +1,85 @@
+"""`--lr auto`: a short check of three learning rates from the same start, on the rows of the run's first steps."""
+
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from math import ceil, inf, isfinite
+from typing import Any
+
+import torch
+from torch import nn
+
+from rankwise.engine.engine import Engine
+from rankwise.errors import RankwiseError
+from rankwise.lora.inject import trainable_parameters
+from rankwise.train.batches import planned_steps
+from rankwise.train.config import TrainConfig
+from rankwise.train.evaluate import held_out_loss
+from rankwise.train.learning_rate import default_rate
+from rankwise.train.loop import Training
+from rankwise.train.random_state import random_state, set_random_state
+
+SHARE, LEAST = 0.05, 5
+"""Of the run's steps, and how many at least, for each of the three."""
+
+
+def best_rate(
+    engine: Engine[Any],
+    examples: Sequence[Any],
+    held_out: Sequence[Any],
+    config: TrainConfig,
+    say: Callable[[str], None] = lambda text: None,
+) -> float:
+    """A third of the default rate, the rate itself or three times it: whichever ends with the lowest loss.
+
+    That is the loss on held-out rows (of no more tokens than the check trains on), or, where there are none, the mean
+    training loss of the last third of the check. Each rate gets its whole warm-up and fall within the check.
+    The adapter and the random states are afterwards what they were before, bit for bit.
+    Raises RankwiseError if no rate gives a finite loss.
+    """
+    total = len(planned_steps(examples, config))
+    steps = min(total, max(LEAST, ceil(SHARE * total)))
+    rates = [default_rate(total) * multiple for multiple in (1 / 3, 1, 3)]
+    parameters = trainable_parameters(engine.model)
+    start, random_start = [parameter.detach().clone() for parameter in parameters], random_state()
+    losses = []
+    for rate in rates:
+        training = Training(engine, examples, replace(config, lr=rate, max_steps=steps))
+        losses.append(_loss(training, _part(held_out, training, config.seed)))
+        _restore(parameters, start)
+        set_random_state(random_start)
+        say(f"learning rate {rate:.2g}: {'held-out' if held_out else 'training'} loss {losses[-1]:.4f} at step {steps}")
+    if not isfinite(min(losses)):
+        raise RankwiseError(f"no learning rate of {', '.join(f'{r:.2g}' for r in rates)} gives a finite loss")
+    return rates[losses.index(min(losses))]
+
+
+def _loss(training: Training, held_out: Sequence[Any]) -> float:
+    try:
+        losses = [step.loss for step in training.steps()]
+        if held_out:
+            return held_out_loss(training.engine, held_out)
+    except RankwiseError:
+        # The loss was no longer finite: a rate that is too high.
+        return inf
+    last = losses[-ceil(len(losses) / 3) :]
+    return sum(last) / len(last)
+
+
+def _part(held_out: Sequence[Any], training: Training, seed: int) -> list[Any]:
+    """Some of the held-out rows, of no more tokens than the check trains on; at least one where there is one."""
+    room = sum(len(example.ids) for step in training.plan for batch in step for example in batch)
+    part: list[Any] = []
+    for example in random.Random(seed).sample(list(held_out), len(held_out)):
+        room -= len(example.ids)
+        if part and room < 0:
+            break
+        part.append(example)
+    return part
+
+
+@torch.no_grad()
+def _restore(parameters: Sequence[nn.Parameter], values: Sequence[torch.Tensor]) -> None:
+    for parameter, value in zip(parameters, values, strict=True):
+        parameter.copy_(value)
+        parameter.grad = None

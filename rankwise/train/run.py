@@ -1,0 +1,90 @@
+"""One run: the loop, and beside it metrics, checkpoints, held-out evaluations and the user's interruptions."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from rankwise.errors import StorageError
+from rankwise.train.config import TrainConfig
+from rankwise.train.evaluate import held_out_loss
+from rankwise.train.interrupt import first_interrupt
+from rankwise.train.loop import Step, Training
+from rankwise.train.progress import Reporter
+from rankwise.train.run_folder import RunFolder
+from rankwise.train.watch import Watch, evaluation_interval
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a run of training ended."""
+
+    steps: list[Step]
+    interrupted: bool
+    """The user ended it before its last step."""
+    signal: str | None
+    """SIGINT or SIGTERM, if one was the reason."""
+    stopped_early: bool
+    """The held-out loss did not get better any more."""
+    adapter_step: int
+    """The step after which the adapter had the values that it has now."""
+
+
+def run_training(
+    training: Training,
+    held_out: Sequence[Any],
+    labels: list[str],
+    config: TrainConfig,
+    run: RunFolder,
+    reporter: Reporter,
+) -> Outcome:
+    """Train to the end, from the newest checkpoint if the run is resumed, and leave the best adapter in the model.
+
+    Without evaluations, or when the user ends it early, that is the adapter as it is then.
+    Raises StorageError if the disk is full: what the run saved before stays, and it can be resumed.
+    """
+    total = len(training.plan)
+    watch = Watch(training.parameters, config.patience)
+    evaluate_every = evaluation_interval(config, training.plan, held_out)
+    save_every = config.save_steps or max(1, total // 10)
+    steps: list[Step] = []
+    if run.resume:
+        steps, messages = run.restore(training, watch)
+        for message in messages:
+            reporter.say(message)
+    saved = training.done
+    at_once = False
+    with first_interrupt(reporter.say) as interrupt, reporter.training(total, steps) as view:
+        left = () if watch.gave_up else training.steps(lambda: interrupt.signal is not None or watch.gave_up)
+        try:
+            for step in left:
+                if evaluate_every and (step.number % evaluate_every == 0 or step.number == total):
+                    loss = held_out_loss(training.engine, held_out)
+                    watch.note(step.number, loss)
+                    step = replace(step, eval_loss=loss)
+                steps.append(step)
+                run.add_step(step)
+                view.step(step)
+                if step.number % save_every == 0:
+                    run.save_checkpoint(training, watch, steps, labels)
+                    saved = step.number
+            if training.done != saved:
+                run.save_checkpoint(training, watch, steps, labels)
+        except KeyboardInterrupt:
+            at_once = True
+        except StorageError as error:
+            raise StorageError(f"{error}; then go on with: rankwise train --resume {run.path}") from None
+    complete = not at_once and (training.done == total or watch.gave_up)
+    if complete and watch.best:
+        watch.take_best()
+        stop = f"no better loss in {watch.waited} evaluations, so training ended after step {training.done}; "
+        reporter.say(
+            f"{stop if training.done < total else ''}the adapter of step {watch.best_step} is kept, whose held-out "
+            f"loss {watch.best_loss:.4f} was the lowest"
+        )
+    return Outcome(
+        steps,
+        interrupted=not complete,
+        signal=None if complete else interrupt.signal,
+        stopped_early=complete and training.done < total,
+        adapter_step=watch.best_step if complete and watch.best else training.done,
+    )

@@ -1,0 +1,55 @@
+"""What a run found out before its first step: a resumed run must find the same, and need not measure it again."""
+
+import hashlib
+from array import array
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from rankwise.data.examples import TextExample
+from rankwise.errors import ConfigError, listing
+from rankwise.train.evaluate import Evaluation
+
+
+@dataclass(frozen=True)
+class Start:
+    """The content of start.json."""
+
+    data_sha256: str
+    """Of the tokens of all rows and what is trained of them, held-out rows too."""
+    base_sha256: str
+    learning_rate: float
+    """The highest, as it was given, ruled or found."""
+    before: dict[str, Any] | None
+    """The evaluation of the base model; None where nothing is held out."""
+
+    def check(self, data_sha256: str, base_sha256: str) -> None:
+        """Raise ConfigError if a run to be resumed has other data or another base model than it began with."""
+        problems = []
+        if data_sha256 != self.data_sha256:
+            problems.append("the data are not those that the run began with (their rows, or the tokenizer, changed)")
+        if base_sha256 != self.base_sha256:
+            problems.append(
+                f"the base model's weights are not those that the run began with (SHA-256 {base_sha256[:12]}…, "
+                f"found {self.base_sha256[:12]}… in start.json)"
+            )
+        if problems:
+            raise ConfigError(
+                f"this run cannot be resumed:\n{listing(problems)}\nBring back what it began with, or begin a new run"
+            )
+
+    @property
+    def evaluation(self) -> Evaluation | None:
+        return Evaluation(**self.before) if self.before else None
+
+
+def data_sha256(*sides: Sequence[Any]) -> str:
+    """SHA-256 of examples, in their order: tokens, trained tokens or labels."""
+    digest = hashlib.sha256()
+    for examples in sides:
+        digest.update(f"{len(examples)} rows\n".encode())
+        for example in examples:
+            digest.update(array("q", [len(example.ids), *example.ids]).tobytes())
+            is_text = isinstance(example, TextExample)
+            digest.update(bytes(example.trained) if is_text else array("q", [example.label]).tobytes())
+    return digest.hexdigest()
