@@ -10,9 +10,11 @@ from rankwise.data.report import measure
 from rankwise.data.rows import Row, divide
 from rankwise.data.shapes import Layout
 from rankwise.engine.engine import Engine, engine_for
+from rankwise.engine.explain import explain
 from rankwise.errors import DataError
 from rankwise.lora.config import LoraConfig
 from rankwise.lora.inject import inject_
+from rankwise.lora.start import FROM_DATA, start_from_data_
 from rankwise.models.adapted import TASK_TYPES
 from rankwise.models.load import base_sha256, load_model, load_tokenizer, longest_input, pad_id
 from rankwise.train.batches import planned_steps
@@ -25,6 +27,9 @@ from rankwise.train.report import render_report
 from rankwise.train.run import run_training
 from rankwise.train.run_folder import RunFolder
 from rankwise.train.start import Start, data_sha256
+
+START_STEPS = 8
+"""Steps whose batches an adapter that starts from data looks at."""
 
 
 @dataclass(frozen=True)
@@ -60,6 +65,9 @@ def _finetune(config: TrainConfig, run: RunFolder, reporter: Reporter) -> dict[s
         lora_alpha=config.lora_alpha,
         lora_dropout=config.lora_dropout,
         target_modules=config.targets,
+        init_lora_weights=True if config.init_lora_weights == "default" else config.init_lora_weights,
+        use_rslora=config.use_rslora,
+        use_dora=config.use_dora,
         base_model_name_or_path=config.model,
     )
     train_rows, held_out_rows = _read(config, reporter)
@@ -74,6 +82,13 @@ def _finetune(config: TrainConfig, run: RunFolder, reporter: Reporter) -> dict[s
     engine = engine_for(config.task, model, pad_id(tokenizer), data.train)
     reporter.say(report.summary())
     reporter.say(_describe(data, engine, len(train_rows) - len(data.train)))
+
+    first = [batch for step in planned_steps(data.train, config)[:START_STEPS] for batch in step]
+    if config.explain_engine:
+        reporter.say(explain(engine, first))
+    if config.init_lora_weights in FROM_DATA:
+        with reporter.stage("starting the adapter from the first batches"):
+            start_from_data_(model, first, engine.loss)
 
     start, training = _start(engine, tokenizer, data, config, run, reporter)
     outcome = run_training(training, data.held_out, labels, config, run, reporter)

@@ -63,4 +63,7 @@ def _flag(path: Path, key: str, value: Any) -> list[str]:
     values = value if isinstance(value, list) else [value]
     if not all(isinstance(entry, str | int | float) for entry in values):
         raise ConfigError(f"--config {path}: {key} must be a value or a list of values, found {value!r}")
-    return [f"--{key.replace('_', '-')}", *map(str, values)]
+    flag = key.replace("_", "-")
+    if isinstance(value, bool):
+        return [f"--{flag}" if value else f"--no-{flag}"]
+    return [f"--{flag}", *map(str, values)]

@@ -60,6 +60,14 @@ class TrainConfig:
     """Dropout on the adapter's input, in [0, 1)."""
     target_modules: tuple[str, ...] = ("all-linear",)
     """Module names (whole, or the last parts), or one regular expression of whole names, or all-linear."""
+    init_lora_weights: Literal["default", "gaussian", "orthogonal", "pissa", "olora", "eva", "corda", "lora_ga"] = (
+        "default"
+    )
+    """How the adapter starts; docs/variants.md compares them."""
+    use_rslora: bool = False
+    """Scale the adapter by lora_alpha / √r (rsLoRA)."""
+    use_dora: bool = False
+    """Train the length of each row of the weights beside the adapter (DoRA)."""
     epochs: float = 1.0
     """How often each row is seen."""
     max_steps: int | None = None
@@ -86,6 +94,10 @@ class TrainConfig:
     """Share of the steps, in [0, 1], in which the learning rate rises to its highest."""
     weight_decay: float = 0.0
     """Decoupled decay of the adapter's factors A and B: each step multiplies them by 1 - rate · weight_decay."""
+    lora_plus_ratio: float = 1.0
+    """The factor B learns so many times faster than A (LoRA+)."""
+    preconditioned: bool = False
+    """Precondition the gradients of A and B by r × r matrices, so that a step depends less on the rank and the scale."""
     eval_steps: int | None = None
     """Measure the held-out loss every so many steps and keep the best adapter; 0: never. Without it, five times a run
     if that costs at most a tenth of the training."""
@@ -93,6 +105,8 @@ class TrainConfig:
     """Stop after so many of these evaluations without a new best; 0: never."""
     save_steps: int | None = None
     """Save a checkpoint every so many steps; without it, about ten times a run. The last two are kept."""
+    explain_engine: bool = False
+    """Say before training which of the engine's techniques the run uses, and why not the others."""
     seed: int = 0
     """Decides the adapter's start, the order of the rows, dropout and the held-out split."""
 
@@ -111,10 +125,10 @@ class TrainConfig:
             yield f"--eval-fraction must lie in [0, 1), found {self.eval_fraction}"
         if not 0 <= self.warmup <= 1:
             yield f"--warmup must lie in [0, 1], found {self.warmup}"
-        for name in ("epochs", "lr"):
+        for name in ("epochs", "lr", "lora_plus_ratio"):
             value = getattr(self, name)
             if value not in (None, "auto") and not value > 0:
-                yield f"--{name} must be above 0, found {value}"
+                yield f"--{name.replace('_', '-')} must be above 0, found {value}"
         for name, least in LEAST.items():
             value = getattr(self, name)
             if value is not None and not value >= least:

@@ -7,15 +7,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.optim import AdamW
 
 from rankwise.engine.engine import Engine
 from rankwise.errors import ConfigError, RankwiseError
 from rankwise.lora.inject import set_adapter_training, trainable_parameters
-from rankwise.lora.update import Update
 from rankwise.train.batches import counted, planned_steps
 from rankwise.train.config import TrainConfig
 from rankwise.train.learning_rate import default_rate, schedule_for
+from rankwise.train.optimizer import lora_optimizer
 
 LARGEST_GRADIENT = 1.0
 """A longer gradient (2-norm over all trained numbers) is shortened to this."""
@@ -52,7 +51,9 @@ class Training:
             raise ConfigError(f"a learning rate of {rate!r} must be found first; see train/rate_check.py")
         self.rate = rate
         self.parameters = trainable_parameters(engine.model)
-        self.optimizer = AdamW(_groups(engine.model, config), lr=rate, weight_decay=0.0, fused=True)
+        self.optimizer = lora_optimizer(
+            engine.model, rate, config.lora_plus_ratio, config.weight_decay, config.preconditioned
+        )
         self.schedule = schedule_for(self.optimizer, config, len(self.plan))
         self.done = 0
         """Steps."""
@@ -102,15 +103,6 @@ def training_steps(
 ) -> Iterator[Step]:
     """Train the adapter in the engine's model from the beginning and yield each step; see `Training`."""
     return Training(engine, examples, config).steps(stopped)
-
-
-def _groups(model: nn.Module, config: TrainConfig) -> list[dict[str, Any]]:
-    """What the optimiser trains. Only A and B decay: a head, a bias or a magnitude does not begin at 0."""
-    factors = {id(p) for part in model.modules() if isinstance(part, Update) for p in (part.lora_A, part.lora_B)}
-    groups: dict[float, list[nn.Parameter]] = {}
-    for parameter in trainable_parameters(model):
-        groups.setdefault(config.weight_decay if id(parameter) in factors else 0.0, []).append(parameter)
-    return [{"params": parameters, "weight_decay": decay} for decay, parameters in groups.items()]
 
 
 def _is_finite(*values: Tensor) -> bool:
