@@ -18,6 +18,7 @@ from rankwise.models.adapted import TASK_TYPES
 from rankwise.models.load import base_sha256, load_model, load_tokenizer, longest_input, pad_id
 from rankwise.train.config import TrainConfig
 from rankwise.train.evaluate import Evaluation, evaluate
+from rankwise.train.forecast import forecast
 from rankwise.train.loop import Step, step_count, training_steps
 from rankwise.train.progress import Reporter, peak_memory_bytes
 from rankwise.train.report import render_report
@@ -67,6 +68,8 @@ def finetune(config: TrainConfig, reporter: Reporter | None = None) -> dict[str,
     reporter.say(report.summary())
     reporter.say(_describe(data, engine))
 
+    plan = forecast(data.train, config, lora, len(labels), engine.packs)
+
     sha_before = base_sha256(model)
     before = _evaluate(engine, tokenizer, data, reporter, "evaluating before")
     run.start(config)
@@ -88,6 +91,8 @@ def finetune(config: TrainConfig, reporter: Reporter | None = None) -> dict[str,
         "useful_tokens": sum(step.tokens for step in steps),
         "useful_tokens_per_second": sum(step.tokens for step in steps) / steps[-1].seconds if steps else None,
         "peak_memory_bytes": peak_memory_bytes(),
+        "predicted_seconds": plan and plan.adapter.seconds and plan.adapter.seconds.total,
+        "predicted_peak_memory_bytes": plan and plan.adapter.memory and plan.adapter.memory.peak,
         "packed": engine.packs,
         "base_sha256_before": sha_before,
         "base_sha256_after": base_sha256(model),

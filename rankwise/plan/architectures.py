@@ -44,7 +44,15 @@ def read_shape(source: Path | str, task: str, labels: int = 2) -> ModelShape:
 
 
 def _decoder(
-    s: Settings, kind: str, path: str, block: Block, layers: int, heads: int, other: int, tied: bool, **differing: object
+    s: Settings,
+    kind: str,
+    path: str,
+    block: Block,
+    layers: int,
+    heads: int,
+    other: int,
+    tied: bool,
+    **differing: object,
 ) -> ModelShape:
     """A causal model; `other` is what lies outside of the blocks beside the table of tokens."""
     d = s.number("hidden_size", "n_embd", "n_embed")
@@ -60,6 +68,7 @@ def _decoder(
         "attention": "packed",
         "vocabulary": vocabulary,
         "width": d,
+        "positions": s.number("max_position_embeddings", "n_positions", default=10**9),
         "other": vocabulary * table_width + other,
         "head": Linear("lm_head", vocabulary, table_width, False, "final"),
         "head_is_tied": bool(s.get("tie_word_embeddings", default=tied)),
@@ -239,7 +248,9 @@ def _encoder(s: Settings, kind: str, labels: int) -> ModelShape:
     types = 0 if distil else s.number("type_vocab_size", default=2)
     return ModelShape(
         model_type=kind,
-        path={"bert": "bert.encoder.layer", "distilbert": "distilbert.transformer.layer"}.get(kind, "roberta.encoder.layer"),
+        path={"bert": "bert.encoder.layer", "distilbert": "distilbert.transformer.layer"}.get(
+            kind, "roberta.encoder.layer"
+        ),
         block=block,
         layers=s.number("num_hidden_layers", "n_layers"),
         heads=heads,
@@ -248,6 +259,7 @@ def _encoder(s: Settings, kind: str, labels: int) -> ModelShape:
         attention=attention,
         vocabulary=vocabulary,
         width=d,
+        positions=s.number("max_position_embeddings"),
         other=(vocabulary + types + s.number("max_position_embeddings")) * d + 2 * d,
         head=Linear("classifier" if bert or distil else "classifier.out_proj", labels, d, True, "final"),
         head_is_tied=False,

@@ -65,6 +65,8 @@ class ModelShape:
     """Of the stream of hidden states."""
     other: int
     """Parameters outside of blocks that lie in no linear layer: embeddings, norms."""
+    positions: int
+    """Most tokens of a row."""
     head: Linear
     """The output head of a language model, or the last layer of a classifier."""
     head_is_tied: bool
@@ -77,6 +79,11 @@ class ModelShape:
             for linear in self.block.linears:
                 yield Linear(f"{self.path}.{index}.{linear.name}", linear.d, linear.k, linear.bias, linear.reads)
         yield from self.outside
+
+    @property
+    def classifies(self) -> bool:
+        """Whether the head gives a label to a text, not a next token to every token."""
+        return self.head.name != "lm_head"
 
     @property
     def total_parameters(self) -> int:

@@ -57,7 +57,7 @@ def training_steps(
     schedule = _warm_up_then_fall(optimizer, total)
     set_adapter_training(engine.model, True)
     begin = time.perf_counter()
-    for number, batch in enumerate(_batches(examples, config, total), start=1):
+    for number, batch in enumerate(batches_of_run(examples, config, total), start=1):
         loss = engine.loss(batch)
         loss.backward()
         norm = nn.utils.clip_grad_norm_(parameters, LARGEST_GRADIENT)
@@ -82,7 +82,8 @@ def step_count(rows: int, config: TrainConfig) -> int:
     return config.max_steps or max(1, ceil(config.epochs * ceil(rows / config.batch_size)))
 
 
-def _batches(examples: Sequence[Any], config: TrainConfig, count: int) -> Iterator[list[Any]]:
+def batches_of_run(examples: Sequence[Any], config: TrainConfig, count: int) -> Iterator[list[Any]]:
+    """The rows of each of `count` steps."""
     alike = config.batches == "alike"
     groups = families(examples, config.batch_size // 2) if alike else [[example] for example in examples]
     return shuffled_batches(groups, config.batch_size, count, config.seed)
