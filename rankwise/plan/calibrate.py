@@ -154,11 +154,18 @@ def _chain() -> Job:
     return run
 
 
+_IMPORTING = """
+import re, resource, sys
+import torch, transformers.models.auto.modeling_auto, transformers.models.llama.modeling_llama
+try:
+    print(re.search(r"VmHWM:\\s*(\\d+)", open("/proc/self/status").read()).group(1))
+except OSError:
+    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // (1024 if sys.platform == "darwin" else 1))
+"""
+"""Prints kB. Linux counts in ru_maxrss what the parent held before, so the process's own peak is read there."""
+
+
 def _process_bytes() -> float:
     """The peak of a process of its own that has imported what a training run imports."""
-    code = (
-        "import resource, torch, transformers.models.llama.modeling_llama, transformers.models.auto.modeling_auto; "
-        "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)"
-    )
-    output = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout
-    return int(output) * (1 if sys.platform == "darwin" else 1024)
+    output = subprocess.run([sys.executable, "-c", _IMPORTING], check=True, capture_output=True, text=True).stdout
+    return int(output) * 1024

@@ -49,13 +49,13 @@ def lora_flops(shape: ModelShape, report: InjectReport, batch: Batch) -> Flops:
                 adapter += 2 * r * (2 * linear.d + 2 * linear.k + linear.d + linear.k * needs_input_gradient)
         reached = reached or adapted_here
         attention += 4 * shape.attended * (ATTENTION if reached else 1)
-    head = _head_flops(shape, [shape.head, *shape.outside], ranks, reached)
-    trained = sum(report.heads.values())
+    ends = [shape.head, *shape.outside]
+    head = _head_flops(ends, ranks, reached) + sum(2 * m.d * m.k for m in ends if m.name in report.heads)
     return Flops(
         matrices * batch.computed,
         adapter * batch.computed,
         attention * batch.pairs,
-        (head + 2 * trained) * places_of_head(shape, batch),
+        head * places_of_head(shape, batch),
     )
 
 
@@ -72,7 +72,7 @@ def places_of_head(shape: ModelShape, batch: Batch) -> int:
     return batch.computed if batch.padded_to and not shape.classifies else batch.counted
 
 
-def _head_flops(shape: ModelShape, linears: list[Linear], ranks: dict[str, int], reached: bool) -> float:
+def _head_flops(linears: list[Linear], ranks: dict[str, int], reached: bool) -> float:
     total = 0.0
     for linear in linears:
         total += 2 * linear.d * linear.k * (1 + reached)

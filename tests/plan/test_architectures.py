@@ -1,6 +1,5 @@
 """A plan's matrices, totals and kept tensors against what inject_ and autograd say of real (small, random) models."""
 
-import json
 from collections import Counter
 from dataclasses import fields
 
@@ -12,7 +11,6 @@ from transformers import AutoConfig
 import rankwise
 from rankwise.data.examples import LabelExample, TextExample
 from rankwise.engine.engine import engine_for
-from rankwise.errors import ConfigError, ModelError, TargetError
 from rankwise.lora.config import LoraConfig
 from rankwise.lora.inject import set_adapter_training
 from rankwise.plan.architectures import read_shape
