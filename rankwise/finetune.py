@@ -20,6 +20,7 @@ from rankwise.models.load import base_sha256, load_model, load_tokenizer, longes
 from rankwise.train.batches import planned_steps
 from rankwise.train.config import TrainConfig
 from rankwise.train.evaluate import Evaluation, evaluate
+from rankwise.train.forecast import forecast
 from rankwise.train.loop import Training
 from rankwise.train.progress import Reporter, peak_memory_bytes
 from rankwise.train.rate_check import best_rate
@@ -90,6 +91,7 @@ def _finetune(config: TrainConfig, run: RunFolder, reporter: Reporter) -> dict[s
         with reporter.stage("starting the adapter from the first batches"):
             start_from_data_(model, first, engine.loss)
 
+    plan = forecast(data.train, config, lora, len(labels), engine.packs)
     start, training = _start(engine, tokenizer, data, config, run, reporter)
     outcome = run_training(training, data.held_out, labels, config, run, reporter)
     steps, interrupted = outcome.steps, outcome.interrupted
@@ -114,6 +116,8 @@ def _finetune(config: TrainConfig, run: RunFolder, reporter: Reporter) -> dict[s
         "useful_tokens": sum(step.tokens for step in steps),
         "useful_tokens_per_second": sum(step.tokens for step in steps) / steps[-1].seconds if steps else None,
         "peak_memory_bytes": peak_memory_bytes(),
+        "predicted_seconds": plan and plan.adapter.seconds and plan.adapter.seconds.total,
+        "predicted_peak_memory_bytes": plan and plan.adapter.memory and plan.adapter.memory.peak,
         "packed": engine.packs,
         "base_sha256_before": start.base_sha256,
         "base_sha256_after": base_sha256(model),

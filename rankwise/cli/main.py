@@ -7,6 +7,7 @@ from rankwise import __version__
 from rankwise.errors import RankwiseError, nearest
 
 COMMANDS = {
+    "plan": "say what a training run will train, hold and take, before it begins",
     "train": "fine-tune a model on your own file",
     "data": "show what a file would teach: shape, trained tokens, lengths, every problem",
     "eval": "measure a model, with or without an adapter, on a file",

@@ -43,7 +43,17 @@ def _print(out: Path, result: dict[str, Any]) -> None:
         f"{result['steps']} steps in {result['seconds']:.0f} s, {speed:.0f} useful tokens/s, "
         f"peak memory {result['peak_memory_bytes'] / 1e9:.2f} GB"
     )
+    print(_prediction(result))
     unchanged = result["base_sha256_before"] == result["base_sha256_after"]
     print("base weights: unchanged" if unchanged else "base weights: CHANGED, please report this")
     if result["interrupted"]:
         print(f"interrupted; to go on: rankwise train --resume {out}")
+
+
+def _prediction(result: dict[str, Any]) -> str:
+    """What `rankwise plan` said of the run before it began."""
+    memory, seconds = result["predicted_peak_memory_bytes"], result["predicted_seconds"]
+    if memory is None:
+        return "predicted before: nothing, since `rankwise plan` does not know this model or these targets"
+    time = f"{seconds:.0f} s" if seconds else "no time (`rankwise plan` measures this machine once)"
+    return f"predicted before: {time}, peak memory {memory / 1e9:.2f} GB"

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any, Literal
 
-from rankwise.errors import ConfigError, listing
+from rankwise.errors import ConfigError, TargetError, listing
 
 ALL_LINEAR = "all-linear"
 
@@ -163,6 +163,21 @@ class LoraConfig:
 _LISTS = ("target_modules", "modules_to_save", "exclude_modules", "target_parameters", "layers_pattern")
 STARTS = ("gaussian", "orthogonal", "pissa", "pissa_niter_<n>", "olora", "eva", "lora_ga", "corda")
 _STARTS = re.compile("|".join(STARTS).replace("<n>", "[1-9][0-9]*"))
+
+
+def matches_name(name: str, pattern: str) -> bool:
+    """Whether a module's dotted name is `pattern` or ends with ".pattern"."""
+    return name == pattern or name.endswith("." + pattern)
+
+
+def matches_target(name: str, pattern: str, as_regex: bool) -> bool:
+    """Whether an entry of target_modules (or, `as_regex`, all of it) means the module `name`. Raises TargetError."""
+    if not as_regex:
+        return matches_name(name, pattern)
+    try:
+        return re.fullmatch(pattern, name) is not None
+    except re.error as error:
+        raise TargetError(f"{pattern!r} is not a regular expression: {error}") from None
 
 
 def pattern_matches(pattern: str, name: str) -> bool:

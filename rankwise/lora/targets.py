@@ -8,13 +8,8 @@ from torch import nn
 
 from rankwise.errors import TargetError, listing, nearest
 from rankwise.lora.base_weight import dimensions, is_conv1d
-from rankwise.lora.config import ALL_LINEAR, LoraConfig
+from rankwise.lora.config import ALL_LINEAR, LoraConfig, matches_name, matches_target
 from rankwise.lora.kinds import unsupported_reason
-
-
-def matches_name(name: str, pattern: str) -> bool:
-    """Whether a module's dotted name is `pattern` or ends with ".pattern"."""
-    return name == pattern or name.endswith("." + pattern)
 
 
 def is_linear(module: nn.Module) -> bool:
@@ -156,7 +151,7 @@ def _matching(
     as_regex = isinstance(wanted, str)
     chosen: set[str] = set()
     for pattern in [wanted] if isinstance(wanted, str) else wanted:
-        matched = [name for name in modules if name and _matches(name, pattern, as_regex)]
+        matched = [name for name in modules if name and matches_target(name, pattern, as_regex)]
         if not matched:
             problems.append(f"{option}: " + _nothing_matched(pattern, as_regex, modules))
         chosen.update(matched)
@@ -185,15 +180,6 @@ def shortest_names(adapted: Iterable[str], others: Iterable[str]) -> list[str]:
     adapted = set(adapted)
     taken = {ending for name in others for ending in _suffixes(name)}
     return sorted({next((s for s in _suffixes(name) if s not in taken), name) for name in adapted})
-
-
-def _matches(name: str, pattern: str, as_regex: bool) -> bool:
-    if not as_regex:
-        return matches_name(name, pattern)
-    try:
-        return re.fullmatch(pattern, name) is not None
-    except re.error as error:
-        raise TargetError(f"{pattern!r} is not a regular expression: {error}") from None
 
 
 def _nothing_matched(pattern: str, as_regex: bool, modules: Mapping[str, nn.Module]) -> str:

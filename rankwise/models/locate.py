@@ -42,6 +42,22 @@ def local_path(name: str) -> Path:
     return _from_hub(name)
 
 
+def config_file(name: str) -> Path:
+    """The config.json of a base model; of one on the hub that is not here, this file alone is downloaded.
+
+    Raises ModelError.
+    """
+    if name in EMBEDDED or Path(name).expanduser().exists() or name.count("/") != 1:
+        return local_path(name) / "config.json"
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    try:
+        return Path(hf_hub_download(name, "config.json"))
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
+        raise ModelError(f"the config.json of {name} could not be had: {str(error).splitlines()[0]}") from None
+
+
 def _embedded_path(name: str) -> Path:
     """The model's place inside its installed package, which is not imported."""
     embedded = EMBEDDED[name]

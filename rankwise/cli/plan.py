@@ -1,0 +1,143 @@
+"""`rankwise plan`"""
+
+import json
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rankwise.cli.arguments import parse
+from rankwise.errors import ConfigError
+from rankwise.lora.config import LoraConfig
+from rankwise.plan.architectures import read_shape
+from rankwise.plan.machine import Machine, read_machine
+from rankwise.plan.plan import make_plan
+from rankwise.plan.report import plan_text
+from rankwise.plan.settings import PUBLISHED
+from rankwise.plan.shape import ModelShape
+from rankwise.plan.workload import Batch, even_batches
+from rankwise.train.config import TrainConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlanConfig(TrainConfig):
+    """Say what `rankwise train` with the same flags would train, hold and take, before any weight is loaded."""
+
+    model: str
+    """As in train; or a config.json (also as --config FILE.json), or a published shape: gpt3-175b, llama-2-7b,
+    roberta-base."""
+    data: Path | None = None  # pyright: ignore[reportIncompatibleVariableOverride]
+    """As in train; its rows are tokenised. Without it --rows and --tokens-per-row say how much there is."""
+    out: Path | None = None  # pyright: ignore[reportIncompatibleVariableOverride]
+    """Not used."""
+    rows: int | None = None
+    """Rows to train on, where there is no --data."""
+    tokens_per_row: int | None = None
+    """Tokens of each of them."""
+    trained_per_row: int | None = None
+    """How many of them the loss counts (causal_lm); without it, all but the first."""
+    labels: int = 2
+    """Classes (seq_cls), where there is no --data."""
+    time: bool = True
+    """--no-time leaves the time out. Otherwise this machine is measured once, which takes about ten seconds."""
+    recalibrate: bool = False
+    """Measure this machine again."""
+    json: bool = False
+    """Print one JSON object."""
+
+    def _problems(self):
+        yield from super()._problems()
+        if (self.rows is None) != (self.tokens_per_row is None):
+            yield "--rows and --tokens-per-row go together"
+        if self.data is not None and self.rows is not None:
+            yield "give --data, or --rows and --tokens-per-row, not both"
+        for name, least in (("rows", 1), ("tokens_per_row", 2), ("trained_per_row", 1), ("labels", 2)):
+            if getattr(self, name) is not None and getattr(self, name) < least:
+                yield f"--{name.replace('_', '-')} must be at least {least}, found {getattr(self, name)}"
+        if self.tokens_per_row is not None and self.tokens_per_row > self.max_length:
+            yield f"--tokens-per-row {self.tokens_per_row} is above --max-length {self.max_length}"
+        if self.trained_per_row and self.trained_per_row >= (self.tokens_per_row or 0):
+            yield "--trained-per-row must be below --tokens-per-row: the first token of a row has no prediction"
+        if self.recalibrate and not self.time:
+            yield "--recalibrate measures this machine and --no-time leaves that out; give one of them"
+
+
+def main(options: list[str]) -> int:
+    config = parse(PlanConfig, _with_model(options), "plan")
+    examples, labels = _examples(config) if config.data else ([], config.labels)
+    shape = read_shape(_source(config.model), config.task, labels)
+    batches = _batches(config, shape, examples)
+    lora = LoraConfig(
+        task_type="SEQ_CLS" if config.task == "seq_cls" else "CAUSAL_LM",
+        r=config.r,
+        target_modules=config.targets,
+    )
+    plan = make_plan(shape, lora, batches, _machine(config) if config.time and batches else None)
+    print(json.dumps(plan.as_dict()) if config.json else plan_text(plan))
+    return 0
+
+
+def _with_model(options: list[str]) -> list[str]:
+    """--config with a .json file or a published name stands for --model; a YAML file stays."""
+    result = list(options)
+    for place, (option, value) in enumerate(zip(options, [*options[1:], ""], strict=True)):
+        name, equals, joined = option.partition("=")
+        value = joined if equals else value
+        if name == "--config" and (value.endswith(".json") or value in PUBLISHED):
+            result[place] = f"--model={joined}" if equals else "--model"
+    return result
+
+
+def _source(model: str) -> Path | str:
+    """Where the config.json lies."""
+    if model in PUBLISHED or Path(model).suffix == ".json":
+        return model
+    if (Path(model) / "config.json").is_file():
+        return Path(model)
+    from rankwise.models.locate import config_file
+
+    return config_file(model)
+
+
+def _examples(config: PlanConfig) -> tuple[list[Any], int]:
+    """The rows that would train, tokenised, and the number of labels."""
+    from rankwise.data.examples import examples_for
+    from rankwise.data.rows import read_rows, split_rows
+    from rankwise.models.load import load_tokenizer
+
+    assert config.data is not None
+    rows = read_rows(config.data, config.task)
+    if config.eval_data is None and config.eval_fraction:
+        rows, _ = split_rows(rows, config.eval_fraction, config.seed)
+    labels = sorted({str(row.fields["label"]) for row in rows}) if config.task == "seq_cls" else []
+    source = config.model
+    if source in PUBLISHED or Path(source).suffix == ".json":
+        raise ConfigError(f"{source} has no tokenizer for --data; give --rows and --tokens-per-row instead")
+    tokenizer = load_tokenizer(source)
+    limit = read_shape(_source(source), config.task, len(labels)).positions
+    length = min(config.max_length, limit)
+    return examples_for(config.task, rows, tokenizer, labels, length, config.long_rows), len(labels)
+
+
+def _batches(config: PlanConfig, shape: ModelShape, examples: list[Any]) -> list[Batch]:
+    packs = shape.attention == "packed"
+    if examples:
+        from rankwise.train.forecast import counted_batches
+
+        return counted_batches(examples, config, packs)
+    if config.rows is None or config.tokens_per_row is None:
+        return []
+    counted = 1 if config.task == "seq_cls" else config.trained_per_row or config.tokens_per_row - 1
+    return even_batches(
+        config.rows, config.tokens_per_row, counted, config.batch_size, config.epochs, config.max_steps, packs
+    )
+
+
+def _machine(config: PlanConfig) -> Machine | None:
+    machine = None if config.recalibrate else read_machine()
+    if machine is None:
+        from rankwise.plan.calibrate import calibrate
+
+        print("measuring this machine once, about ten seconds …", file=sys.stderr)
+        machine = calibrate()
+    return machine

@@ -1,0 +1,276 @@
+"""From a config.json to a ModelShape: the architectures that a plan knows.
+
+What a block keeps for its backward pass was read from transformers' code; tests compare it with what autograd saves.
+"""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Literal
+
+from rankwise.errors import ModelError, nearest
+from rankwise.plan.llama import LLAMAS, llama_block
+from rankwise.plan.settings import Settings, read_settings
+from rankwise.plan.shape import Block, Linear, ModelShape
+
+Attention = Literal["packed", "padded", "scores"]
+ENCODERS = ("bert", "roberta", "xlm-roberta", "camembert", "distilbert")
+
+
+def read_shape(source: Path | str, task: str, labels: int = 2) -> ModelShape:
+    """The shape of a model for `task` ("causal_lm", or "seq_cls" with so many labels).
+
+    `source` is a config.json, a folder that holds one, or the name of a published model (settings.PUBLISHED).
+    Raises ModelError for an architecture that is not known and for a file that lacks what is needed.
+    """
+    settings = read_settings(source)
+    kind = str(settings.get("model_type", default="none"))
+    known = [*LLAMAS, *_FAMILIES, *ENCODERS]
+    if kind not in known:
+        raise ModelError(
+            f"{settings.place} is of model_type {kind!r}, whose matrices a plan does not know{nearest(kind, known)}; "
+            f"known: {', '.join(known)}"
+        )
+    if kind in ENCODERS and task == "causal_lm":
+        raise ModelError(f"a {kind} model is no causal language model; plan it with --task seq_cls")
+    if kind in LLAMAS:
+        shape = _llama(settings, kind)
+    else:
+        shape = _encoder(settings, kind, labels) if kind in ENCODERS else _FAMILIES[kind](settings, kind)
+    settings.check()
+    if task == "seq_cls" and kind not in ENCODERS:
+        head = Linear("score", labels, shape.head.k, False, "final")
+        shape = ModelShape(**{**vars(shape), "head": head, "head_is_tied": False})
+    return shape
+
+
+def _decoder(
+    s: Settings,
+    kind: str,
+    path: str,
+    block: Block,
+    layers: int,
+    heads: int,
+    other: int,
+    tied: bool,
+    **differing: object,
+) -> ModelShape:
+    """A causal model; `other` is what lies outside of the blocks beside the table of tokens."""
+    d = s.number("hidden_size", "n_embd", "n_embed")
+    vocabulary, table_width = s.number("vocab_size"), s.number("word_embed_proj_dim", default=d)
+    values = {
+        "model_type": kind,
+        "path": path,
+        "block": block,
+        "layers": layers,
+        "heads": heads,
+        "head_width": d // heads,
+        "causal": True,
+        "attention": "packed",
+        "vocabulary": vocabulary,
+        "width": d,
+        "positions": s.number("max_position_embeddings", "n_positions", default=10**9),
+        "other": vocabulary * table_width + other,
+        "head": Linear("lm_head", vocabulary, table_width, False, "final"),
+        "head_is_tied": bool(s.get("tie_word_embeddings", default=tied)),
+    }
+    return ModelShape(**{**values, **differing})  # pyright: ignore[reportArgumentType]
+
+
+def _llama(s: Settings, kind: str) -> ModelShape:
+    variant = LLAMAS[kind]
+    d, heads = s.number("hidden_size"), s.number("num_attention_heads")
+    width = s.number("head_dim", default=variant.head_width or d // heads)
+    block = llama_block(s, variant, d, heads, width)
+    final_norm = d if variant.norms_have_weights else 0
+    layers = s.number("num_hidden_layers")
+    return _decoder(s, kind, "model.layers", block, layers, heads, final_norm, variant.tied, head_width=width)
+
+
+def plain_block(
+    names: tuple[str, str, str, str],
+    d: int,
+    f: int,
+    heads: int,
+    activation: str,
+    key_values: int | None = None,
+    bias: bool = True,
+    parallel: Literal["no", "two norms", "one norm"] = "no",
+    rotary: bool = False,
+    attention: Attention = "packed",
+) -> Block:
+    """A block with LayerNorm, one fused matrix for query, key and value, and an MLP of two matrices.
+
+    `names`: of the fused matrix, the attention's output and both MLP matrices. `parallel`: attention and MLP read the
+    same input. Padded attention makes tensors of their own of the three parts; packed attention works on views of the
+    fused one, unless it turns queries and keys.
+    """
+    mlp_reads = {"no": "mlp in", "two norms": "mlp in too", "one norm": "attention in"}[parallel]
+    fused = d + 2 * (d if key_values is None else key_values)
+    kept = {"residuals": d if parallel != "no" else 2 * d, "statistics": 2 if parallel == "one norm" else 4}
+    if attention == "packed":
+        kept |= {"fused": fused, "turned": 2 * d if rotary else 0, "attended": d, "log-sums": heads}
+    else:
+        kept |= {"queries, keys, values": 3 * d}
+    if attention == "padded":
+        kept |= {"attended": d, "log-sums": heads}
+    return Block(
+        linears=(
+            Linear(names[0], fused, d, bias, "attention in"),
+            Linear(names[1], d, d, bias, "attended" if attention == "padded" else "joined"),
+            Linear(names[2], f, d, bias, mlp_reads),
+            Linear(names[3], d, f, bias, "activated"),
+        ),
+        other=2 * d if parallel == "one norm" else 4 * d,
+        kept=kept | _activation(activation, f),
+        kept_by_length={"packed": 0, "padded": 1, "scores": heads}[attention],
+        from_input=("attention in",) if parallel == "no" else ("attention in", mlp_reads),
+        activations=f,
+    )
+
+
+def _activation(name: str, f: int) -> dict[str, int]:
+    """What an activation function keeps; its output is what the next matrix reads."""
+    if name == "relu":
+        return {"activated": f}
+    # Written out in elementary steps, each of which keeps its input.
+    return {"before activation": 4 * f if name in ("gelu_new", "gelu_fast") else f}
+
+
+def _gpt2(s: Settings, kind: str) -> ModelShape:
+    d, heads = s.number("n_embd", "hidden_size"), s.number("n_head", "num_attention_heads")
+    names = ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")
+    f = s.number("n_inner", default=4 * d)
+    block = plain_block(names, d, f, heads, s.get("activation_function", default="gelu_new"))
+    positions = s.number("n_positions", "max_position_embeddings") * d
+    layers = s.number("n_layer", "num_hidden_layers")
+    return _decoder(s, kind, "transformer.h", block, layers, heads, positions + 2 * d, tied=True)
+
+
+_DENSE = ("dense", "mlp.dense_h_to_4h", "mlp.dense_4h_to_h")
+
+
+def _gpt_neox(s: Settings, kind: str) -> ModelShape:
+    d, heads = s.number("hidden_size"), s.number("num_attention_heads")
+    names = ("attention.query_key_value", f"attention.{_DENSE[0]}", *_DENSE[1:])
+    parallel = "two norms" if s.get("use_parallel_residual", default=True) else "no"
+    f, activation = s.number("intermediate_size"), s.get("hidden_act", default="gelu")
+    block = plain_block(names, d, f, heads, activation, parallel=parallel, rotary=True)
+    layers = s.number("num_hidden_layers")
+    return _decoder(s, kind, "gpt_neox.layers", block, layers, heads, 2 * d, tied=False)
+
+
+def _bloom(s: Settings, kind: str) -> ModelShape:
+    d, heads = s.number("hidden_size", "n_embed"), s.number("n_head", "num_attention_heads")
+    names = ("self_attention.query_key_value", f"self_attention.{_DENSE[0]}", *_DENSE[1:])
+    block = plain_block(names, d, 4 * d, heads, "gelu", attention="scores")
+    layers = s.number("n_layer", "num_hidden_layers")
+    return _decoder(s, kind, "transformer.h", block, layers, heads, 4 * d, tied=True, attention="scores")
+
+
+def _falcon(s: Settings, kind: str) -> ModelShape:
+    d = s.number("hidden_size")
+    heads, layers = s.number("num_attention_heads", "n_head"), s.number("num_hidden_layers", "n_layer")
+    new = bool(s.get("new_decoder_architecture", default=False))
+    _only(s, {"alibi": False, **({} if new else {"multi_query": True, "parallel_attn": True})})
+    names = ("self_attention.query_key_value", f"self_attention.{_DENSE[0]}", *_DENSE[1:])
+    groups = s.number("num_kv_heads", "n_head_kv", default=heads) if new else 1
+    two_norms = new and s.get("num_ln_in_parallel_attn", default=2) == 2
+    # Keys and values of one head for all are no case for PyTorch's fused attention.
+    attention: Attention = "padded" if new else "scores"
+    block = plain_block(
+        names,
+        d,
+        s.number("ffn_hidden_size", default=4 * d),
+        heads,
+        s.get("activation", default="gelu"),
+        groups * (d // heads),
+        bias=bool(s.get("bias", default=False)),
+        parallel="two norms" if two_norms else "one norm",
+        attention=attention,
+    )
+    return _decoder(s, kind, "transformer.h", block, layers, heads, 2 * d, tied=True, attention=attention)
+
+
+def _only(s: Settings, wanted: dict[str, bool]) -> None:
+    """Raise ModelError if a setting has another value than the one that a plan knows."""
+    found = {name: s.get(name, default=value) for name, value in wanted.items()}
+    other = [f"{name} = {found[name]!r} (only {value!r})" for name, value in wanted.items() if found[name] != value]
+    if other:
+        raise ModelError(f"{s.place} has settings whose cost a plan does not know: {', '.join(other)}")
+
+
+def _apart_block(names: tuple[str, ...], d: int, f: int, heads: int, norms: dict[str, int], **kind: object) -> Block:
+    """A block with query, key and value in matrices of their own, all with biases, and LayerNorm."""
+    attention, activation = kind["attention"], str(kind["activation"])
+    reads = (*["attention in"] * 3, "joined" if attention == "packed" else "attended", "mlp in", "activated")
+    sizes = [(d, d)] * 4 + [(f, d), (d, f)]
+    parts = zip(names, sizes, reads, strict=True)
+    kept = {"queries": d, "keys": d, "values": d, "attended": d, "log-sums": heads, "statistics": 4}
+    return Block(
+        linears=tuple(Linear(name, *size, True, tensor) for name, size, tensor in parts),
+        other=4 * d,
+        kept={**kept, **norms, **_activation(activation, f)},
+        kept_by_length=1 if attention == "padded" else 0,
+        from_input=("attention in",),
+        activations=f,
+    )
+
+
+def _opt(s: Settings, kind: str) -> ModelShape:
+    d, heads = s.number("hidden_size"), s.number("num_attention_heads")
+    _only(s, dict.fromkeys(("enable_bias", "layer_norm_elementwise_affine", "do_layer_norm_before"), True))
+    names = (*(f"self_attn.{part}_proj" for part in ("k", "v", "q", "out")), "fc1", "fc2")
+    activation = s.get("activation_function", default="relu")
+    f = s.number("ffn_dim")
+    block = _apart_block(names, d, f, heads, {"residuals": 2 * d}, attention="packed", activation=activation)
+    narrow, layers = s.number("word_embed_proj_dim", default=d), s.number("num_hidden_layers")
+    ends = (("project_in", d, narrow), ("project_out", narrow, d)) if narrow != d else ()
+    outside = tuple(Linear(f"model.decoder.{name}", rows, columns, False, name) for name, rows, columns in ends)
+    # Positions begin at 2.
+    other = (s.number("max_position_embeddings") + 2) * d + 2 * d
+    return _decoder(s, kind, "model.decoder.layers", block, layers, heads, other, tied=True, outside=outside)
+
+
+def _encoder(s: Settings, kind: str, labels: int) -> ModelShape:
+    distil, bert = kind == "distilbert", kind == "bert"
+    d, heads = s.number("hidden_size", "dim"), s.number("num_attention_heads", "n_heads")
+    f = s.number("intermediate_size", "hidden_dim")
+    attention: Attention = "packed" if bert else "padded"
+    names = tuple(f"attention.self.{part}" for part in ("query", "key", "value"))
+    names = (*names, "attention.output.dense", "intermediate.dense", "output.dense")
+    if distil:
+        names = (*(f"attention.{part}_lin" for part in ("q", "k", "v", "out")), "ffn.lin1", "ffn.lin2")
+    activation = s.get("hidden_act", "activation", default="gelu")
+    norms = {"before norms": 2 * d}
+    block = _apart_block(names, d, f, heads, norms, attention=attention, activation=activation)
+    first = "distilbert.pre_classifier" if distil else "bert.pooler.dense" if bert else "classifier.dense"
+    vocabulary = s.number("vocab_size")
+    types = 0 if distil else s.number("type_vocab_size", default=2)
+    return ModelShape(
+        model_type=kind,
+        path={"bert": "bert.encoder.layer", "distilbert": "distilbert.transformer.layer"}.get(
+            kind, "roberta.encoder.layer"
+        ),
+        block=block,
+        layers=s.number("num_hidden_layers", "n_layers"),
+        heads=heads,
+        head_width=d // heads,
+        causal=False,
+        attention=attention,
+        vocabulary=vocabulary,
+        width=d,
+        positions=s.number("max_position_embeddings"),
+        other=(vocabulary + types + s.number("max_position_embeddings")) * d + 2 * d,
+        head=Linear("classifier" if bert or distil else "classifier.out_proj", labels, d, True, "final"),
+        head_is_tied=False,
+        outside=(Linear(first.removeprefix("distilbert."), d, d, True, "first token"),),
+    )
+
+
+_FAMILIES: dict[str, Callable[[Settings, str], ModelShape]] = {
+    "gpt2": _gpt2,
+    "gpt_neox": _gpt_neox,
+    "bloom": _bloom,
+    "opt": _opt,
+    "falcon": _falcon,
+}

@@ -1,0 +1,85 @@
+"""The most main memory that a run holds at once, in bytes.
+
+Everything is fp32. A frozen number takes 4 bytes; one that trains takes 16: itself, its gradient and AdamW's two means.
+To that comes what the forward pass keeps for the backward pass; at the turn from one to the other all of it is held.
+"""
+
+from dataclasses import dataclass
+
+from rankwise.lora.report import InjectReport
+from rankwise.plan.flops import places_of_head
+from rankwise.plan.shape import ModelShape
+from rankwise.plan.workload import Batch
+
+FLOAT = 4
+TRAINED = 16
+"""Bytes for each number that trains: 4 itself, 4 its gradient, 8 AdamW's two means."""
+PROCESS = 360e6
+"""Python with torch and transformers (torch 2.13 for the CPU on Linux), where this machine was not measured."""
+VOCABULARY_ENTRY = 1000
+"""A tokenizer holds about so many bytes for each entry of its vocabulary (0.8 and 1.1 kB in two of them)."""
+SLACK = 0.55
+"""Share of what comes and goes with each step that glibc's allocator holds beside it, in gaps that no tensor fits."""
+LOGITS_AT_ONCE = 3
+"""At the start of the backward pass: log-probabilities, their gradient, and that of the logits."""
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes, by what they are for."""
+
+    process: float
+    """Python, torch, transformers, tokenizer."""
+    frozen: float
+    """Weights that do not train."""
+    trained: float
+    """Numbers that train, with gradients and AdamW's state."""
+    activations: float
+    """What the forward pass of the largest batch keeps."""
+    working: float
+    """What is alive for a moment at the turn to the backward pass: logits, or one block's intermediate results."""
+    slack: float
+    """Lost between the pieces that the allocator hands out."""
+
+    @property
+    def static(self) -> float:
+        """What does not depend on the batch, without the process itself."""
+        return self.frozen + self.trained
+
+    @property
+    def peak(self) -> float:
+        return self.process + self.static + self.activations + self.working + self.slack
+
+
+def lora_memory(shape: ModelShape, report: InjectReport, batch: Batch, process_bytes: float) -> Memory:
+    """Of a run whose largest batch is `batch`."""
+    ranks = {matrix.name: matrix.r for matrix in report.matrices}
+    frozen = FLOAT * report.total_parameters
+    return _memory(shape, ranks, batch, process_bytes, frozen, TRAINED * report.trainable_parameters)
+
+
+def full_memory(shape: ModelShape, batch: Batch, process_bytes: float) -> Memory:
+    """The same for full fine-tuning: every matrix needs its input, and no number is frozen."""
+    every = {linear.name: 0 for linear in shape.linears()}
+    return _memory(shape, every, batch, process_bytes, 0, TRAINED * shape.total_parameters)
+
+
+def _memory(
+    shape: ModelShape, ranks: dict[str, int], batch: Batch, process_bytes: float, frozen: float, trained: float
+) -> Memory:
+    activations = FLOAT * batch.computed * kept_numbers(shape, ranks, batch.padded_to)
+    logits = LOGITS_AT_ONCE * places_of_head(shape, batch) * shape.head.d
+    block = batch.computed * (3 * shape.block.activations + 2 * shape.width)
+    working = FLOAT * max(logits, block)
+    process = process_bytes + VOCABULARY_ENTRY * shape.vocabulary
+    return Memory(process, frozen, trained, activations, working, SLACK * (activations + working))
+
+
+def kept_numbers(shape: ModelShape, ranks: dict[str, int], padded_to: int) -> int:
+    """Numbers a token that all blocks from the lowest adapted one on keep for the backward pass."""
+    adapted = [
+        any(f"{shape.path}.{index}.{linear.name}" in ranks for linear in shape.block.linears)
+        for index in range(shape.layers)
+    ]
+    lowest = adapted.index(True) if any(adapted) else shape.layers
+    return sum(shape.kept_in_block(ranks, index, padded_to) for index in range(lowest, shape.layers))

@@ -1,0 +1,155 @@
+"""All that a plan says of one run, and the same for full fine-tuning of the same model on the same data."""
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from rankwise.lora.config import LoraConfig
+from rankwise.lora.report import AdaptedMatrix, InjectReport
+from rankwise.plan.flops import Flops, full_flops, lora_flops
+from rankwise.plan.machine import Machine
+from rankwise.plan.memory import FLOAT, PROCESS, TRAINED, Memory, full_memory, lora_memory
+from rankwise.plan.shape import ModelShape
+from rankwise.plan.speed import Seconds, full_seconds, lora_seconds
+from rankwise.plan.workload import Batch
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What one way of fine-tuning costs. What depends on data is None without data."""
+
+    trained: int
+    """Numbers that train."""
+    static_bytes: float
+    """Weights, gradients, optimiser state."""
+    file_bytes: int
+    """What is saved."""
+    flops: Flops | None
+    """Of all steps."""
+    memory: Memory | None
+    """With the largest batch."""
+    seconds: Seconds | None
+    """Of all steps; None too where the machine was not measured."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A run before it begins."""
+
+    shape: ModelShape
+    report: InjectReport
+    steps: int
+    useful_tokens: int
+    computed_tokens: int
+    counted: int
+    """Trained tokens, or texts."""
+    adapter: Cost
+    full: Cost
+
+    def kinds(self) -> list[tuple[str, AdaptedMatrix, int]]:
+        """(last part of the name, one of them, how many) of each kind of adapted matrix."""
+        found: dict[tuple[str, int, int, int], list[AdaptedMatrix]] = {}
+        for matrix in self.report.matrices:
+            found.setdefault((matrix.name.rpartition(".")[2], matrix.d, matrix.k, matrix.r), []).append(matrix)
+        return [(key[0], matrices[0], len(matrices)) for key, matrices in found.items()]
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain values for JSON."""
+        matrices = [
+            {"name": name, "d": m.d, "k": m.k, "r": m.r, "full": m.full, "trained": m.trained, "count": count}
+            for name, m, count in self.kinds()
+        ]
+        return {
+            "model_type": self.shape.model_type,
+            "total_parameters": self.report.total_parameters,
+            "trainable_parameters": self.report.trainable_parameters,
+            "share": self.report.share,
+            "factor_of_matrices": self.report.factor,
+            "factor_of_model": self.report.total_parameters / self.report.trainable_parameters,
+            "matrices": matrices,
+            "trained_in_full": self.report.heads,
+            "steps": self.steps,
+            "useful_tokens": self.useful_tokens,
+            "computed_tokens": self.computed_tokens,
+            "counted": self.counted,
+            "adapter": _cost(self.adapter, self.computed_tokens),
+            "full_fine_tuning": _cost(self.full, self.computed_tokens),
+        }
+
+
+def _cost(cost: Cost, tokens: int) -> dict[str, Any]:
+    memory, seconds, flops = cost.memory, cost.seconds, cost.flops
+    return {
+        "trained": cost.trained,
+        "static_bytes": cost.static_bytes,
+        "file_bytes": cost.file_bytes,
+        "flops": flops and flops.total,
+        "flops_per_computed_token": flops and flops.total / tokens,
+        "flops_by_part": flops and vars(flops),
+        "peak_memory_bytes": memory and memory.peak,
+        "memory_by_part": memory and vars(memory),
+        "seconds": seconds and seconds.total,
+        "seconds_by_part": seconds and vars(seconds),
+    }
+
+
+def make_plan(shape: ModelShape, lora: LoraConfig, batches: Sequence[Batch], machine: Machine | None) -> Plan:
+    """The plan of a run through these batches; without batches what depends on none, without `machine` no time.
+
+    Raises TargetError and ConfigError for an adapter that the model cannot carry.
+    """
+    report = shape.adapted(lora)
+    process = machine.process_bytes if machine else PROCESS
+    total, trained = report.total_parameters, report.trainable_parameters
+    adapter = Cost(
+        trained,
+        FLOAT * total + TRAINED * trained,
+        adapter_file_bytes(report),
+        _sum_flops([lora_flops(shape, report, batch) for batch in batches]),
+        _largest([lora_memory(shape, report, batch, process) for batch in batches]),
+        _sum_seconds(lambda m: [lora_seconds(shape, report, batch, m) for batch in batches], machine),
+    )
+    full = Cost(
+        total,
+        TRAINED * total,
+        FLOAT * total,
+        _sum_flops([full_flops(shape, batch) for batch in batches]),
+        _largest([full_memory(shape, batch, process) for batch in batches]),
+        _sum_seconds(lambda m: [full_seconds(shape, batch, m) for batch in batches], machine),
+    )
+    useful, computed, counted = (
+        sum(getattr(batch, name) for batch in batches) for name in ("useful", "computed", "counted")
+    )
+    return Plan(shape, report, len(batches), useful, computed, counted, adapter, full)
+
+
+def _sum_flops(parts: list[Flops]) -> Flops | None:
+    columns = zip(*(vars(part).values() for part in parts), strict=True)
+    return Flops(*map(sum, columns)) if parts else None
+
+
+def _sum_seconds(parts: Callable[[Machine], list[Seconds]], machine: Machine | None) -> Seconds | None:
+    steps = parts(machine) if machine else []
+    columns = zip(*(vars(step).values() for step in steps), strict=True)
+    return Seconds(*map(sum, columns)) if steps else None
+
+
+def _largest(parts: list[Memory]) -> Memory | None:
+    return max(parts, key=lambda memory: memory.peak, default=None)
+
+
+def adapter_file_bytes(report: InjectReport) -> int:
+    """The size of adapter_model.safetensors: 8 bytes, a header in JSON filled up to whole 8 bytes, 4 a number.
+
+    The header's few entries for modules that are trained in full are left out.
+    """
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for matrix in report.matrices:
+        for part, shape in (("A", [matrix.r, matrix.k]), ("B", [matrix.d, matrix.r])):
+            begin, end = end, end + FLOAT * shape[0] * shape[1]
+            name = f"base_model.model.{matrix.name}.lora_{part}.weight"
+            header[name] = {"dtype": "F32", "shape": shape, "data_offsets": [begin, end]}
+    length = len(json.dumps(header, separators=(",", ":")))
+    return 8 + -(-length // 8) * 8 + FLOAT * report.trainable_parameters

@@ -1,0 +1,102 @@
+"""A plan as text."""
+
+from rankwise.plan.memory import FLOAT, TRAINED
+from rankwise.plan.plan import Plan
+
+
+def plan_text(plan: Plan) -> str:
+    """The table of matrices, the totals, and the adapter beside full fine-tuning."""
+    return "\n".join([*_matrices(plan), "", *_totals(plan), "", *_costs(plan)])
+
+
+def _matrices(plan: Plan) -> list[str]:
+    kinds = plan.kinds()
+    width = max([6, *(len(name) for name, _, _ in kinds), *map(len, plan.report.heads)])
+    lines = [f"{'matrix':<{width}} {'d':>7} {'k':>7} {'r':>4} {'d·k':>13} → {'r·(d+k)':>9} {'count':>7}"]
+    lines += [
+        f"{name:<{width}} {m.d:>7} {m.k:>7} {m.r:>4} {m.full:>13,} → {m.trained:>9,} {'× ' + str(count):>7}"
+        for name, m, count in kinds
+    ]
+    lines += [f"{name:<{width}} trained in full, {count:,} numbers" for name, count in plan.report.heads.items()]
+    return lines
+
+
+def _totals(plan: Plan) -> list[str]:
+    report, P, N = plan.report, plan.report.total_parameters, plan.report.trainable_parameters
+    static = plan.full.static_bytes / plan.adapter.static_bytes
+    lines = [
+        report.summary(),
+        f"trained numbers: P / N = {P:,} / {N:,}: {P / N:,.0f} times fewer than the model holds",
+        f"static memory: {TRAINED}·P / ({FLOAT}·P + {TRAINED}·N) = {_bytes(plan.full.static_bytes)} / "
+        f"{_bytes(plan.adapter.static_bytes)}: {static:.1f} times less",
+    ]
+    if plan.steps:
+        shared = (
+            "" if plan.computed_tokens == plan.useful_tokens else f", {plan.computed_tokens:,} run through the model"
+        )
+        counted = "texts" if plan.shape.classifies else "trained tokens"
+        lines.append(
+            f"work: {plan.steps:,} steps over {plan.useful_tokens:,} tokens{shared}; "
+            f"the loss counts {plan.counted:,} {counted}"
+        )
+    return lines
+
+
+def _costs(plan: Plan) -> list[str]:
+    rows = [("", "adapter", "full fine-tuning", "how")]
+    rows.append(_row(plan, "trained numbers", lambda c: f"{c.trained:,}", "N = Σ r·(d + k); P"))
+    how = f"{FLOAT}·P + {TRAINED}·N; {TRAINED}·P"
+    rows.append(_row(plan, "static memory", lambda c: _bytes(c.static_bytes), how))
+    rows.append(_row(plan, "saved file", lambda c: _bytes(c.file_bytes), f"{FLOAT}·N; {FLOAT}·P"))
+    if plan.steps:
+        tokens = plan.computed_tokens
+        rows.append(
+            _row(
+                plan,
+                "FLOPs a token",
+                lambda c: _flops(c.flops.total / tokens) if c.flops else "",
+                "4·d·k + 6·r·(d + k); 6·d·k; head, attention",
+            )
+        )
+        rows.append(_row(plan, "FLOPs in total", lambda c: _flops(c.flops.total) if c.flops else "", ""))
+        rows.append(
+            _row(
+                plan,
+                "peak memory",
+                lambda c: _bytes(c.memory.peak) if c.memory else "",
+                "process + static + kept activations + logits + slack",
+            )
+        )
+    if plan.adapter.seconds:
+        rows.append(_row(plan, "time", lambda c: _time(c.seconds.total) if c.seconds else "", "measured rates"))
+    widths = [max(len(row[column]) for row in rows) for column in range(3)]
+    lines = [f"{row[0]:<{widths[0]}}  {row[1]:>{widths[1]}}  {row[2]:>{widths[2]}}  {row[3]}".rstrip() for row in rows]
+    return (
+        lines if plan.steps else [*lines, "", "FLOPs, peak memory and time need --data, or --rows and --tokens-per-row"]
+    )
+
+
+def _row(plan: Plan, name: str, text, how: str) -> tuple[str, str, str, str]:
+    return name, text(plan.adapter), text(plan.full), how
+
+
+def _bytes(count: float) -> str:
+    return _with_unit(count, "B")
+
+
+def _flops(count: float) -> str:
+    return _with_unit(count, "FLOP")
+
+
+def _with_unit(count: float, unit: str) -> str:
+    for prefix in ("", "k", "M", "G", "T", "P"):
+        if count < 1000:
+            return f"{count:.3g} {prefix}{unit}"
+        count /= 1000
+    return f"{count:,.3g} E{unit}"
+
+
+def _time(seconds: float) -> str:
+    if seconds < 120:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"

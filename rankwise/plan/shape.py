@@ -1,0 +1,151 @@
+"""A model as its matrices: what an adapter of it trains and what its forward pass leaves for the backward pass.
+
+Symbols: d × k a matrix (d outputs), T tokens of a padded row, h heads of width w, g key/value heads, f inner width.
+"""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+from rankwise.errors import ConfigError, TargetError, listing, nearest
+from rankwise.lora.config import ALL_LINEAR, LoraConfig, matches_target
+from rankwise.lora.report import AdaptedMatrix, InjectReport
+
+
+@dataclass(frozen=True)
+class Linear:
+    """One linear layer."""
+
+    name: str
+    d: int
+    k: int
+    bias: bool
+    reads: str
+    """Which tensor it reads; two layers with the same entry read the same one."""
+
+    @property
+    def parameters(self) -> int:
+        return self.d * self.k + self.d * self.bias
+
+
+@dataclass(frozen=True)
+class Block:
+    """One of a model's equal layers."""
+
+    linears: tuple[Linear, ...]
+    """With names inside the block."""
+    other: int
+    """Parameters that lie in no linear layer: norms."""
+    kept: Mapping[str, int]
+    """Numbers a token that the backward pass needs whatever is adapted, by what they are."""
+    kept_by_length: int
+    """More such numbers a token, for each token of the padded row: an attention that writes its scores down."""
+    from_input: tuple[str, ...]
+    """Tensors that linear layers read and that come from the block's input through norms alone."""
+    activations: int
+    """Values a token that go through an activation function."""
+
+
+@dataclass(frozen=True)
+class ModelShape:
+    """All that a plan needs to know of a model."""
+
+    model_type: str
+    path: str
+    """Name of the list of blocks."""
+    block: Block
+    layers: int
+    heads: int
+    head_width: int
+    causal: bool
+    attention: Literal["packed", "padded", "scores"]
+    """How rankwise's engine runs it: packed; padded; or padded with an attention that writes its scores down."""
+    vocabulary: int
+    width: int
+    """Of the stream of hidden states."""
+    other: int
+    """Parameters outside of blocks that lie in no linear layer: embeddings, norms."""
+    positions: int
+    """Most tokens of a row."""
+    head: Linear
+    """The output head of a language model, or the last layer of a classifier."""
+    head_is_tied: bool
+    outside: tuple[Linear, ...] = ()
+    """Linear layers outside of the blocks and before the head, with whole names; they run once a text, not a token."""
+
+    def linears(self) -> Iterator[Linear]:
+        """Every linear layer but the head, with whole names."""
+        for index in range(self.layers):
+            for linear in self.block.linears:
+                yield Linear(f"{self.path}.{index}.{linear.name}", linear.d, linear.k, linear.bias, linear.reads)
+        yield from self.outside
+
+    @property
+    def classifies(self) -> bool:
+        """Whether the head gives a label to a text, not a next token to every token."""
+        return self.head.name != "lm_head"
+
+    @property
+    def total_parameters(self) -> int:
+        """A shared one counts once."""
+        blocks = self.layers * (self.block.other + sum(linear.parameters for linear in self.block.linears))
+        outside = sum(linear.parameters for linear in self.outside)
+        return self.other + blocks + outside + (0 if self.head_is_tied else self.head.parameters)
+
+    @property
+    def attended(self) -> int:
+        """Width of all query heads together."""
+        return self.heads * self.head_width
+
+    def kept_in_block(self, ranks: Mapping[str, int], index: int, padded_to: int) -> int:
+        """Numbers a token that block `index` keeps for the backward pass.
+
+        `ranks`: of the adapted matrices, by whole name. `padded_to`: tokens of a padded row.
+        """
+        prefix = f"{self.path}.{index}."
+        adapted = [linear for linear in self.block.linears if prefix + linear.name in ranks]
+        # A frozen matrix needs no input for its backward pass; an adapted one needs its input x, and A·x.
+        inputs = {linear.reads: linear.k for linear in adapted}
+        hidden = sum(ranks[prefix + linear.name] for linear in adapted)
+        return sum({**inputs, **self.block.kept}.values()) + hidden + self.block.kept_by_length * padded_to
+
+    def adapted(self, lora: LoraConfig) -> InjectReport:
+        """What `rankwise.inject_` would report of this model.
+
+        Raises TargetError for patterns that match no linear layer, ConfigError for a rank above min(d, k).
+        """
+        in_full = [linear for linear in (*self.outside, self.head) if _is_in(linear.name, lora.heads)]
+        free = [linear for linear in self.linears() if linear not in in_full]
+        if lora.target_modules == ALL_LINEAR:
+            chosen = [linear for linear in free if min(linear.d, linear.k) > 1]
+        else:
+            chosen = _matching(lora, free if self.head in in_full else [*free, self.head], self.model_type)
+        matrices = tuple(AdaptedMatrix(m.name, m.d, m.k, lora.rank_of(m.name)) for m in chosen)
+        too_high = [f"{m.name} is {m.d} × {m.k}, and r = {m.r} is larger" for m in matrices if m.r > min(m.d, m.k)]
+        if too_high:
+            raise ConfigError("an update cannot have a higher rank than min(d, k):\n" + listing(too_high))
+        return InjectReport(matrices, {m.name: m.parameters for m in in_full}, self.total_parameters)
+
+
+def _matching(lora: LoraConfig, linears: list[Linear], model_type: str) -> list[Linear]:
+    """The layers that target_modules name; every entry must match one."""
+    names = [linear.name for linear in linears]
+    wanted = lora.target_modules
+    hits = {
+        pattern: {name for name in names if matches_target(name, pattern, isinstance(wanted, str))}
+        for pattern in ([wanted] if isinstance(wanted, str) else wanted)
+    }
+    endings = list(dict.fromkeys(name.rpartition(".")[2] for name in names))
+    problems = [
+        f"{pattern!r} matches no linear layer" + (nearest(pattern, endings) or f" (there are: {', '.join(endings)})")
+        for pattern, found in hits.items()
+        if not found
+    ]
+    if problems:
+        raise TargetError(f"target_modules do not fit a {model_type} model:\n" + listing(problems))
+    return [linear for linear in linears if any(linear.name in found for found in hits.values())]
+
+
+def _is_in(name: str, modules: tuple[str, ...]) -> bool:
+    """Whether a layer is one of the modules or lies in one of them."""
+    return any(part in modules for part in name.split("."))

@@ -1,0 +1,55 @@
+"""What goes through the model in one optimiser step, counted in tokens."""
+
+from dataclasses import dataclass
+from math import ceil
+
+
+@dataclass(frozen=True)
+class Batch:
+    """The rows of one optimiser step as the engine runs them."""
+
+    rows: int
+    useful: int
+    """Tokens that are not padding."""
+    computed: int
+    """Tokens that run through the model: with padding, but what packed rows share only once."""
+    counted: int
+    """Places that the loss counts: trained tokens, or texts to classify."""
+    attention: tuple[tuple[int, int, int], ...]
+    """(rows, queries a row, keys a row) of each call of the attention."""
+    padded_to: int
+    """Tokens of a padded row; 0 for a packed batch."""
+
+    @property
+    def pairs(self) -> int:
+        """Pairs of a query and a key."""
+        return sum(rows * queries * keys for rows, queries, keys in self.attention)
+
+
+def packed_batch(
+    useful: int, counted: int, lengths: tuple[int, ...], before: tuple[int | None, ...], rows: int
+) -> Batch:
+    """A packed stream: segments of these lengths, each behind the segment with the index `before` (or none)."""
+    keys: list[int] = []
+    for length, index in zip(lengths, before, strict=True):
+        keys.append(length + (keys[index] if index is not None else 0))
+    calls = tuple((1, length, total) for length, total in zip(lengths, keys, strict=True))
+    return Batch(rows, useful, sum(lengths), counted, calls, 0)
+
+
+def padded_batch(lengths: list[int], counted: int) -> Batch:
+    """Rows of these lengths, padded to the longest."""
+    rows, longest = len(lengths), max(lengths)
+    return Batch(rows, sum(lengths), rows * longest, counted, ((rows, longest, longest),), longest)
+
+
+def even_batches(
+    rows: int, tokens: int, counted: int, batch_size: int, epochs: float, max_steps: int | None, packs: bool
+) -> list[Batch]:
+    """The batches of `rows` rows of `tokens` tokens each, of which the loss counts `counted`; nothing is shared."""
+    size = min(rows, batch_size)
+    if packs:
+        batch = packed_batch(size * tokens, size * counted, (tokens,) * size, (None,) * size, size)
+    else:
+        batch = padded_batch([tokens] * size, size * counted)
+    return [batch] * (max_steps or max(1, ceil(epochs * ceil(rows / batch_size))))

@@ -1,0 +1,46 @@
+"""What a coming run will cost: its batches counted, and the plan made of them."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from rankwise.data.examples import LabelExample
+from rankwise.engine.batch import pack, pack_texts
+from rankwise.errors import RankwiseError
+from rankwise.lora.config import LoraConfig
+from rankwise.models import local_path
+from rankwise.plan.architectures import read_shape
+from rankwise.plan.machine import read_machine
+from rankwise.plan.plan import Plan, make_plan
+from rankwise.plan.workload import Batch, packed_batch, padded_batch
+from rankwise.train.batches import planned_steps
+from rankwise.train.config import TrainConfig
+
+
+def counted_batches(examples: Sequence[Any], config: TrainConfig, packs: bool) -> list[Batch]:
+    """What each batch of the run will put through the model, on the engine's packed path or the padded one."""
+    return [_counted(batch, packs) for step in planned_steps(examples, config) for batch in step]
+
+
+def _counted(examples: Sequence[Any], packs: bool) -> Batch:
+    lengths = [len(example.ids) for example in examples]
+    if not packs:
+        labels = isinstance(examples[0], LabelExample)
+        return padded_batch(lengths, len(examples) if labels else sum(sum(e.trained[1:]) for e in examples))
+    cpu = torch.device("cpu")
+    stream = pack_texts(examples, cpu) if isinstance(examples[0], LabelExample) else pack(examples, cpu)
+    packing = stream.packing
+    return packed_batch(sum(lengths), len(stream.targets), packing.lengths, packing.before, len(examples))
+
+
+def forecast(examples: Sequence[Any], config: TrainConfig, lora: LoraConfig, labels: int, packs: bool) -> Plan | None:
+    """The plan of a run that is about to begin, or None for a model or targets that a plan does not know.
+
+    Its time is there only if this machine was measured before (`rankwise plan` does that).
+    """
+    try:
+        shape = read_shape(local_path(config.model), config.task, labels)
+        return make_plan(shape, lora, counted_batches(examples, config, packs), read_machine())
+    except RankwiseError:
+        return None

@@ -1,0 +1,156 @@
+"""A plan's matrices, totals and kept tensors against what inject_ and autograd say of real (small, random) models."""
+
+from collections import Counter
+from dataclasses import fields
+
+import pytest
+import torch
+import transformers
+from transformers import AutoConfig
+
+import rankwise
+from rankwise.data.examples import LabelExample, TextExample
+from rankwise.engine.engine import engine_for
+from rankwise.lora.config import LoraConfig
+from rankwise.lora.inject import set_adapter_training
+from rankwise.plan.architectures import read_shape
+
+SMALL = {
+    "vocab_size": 96,
+    "max_position_embeddings": 64,
+    "hidden_size": 32,
+    "head_dim": 12,
+    **dict.fromkeys(("intermediate_size", "ffn_dim", "hidden_dim", "n_inner"), 56),
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+CAUSAL = [
+    ("llama", "LlamaForCausalLM", {}),
+    ("llama", "LlamaForCausalLM", {"tie_word_embeddings": True, "attention_bias": True, "mlp_bias": True}),
+    ("mistral", "MistralForCausalLM", {}),
+    ("ministral", "MinistralForCausalLM", {"layer_types": None}),
+    ("qwen2", "Qwen2ForCausalLM", {}),
+    ("qwen3", "Qwen3ForCausalLM", {"tie_word_embeddings": True}),
+    ("smollm3", "SmolLM3ForCausalLM", {}),
+    ("gemma", "GemmaForCausalLM", {}),
+    ("gemma3_text", "Gemma3ForCausalLM", {}),
+    ("phi3", "Phi3ForCausalLM", {}),
+    ("granite", "GraniteForCausalLM", {}),
+    ("olmo", "OlmoForCausalLM", {}),
+    ("olmo2", "Olmo2ForCausalLM", {}),
+    ("olmo3", "Olmo3ForCausalLM", {}),
+    ("gpt2", "GPT2LMHeadModel", {}),
+    ("gpt2", "GPT2LMHeadModel", {"n_inner": None, "activation_function": "gelu"}),
+    ("gpt_neox", "GPTNeoXForCausalLM", {}),
+    ("gpt_neox", "GPTNeoXForCausalLM", {"use_parallel_residual": False}),
+    ("bloom", "BloomForCausalLM", {}),
+    ("opt", "OPTForCausalLM", {}),
+    ("opt", "OPTForCausalLM", {"word_embed_proj_dim": 16, "activation_function": "gelu"}),
+    ("falcon", "FalconForCausalLM", {}),
+    ("falcon", "FalconForCausalLM", {"new_decoder_architecture": True, "num_kv_heads": 2, "bias": True}),
+    ("falcon", "FalconForCausalLM", {"new_decoder_architecture": True, "num_ln_in_parallel_attn": 1}),
+]
+ENCODERS = [
+    ("bert", "BertForSequenceClassification", {}),
+    ("roberta", "RobertaForSequenceClassification", {}),
+    ("xlm-roberta", "XLMRobertaForSequenceClassification", {"type_vocab_size": 1}),
+    ("camembert", "CamembertForSequenceClassification", {}),
+    ("distilbert", "DistilBertForSequenceClassification", {}),
+]
+DECODERS_AS_CLASSIFIERS = [
+    ("llama", "LlamaForSequenceClassification", {}),
+    ("gpt2", "GPT2ForSequenceClassification", {}),
+    ("gpt_neox", "GPTNeoXForSequenceClassification", {}),
+    ("opt", "OPTForSequenceClassification", {}),
+    ("bloom", "BloomForSequenceClassification", {}),
+    ("falcon", "FalconForSequenceClassification", {}),
+]
+PLAIN = [("causal_lm", *entry) for entry in CAUSAL] + [("seq_cls", *entry) for entry in ENCODERS]
+ALL = PLAIN + [("seq_cls", *entry) for entry in DECODERS_AS_CLASSIFIERS]
+ARGUMENTS = ("task", "kind", "class_name", "other")
+
+
+def named(value):
+    return str(value) if value else ""
+
+
+def build(kind, class_name, other, layers, folder):
+    """A small random model, and the folder with its config.json."""
+    config_class = type(AutoConfig.for_model(kind))
+    known = {field.name for field in fields(config_class)}
+    wanted = {**SMALL, "num_hidden_layers": layers, **other}
+    named = {key if key in known else config_class.attribute_map.get(key, key): value for key, value in wanted.items()}
+    config = config_class(**{key: value for key, value in named.items() if key in known})
+    torch.manual_seed(0)
+    model = getattr(transformers, class_name)(config).eval()
+    config.save_pretrained(folder)
+    return model
+
+
+def lora_for(task, **settings):
+    return LoraConfig(r=3, task_type="SEQ_CLS" if task == "seq_cls" else "CAUSAL_LM", **settings)
+
+
+def kinds(report):
+    """How often each kind of matrix occurs: (last part of the name, d, k, r)."""
+    return Counter((m.name.rpartition(".")[2], m.d, m.k, m.r) for m in report.matrices)
+
+
+@pytest.mark.parametrize(ARGUMENTS, ALL, ids=named)
+def test_matrices_and_parameters_are_those_that_inject_reports(task, kind, class_name, other, tmp_path):
+    model = build(kind, class_name, other, 2, tmp_path)
+    planned = read_shape(tmp_path, task).adapted(lora_for(task))
+    found = rankwise.inject_(model, lora_for(task))
+    assert kinds(planned) == kinds(found)
+    assert {m.name for m in planned.matrices} == {m.name for m in found.matrices}
+    assert planned.total_parameters == found.total_parameters
+    assert planned.trainable_parameters == found.trainable_parameters
+
+
+def kept_numbers(task, kind, class_name, other, layers, folder, targets):
+    """(numbers that autograd keeps for a batch, the batch's tokens as the engine runs them, whether it packs)."""
+    model = build(kind, class_name, other, layers, folder)
+    rankwise.inject_(model, lora_for(task, target_modules=targets))
+    generator = torch.Generator().manual_seed(0)
+    rows = [tuple(torch.randint(4, 90, (length,), generator=generator).tolist()) for length in (20, 30)]
+    if task == "seq_cls":
+        examples = [LabelExample(row, 0, "") for row in rows]
+    else:
+        examples = [TextExample(row, (False,) * (len(row) - 4) + (True,) * 4, "") for row in rows]
+    engine = engine_for(task, model, 0, examples)
+    base = {p.untyped_storage().data_ptr() for p in (*model.parameters(), *model.buffers())}
+    kept = {}
+
+    def keep(tensor):
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in base and tensor.shape[:-1].numel() > 1:
+            # The tensor stays referenced, so that no later one takes its place.
+            kept[storage.data_ptr()] = (storage.nbytes() / 4, tensor)
+        return tensor
+
+    set_adapter_training(model, True)
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        engine.loss(examples)
+    return sum(size for size, _ in kept.values()), 50 if engine.packs else 60, engine.packs
+
+
+@pytest.mark.parametrize(ARGUMENTS, PLAIN, ids=named)
+def test_a_block_keeps_what_autograd_saves(task, kind, class_name, other, tmp_path):
+    attention_outputs = ("o_proj", "c_proj", "dense", "out_proj", "out_lin")
+    shape = read_shape(_config(kind, class_name, other, tmp_path), task)
+    for targets in ("all-linear", rf".*\.({'|'.join(attention_outputs)})"):
+        (two, tokens, packs), (three, _, _) = (
+            kept_numbers(task, kind, class_name, other, layers, tmp_path, targets) for layers in (2, 3)
+        )
+        assert packs == (shape.attention == "packed")
+        adapted = shape.adapted(lora_for(task, target_modules=targets))
+        in_block = [m for m in adapted.matrices if m.name.startswith(f"{shape.path}.1.")]
+        assert (three - two) / tokens == shape.kept_in_block({m.name: m.r for m in in_block}, 1, padded_to=30)
+
+
+def _config(kind, class_name, other, folder):
+    build(kind, class_name, other, 2, folder)
+    return folder

@@ -1,0 +1,220 @@
+"""What a plan counts, against what runs: operations, files, packed streams, predictions of train."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import tiny
+from torch.utils.flop_counter import FlopCounterMode
+
+import rankwise
+from rankwise.cli.main import main
+from rankwise.data.examples import LabelExample, TextExample
+from rankwise.engine.batch import pack
+from rankwise.engine.engine import engine_for
+from rankwise.lora.config import LoraConfig
+from rankwise.plan import calibrate, machine
+from rankwise.plan.architectures import read_shape
+from rankwise.plan.flops import lora_flops
+from rankwise.plan.plan import adapter_file_bytes
+from rankwise.plan.workload import even_batches
+from rankwise.train.config import TrainConfig
+from rankwise.train.forecast import counted_batches
+
+ATTENTION = ("_scaled_dot_product_flash_attention_for_cpu", "_scaled_dot_product_flash_attention_for_cpu_backward")
+
+
+def added_product(_sum, one, other, **_):
+    """Operations of addmm_, which torch's counter leaves out; the arguments are shapes."""
+    return 2 * one[0] * one[1] * other[1]
+
+
+def texts(lengths, shared=0):
+    """Conversations of so many tokens, the last four trained; the first `shared` tokens are equal."""
+    generator = torch.Generator().manual_seed(0)
+    begin = torch.randint(4, 90, (shared,), generator=generator).tolist()
+    rows = [(*begin, *torch.randint(4, 90, (n - shared,), generator=generator).tolist()) for n in lengths]
+    return [TextExample(row, (False,) * (len(row) - 4) + (True,) * 4, "") for row in rows]
+
+
+def settings(**other):
+    return TrainConfig(**{"model": "", "data": "", "out": "", "max_steps": 1, "batch_size": 4, **other})
+
+
+@pytest.fixture
+def run(tmp_path, monkeypatch, capsys):
+    """Runs `rankwise …` with an empty cache; gives exit code, standard output and standard error."""
+    monkeypatch.setenv("RANKWISE_CACHE", str(tmp_path / "cache"))
+
+    def call(*options):
+        capsys.readouterr()
+        try:
+            code = main(list(map(str, options)))
+        except SystemExit as end:  # The library for flags ends by itself on a wrong setting.
+            code = end.code
+        return code, *capsys.readouterr()
+
+    return call
+
+
+@pytest.mark.parametrize(
+    "targets",
+    ["all-linear", r".*\.1\..*(proj|c_attn|c_fc|dense|h|query|key|value)", ("down_proj", "c_proj", "output.dense")],
+)
+@pytest.mark.parametrize("family", ["llama", "llama-tied", "gpt2", "gpt-neox", "bert"])
+def test_operations_are_those_that_torch_counts(family, targets, tmp_path):
+    model = tiny(family)
+    model.config.save_pretrained(tmp_path)
+    task = "seq_cls" if family == "bert" else "causal_lm"
+    ends = {"llama": "down_proj", "llama-tied": "down_proj", "gpt2": "c_proj", "bert": "output.dense"}
+    if isinstance(targets, tuple):
+        targets = [ends.get(family, "dense_4h_to_h")]
+    lora = LoraConfig(r=3, target_modules=targets, task_type="SEQ_CLS" if task == "seq_cls" else None)
+    examples = texts((20, 30, 25))
+    if task == "seq_cls":
+        examples = [LabelExample(example.ids, 0, "") for example in examples]
+    shape = read_shape(tmp_path, task, labels=5)
+    [batch] = counted_batches(examples, settings(task=task), packs=True)
+    planned = lora_flops(shape, shape.adapted(lora), batch)
+
+    rankwise.inject_(model, lora)
+    engine = engine_for(task, model, 0, examples)
+    assert engine.packs
+    with FlopCounterMode(display=False, custom_mapping={torch.ops.aten.addmm_: added_product}) as counter:
+        engine.loss(examples).backward()
+    counted = {str(name).split(".")[-1]: flops for name, flops in counter.get_flop_counts()["Global"].items()}
+    products = sum(flops for name, flops in counted.items() if name not in ATTENTION)
+    # BERT's own forward pass sends the stream's first token through its pooler, which nothing uses.
+    unused = 2 * 32 * 32 + (2 * 3 * (32 + 32) if targets == "all-linear" else 0) if family == "bert" else 0
+    assert planned.matrices + planned.adapter + planned.head + unused == products
+
+
+def test_packed_batches_count_what_the_stream_holds():
+    examples = texts((40, 45, 50, 38), shared=30)
+    [batch] = counted_batches(examples, settings(), packs=True)
+    stream = pack(examples, torch.device("cpu"))
+    lengths, paths = stream.packing.lengths, [stream.packing.path(i) for i in range(len(stream.packing.lengths))]
+    assert batch.useful == 40 + 45 + 50 + 38
+    assert batch.computed == stream.ids.numel() < batch.useful
+    assert batch.counted == 4 * 4
+    assert batch.pairs == sum(lengths[i] * sum(lengths[j] for j in path) for i, path in enumerate(paths))
+
+
+@pytest.mark.parametrize("packs", [True, False])
+def test_even_batches_count_as_rows_of_that_length_do(packs):
+    rows = counted_batches(texts((30,) * 8), settings(max_steps=None, epochs=2), packs)
+    assert even_batches(8, 30, 4, batch_size=4, epochs=2, max_steps=None, packs=packs) == rows
+
+
+def test_the_adapter_file_has_the_planned_size(tmp_path):
+    model = tiny("llama")
+    model.config.save_pretrained(tmp_path)
+    lora = LoraConfig(r=5, target_modules=["q_proj", "v_proj", "down_proj"])
+    planned = adapter_file_bytes(read_shape(tmp_path, "causal_lm").adapted(lora))
+    rankwise.inject_(model, lora)
+    rankwise.save_adapter(model, tmp_path / "adapter")
+    assert planned == (tmp_path / "adapter" / "adapter_model.safetensors").stat().st_size
+
+
+@pytest.mark.parametrize(("r", "trained", "times_fewer"), [(4, 2 * 96 * 4 * 2 * 12288, 9_000), (1, 4_718_592, 37_000)])
+def test_the_trained_numbers_of_gpt3_are_those_of_the_lora_paper(run, r, trained, times_fewer):
+    code, out, _ = run("plan", "--config", "gpt3-175b", "--r", r, "--target-modules", "q_proj", "v_proj", "--json")
+    plan = json.loads(out)
+    assert code == 0
+    assert plan["trainable_parameters"] == trained
+    assert plan["factor_of_model"] > times_fewer
+    assert round(plan["total_parameters"] / 1e9) == 175
+    assert plan["full_fine_tuning"]["static_bytes"] > 3 * plan["adapter"]["static_bytes"]
+
+
+def test_a_plan_needs_no_torch(tmp_path):
+    tiny("llama").config.save_pretrained(tmp_path)
+    code = (
+        "import sys; from rankwise.cli.main import main; "
+        f"options = ['--model', {str(tmp_path)!r}, '--rows', '10', '--tokens-per-row', '50', '--no-time']; "
+        "assert main(['plan', *options]) == 0; "
+        "heavy = {'torch', 'transformers', 'numpy', 'tokenizers'} & set(sys.modules); assert not heavy, heavy"
+    )
+    result = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
+    assert "peak memory" in result.stdout
+
+
+def test_train_predicts_what_plan_says(run, tiny_llama_folder, tmp_path):
+    data = tmp_path / "data.jsonl"
+    rows = [{"prompt": f"how many is {n} and {n}", "completion": f"it is {2 * n}"} for n in range(12)]
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    flags = ["--model", tiny_llama_folder, "--data", data, "--batch-size", 4, "--epochs", 2, "--eval-fraction", 0.25]
+    code, out, _ = run("plan", *flags, "--no-time", "--json")
+    assert code == 0
+    plan = json.loads(out)
+    code, out, _ = run("train", *flags, "--eval-answers", 0, "--out", tmp_path / "run")
+    result = json.loads((tmp_path / "run" / "result.json").read_text())
+    assert code == 0
+    assert result["predicted_peak_memory_bytes"] == plan["adapter"]["peak_memory_bytes"]
+    assert result["predicted_seconds"] is None
+    assert result["trainable_parameters"] == plan["trainable_parameters"]
+    assert (result["steps"], result["useful_tokens"]) == (plan["steps"], plan["useful_tokens"])
+    assert "predicted before: no time" in out
+
+
+def test_a_yaml_file_of_a_run_can_be_planned(run, tiny_llama_folder, tmp_path):
+    (tmp_path / "run.yaml").write_text(f"model: {tiny_llama_folder}\nr: 2\nlr: 0.001\nrows: 8\ntokens-per-row: 20\n")
+    code, out, _ = run("plan", "--config", tmp_path / "run.yaml", "--no-time", "--json")
+    assert code == 0
+    assert {matrix["r"] for matrix in json.loads(out)["matrices"]} == {2}
+
+
+def config_json(folder, **content):
+    (folder / "config.json").write_text(json.dumps(content))
+    return folder / "config.json"
+
+
+@pytest.mark.parametrize(
+    ("content", "options", "message"),
+    [
+        ({"model_type": "mamba"}, [], "known: llama, mistral"),
+        ({"model_type": "lama"}, [], "(nearest: 'llama'"),
+        ({"model_type": "llama", "hidden_size": 8}, [], "num_attention_heads, intermediate_size"),
+        ({"model_type": "falcon", "alibi": True}, [], "alibi = True (only False)"),
+        ({"model_type": "bert"}, [], "no causal language model"),
+        ("llama", ["--target-modules", "q_porj"], "'q_porj' matches no linear layer (nearest: 'q_proj'"),
+        ("llama", ["--r", "99"], "an update cannot have a higher rank"),
+        ("llama", ["--rows", "5"], "--rows and --tokens-per-row go together"),
+        ("llama", ["--rows", "5", "--tokens-per-row", "1025"], "above --max-length"),
+        ("llama", ["--data", "x.jsonl"], "no such data file"),
+        ("llama", ["--recalibrate", "--no-time"], "give one of them"),
+    ],
+)
+def test_what_cannot_be_planned_is_one_clear_message(run, tmp_path, content, options, message):
+    if content == "llama":
+        content = tiny("llama").config.to_dict()
+    code, out, error = run("plan", "--config", config_json(tmp_path, **content), *options)
+    assert (code, out) == (2, "")
+    assert message in " ".join(error.split())
+
+
+def test_measured_rates_are_kept_for_the_same_torch_alone(tmp_path, monkeypatch):
+    monkeypatch.setenv("RANKWISE_CACHE", str(tmp_path))
+    monkeypatch.setattr(calibrate, "MEASURING_SECONDS", 0.01)
+    monkeypatch.setattr(calibrate, "_process_bytes", lambda: 3e8)
+    assert machine.read_machine() is None
+    measured = calibrate.calibrate()
+    assert machine.read_machine() == measured
+    assert all(rate > 0 for _, rate in (*measured.products, *measured.thin_products))
+    assert measured.bytes_per_second > 0
+    monkeypatch.setattr(machine, "version", lambda package: "0.0")
+    assert machine.read_machine() is None
+
+
+def test_a_plan_has_a_time_once_the_machine_was_measured(run, tmp_path):
+    rates = dict.fromkeys(machine.Machine.__annotations__, 1000000000.0)
+    known = machine.Machine(**{**rates, "products": ((1, 1e9),), "thin_products": ((1, 1e9),)})
+    machine.keep_machine(known)
+    tiny("llama").config.save_pretrained(tmp_path)
+    options = ["--model", tmp_path, "--rows", 10, "--tokens-per-row", 50, "--json"]
+    with_time, without = (json.loads(run("plan", *options, *more)[1]) for more in ([], ["--no-time"]))
+    assert with_time["adapter"]["seconds"] > 0
+    assert without["adapter"]["seconds"] is None
+    assert with_time["adapter"]["flops"] == without["adapter"]["flops"]
