@@ -167,7 +167,7 @@ def shrink_(
     with _put_back_on_error(cutter):
         total, lost_at_most, confirmed = ladder.descend()
         if total >= sum(update.rank for update in before.values()):
-            raise DataError("no smaller adapter is good enough: " + ladder.stopped_because)
+            raise DataError("no smaller adapter can be shown to be good enough: " + ladder.stopped_because)
         ranks = cutter.cut(total)
     return ShrinkReport(
         delta=allowed,
@@ -308,7 +308,7 @@ class Ladder:
                 break
             confirmed = total, comparison
         if confirmed is None:
-            raise DataError("what was chosen is not confirmed: " + self.stopped_because)
+            raise DataError("no smaller adapter can be shown to be good enough: " + self.stopped_because)
         total, comparison = confirmed
         # The bound of the rung that the choice part named holds by itself. If that rung failed, the data chose among
         # the others, and what is left is that they passed the test at delta.
