@@ -36,20 +36,10 @@ class ShrinkConfig:
     long_rows: Literal["error", "cut", "drop"] = "error"
     """What to do with rows longer than --max-length."""
 
-    def __post_init__(self) -> None:
-        problems = []
-        if self.out.exists():
-            problems.append(f"--out {self.out} exists already; choose another folder, or remove it first")
-        if self.delta is not None and not self.delta > 0:
-            problems.append(f"--delta must be above 0 nats, found {self.delta}")
-        if not self.adapter.is_dir():
-            problems.append(f"no adapter folder at {self.adapter}")
-        if problems:
-            raise ConfigError("these settings cannot be:\n" + listing(problems))
-
 
 def main(options: list[str]) -> int:
     config = parse(ShrinkConfig, options, "shrink")
+    _check(config)
     from rankwise import atomic
     from rankwise.data.examples import examples_for
     from rankwise.data.rows import read_rows
@@ -82,3 +72,15 @@ def main(options: list[str]) -> int:
     print(report)
     print(f"adapter: {config.out}")
     return 0
+
+
+def _check(config: ShrinkConfig) -> None:
+    problems = []
+    if not config.adapter.is_dir():
+        problems.append(f"no adapter folder at {config.adapter}")
+    if config.out.exists():
+        problems.append(f"--out {config.out} exists already; choose another folder, or remove it first")
+    if config.delta is not None and not config.delta > 0:
+        problems.append(f"--delta must be above 0 nats, found {config.delta}")
+    if problems:
+        raise ConfigError("these settings cannot be:\n" + listing(problems))

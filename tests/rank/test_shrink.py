@@ -12,6 +12,7 @@ from conftest import randomise_adapter, tiny
 from torch.nn import functional as F
 
 from rankwise import LoraConfig, inject_, load_adapter_, read_adapter, save_adapter
+from rankwise.cli.main import main
 from rankwise.data.examples import LabelExample, TextExample
 from rankwise.data.rows import Row
 from rankwise.engine.engine import ClassifierEngine, LanguageEngine
@@ -174,6 +175,13 @@ def conversations(count, seed=0):
     return examples
 
 
+def decided():
+    """A tiny random model whose next tokens are far from equally likely, so that an update of it has much to gain."""
+    model = tiny("llama")
+    model.lm_head.weight.data *= 20
+    return model
+
+
 def spoken_by(model, count, answer=12, seed=1):
     """Conversations whose answers the model itself draws, so that it is their best model."""
     draw = torch.Generator().manual_seed(seed)
@@ -214,7 +222,7 @@ STORED = LoraConfig(task_type="CAUSAL_LM", r=32, rank_pattern={"k_proj": 16, "v_
 
 
 def planted():
-    model = tiny("llama")
+    model = decided()
     inject_(model, STORED)
     plant(model, PLANTED)
     return model
@@ -257,10 +265,10 @@ def test_the_smaller_adapter_gives_the_same_logits_in_peft_and_in_rankwise(shrun
     ids = torch.tensor([held_out.choice[0].ids])
     with torch.no_grad():
         expected = model(ids).logits
-        again = tiny("llama")
+        again = decided()
         load_adapter_(again, tmp_path / "small")
         torch.testing.assert_close(again(ids).logits, expected)
-        theirs = peft.PeftModel.from_pretrained(tiny("llama"), str(tmp_path / "small"))
+        theirs = peft.PeftModel.from_pretrained(decided(), str(tmp_path / "small"))
         torch.testing.assert_close(theirs(ids).logits, expected, rtol=1e-5, atol=1e-5)
     adapted = {
         name.removeprefix("base_model.model.") for name, module in theirs.named_modules() if hasattr(module, "lora_A")
@@ -291,7 +299,7 @@ def test_the_reader_s_own_rule_for_the_scale_gives_the_update_that_was_measured(
     ids=["rslora", "patterns", "embedding", "token rows", "head"],
 )
 def test_adapters_of_every_plain_kind_shrink_and_keep_what_is_no_update(config, tmp_path):
-    model = tiny("llama")
+    model = decided()
     inject_(model, replace(config, task_type="CAUSAL_LM"))
     randomise_adapter(model)
     plant(model, dict.fromkeys(dict(named_lora_layers(model)), 2))
@@ -301,7 +309,7 @@ def test_adapters_of_every_plain_kind_shrink_and_keep_what_is_no_update(config, 
         settings.pop(note, None)
     (folder / "adapter_config.json").write_text(json.dumps(settings))
     before = read_adapter(folder)
-    again = tiny("llama")
+    again = decided()
     load_adapter_(again, folder)
     examples = spoken_by(again, 150)
     engine = LanguageEngine(again, 2, examples)
@@ -314,7 +322,7 @@ def test_adapters_of_every_plain_kind_shrink_and_keep_what_is_no_update(config, 
     assert small.rest.keys() == before.rest.keys()
     for name, tensor in before.rest.items():
         assert torch.equal(small.rest[name], tensor)
-    theirs = peft.PeftModel.from_pretrained(tiny("llama"), str(tmp_path / "small"))
+    theirs = peft.PeftModel.from_pretrained(decided(), str(tmp_path / "small"))
     ids = torch.tensor([examples[0].ids])
     with torch.no_grad():
         torch.testing.assert_close(theirs(ids).logits, again(ids).logits, rtol=1e-4, atol=1e-4)
@@ -346,7 +354,7 @@ def test_biases_are_carried_over(bias, tmp_path):
     ],
 )
 def test_adapters_that_cannot_be_cut_are_refused(config, message):
-    model = tiny("llama")
+    model = decided()
     inject_(model, replace(config, task_type="CAUSAL_LM"))
     examples = conversations(100)
     with pytest.raises(ConfigError, match=message):
@@ -363,7 +371,7 @@ def state_of(model):
     ids=["an adapter without gain", "a delta that nothing meets"],
 )
 def test_a_refusal_leaves_the_model_as_it_was(std, delta, message):
-    model = tiny("llama")
+    model = decided()
     inject_(model, LoraConfig(task_type="CAUSAL_LM", r=4))
     randomise_adapter(model, std=std)
     examples = spoken_by(model, 200)
@@ -385,7 +393,7 @@ def test_data_that_cannot_tell_says_how_many_rows_would():
 
 
 def test_a_delta_that_is_not_positive_is_refused():
-    model = tiny("llama")
+    model = decided()
     inject_(model, LoraConfig(task_type="CAUSAL_LM", r=4))
     examples = conversations(100)
     with pytest.raises(ConfigError, match="delta must be above 0"):
@@ -412,3 +420,60 @@ def test_too_few_rows_are_refused(count, tmp_path):
 
 
 # ---- the command
+
+
+@pytest.fixture
+def spoken(tiny_llama_folder, tokenizer, tmp_path):
+    """(adapter folder, data file) of a tiny model on disk: rows that the adapted model answered itself."""
+    from rankwise.data.examples import user_prompt
+    from rankwise.engine.generate import generate
+    from rankwise.models.load import load_model
+
+    model = load_model(str(tiny_llama_folder), "causal_lm")
+    inject_(model, LoraConfig(task_type="CAUSAL_LM", r=8, base_model_name_or_path=str(tiny_llama_folder)))
+    plant(model, {"model.layers.0.mlp.down_proj": 2, "model.layers.1.mlp.up_proj": 1}, size=60)
+    questions = [f"say {number}" for number in range(80)]
+    answers = generate(model, tokenizer, [user_prompt(question, tokenizer) for question in questions], 6)
+    data = tmp_path / "held_out.jsonl"
+    rows = [{"prompt": q, "completion": a} for q, a in zip(questions, answers, strict=True)]
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return save_adapter(model, tmp_path / "trained"), data
+
+
+def test_the_command_writes_the_smaller_adapter_and_what_it_promises(spoken, tmp_path, capsys):
+    adapter, data = spoken
+    assert main(["shrink", str(adapter), "--data", str(data), "--out", str(tmp_path / "small")]) == 0
+    printed = capsys.readouterr().out
+    promise = json.loads((tmp_path / "small" / "shrink.json").read_text())
+    assert promise["lost_at_most"] <= promise["delta"]
+    assert f"allowed: {promise['delta']:.4f}" in printed
+    small = read_adapter(tmp_path / "small")
+    assert {name: update.rank for name, update in small.low_rank.items()} == {
+        name: rank for name, rank in promise["ranks_after"].items() if rank
+    }
+    assert sum(promise["ranks_after"].values()) < sum(promise["ranks_before"].values())
+    assert sum(promise["rows"].values()) == 80
+    assert main(["eval", "--adapter", str(tmp_path / "small"), "--data", str(data), "--answers", "0"]) == 0
+
+
+def test_wrong_inputs_of_the_command_are_named_before_anything_is_written(spoken, minilm, tmp_path, capsys):
+    adapter, data = spoken
+    (tmp_path / "empty.jsonl").write_text("")
+    (tmp_path / "few.jsonl").write_text("".join(data.read_text().splitlines(keepends=True)[:30]))
+    out, taken = tmp_path / "small", tmp_path / "trained"
+    plain = {"adapter": str(adapter), "data": str(data), "out": str(out)}
+    for change, message in (
+        ({"adapter": str(tmp_path / "none")}, "no adapter folder"),
+        ({"out": str(taken)}, "exists already"),
+        ({"delta": "0"}, "--delta must be above 0"),
+        ({"delta": "-1"}, "--delta must be above 0"),
+        ({"data": str(tmp_path / "none.jsonl")}, "no such data file"),
+        ({"data": str(tmp_path / "empty.jsonl")}, "holds no row"),
+        ({"data": str(tmp_path / "few.jsonl")}, "at least 75"),
+        ({"model": "smollm2-135m"}, "made for another model"),
+    ):
+        given = {**plain, **change}
+        code = main(["shrink", given.pop("adapter"), *(f"--{key}={value}" for key, value in given.items())])
+        assert code == 2, change
+        assert message in capsys.readouterr().err
+        assert not out.exists()
