@@ -127,11 +127,6 @@ def spread(sizes: Mapping[str, Tensor], budget: int, least: int = 0) -> dict[str
     return ranks
 
 
-def energy_ranks(sizes: Mapping[str, Tensor], share: float) -> dict[str, int]:
-    """The rank at which each layer by itself keeps `share` of its Σσ² (a common rule, which checks no loss)."""
-    return {name: 1 + int((own.square().cumsum(0) < share * own.square().sum()).sum()) for name, own in sizes.items()}
-
-
 def sparkline(sigma: Tensor, most: int = 16) -> str:
     """The first singular values as bars, the largest the highest; an illustration."""
     if len(sigma) == 0 or sigma.max() == 0:

@@ -10,7 +10,6 @@ from rankwise.lora.low_rank import LowRank
 from rankwise.rank.spectrum import (
     directions,
     effective_rank,
-    energy_ranks,
     observe,
     singular_values,
     sparkline,
@@ -139,12 +138,6 @@ def test_spread_keeps_the_largest_of_all_layers_and_the_least_of_each():
     assert spread(sizes, 3, least=1) == {"a": 1, "b": 1, "c": 1}
     assert spread(sizes, 4, least=1) == {"a": 2, "b": 1, "c": 1}
     assert spread(sizes, 99) == {"a": 3, "b": 2, "c": 1}
-
-
-def test_energy_ranks_keep_the_share_and_no_more():
-    sizes = {"a": torch.tensor([3.0, 1.0, 0.0]), "b": torch.tensor([1.0, 1.0, 1.0])}
-    assert energy_ranks(sizes, 0.9) == {"a": 1, "b": 3}
-    assert energy_ranks(sizes, 0.95) == {"a": 2, "b": 3}
 
 
 def test_effective_and_stable_rank_of_equal_values_are_their_number():
