@@ -80,7 +80,7 @@ def test_help_imports_no_torch():
     subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
 
 
-@pytest.mark.parametrize("command", ["plan", "train", "data", "eval", "generate", "merge"])
+@pytest.mark.parametrize("command", ["plan", "train", "data", "eval", "generate", "merge", "shrink", "inspect"])
 def test_help_of_a_command_imports_no_torch(command):
     code = (
         "import sys\nfrom rankwise.cli.main import main\n"

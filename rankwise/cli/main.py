@@ -13,6 +13,8 @@ COMMANDS = {
     "eval": "measure a model, with or without an adapter, on a file",
     "generate": "answer prompts with the base model, an adapter, or both side by side",
     "merge": "write the model with the adapter added in, as a plain Hugging Face folder",
+    "shrink": "cut an adapter to the smallest ranks that held-out rows show to be as good",
+    "inspect": "show what an adapter holds, and which programs will load it",
 }
 
 HELP = "\n".join(

@@ -30,6 +30,11 @@ class TextExample:
         """Number of tokens before the first trained one; at least 1, because nothing predicts the first token."""
         return self.trained.index(True, 1)
 
+    @property
+    def counted(self) -> int:
+        """How many predictions the loss counts."""
+        return sum(self.trained[1:])
+
     def short(self) -> "TextExample":
         """The first trained token with the 24 tokens before it."""
         part = slice(max(0, self.prompt_length - 24), self.prompt_length + 1)
@@ -44,6 +49,11 @@ class LabelExample:
     label: int
     place: str
     cut: int = 0
+
+    @property
+    def counted(self) -> int:
+        """How many predictions the loss counts."""
+        return 1
 
     def short(self) -> "LabelExample":
         """The first 24 tokens."""

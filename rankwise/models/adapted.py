@@ -24,27 +24,34 @@ class Adapted:
     labels: list[str]
 
 
-def load_adapted(base: str | None, adapter: Path | None) -> Adapted:
+def load_adapted(base: str | None, adapter: Path | None, task: str | None = None) -> Adapted:
     """Load `base` and put `adapter` (its folder, or its run's folder) on it, if given.
 
-    Without `base`, the adapter's own note of its base model is used. Raises ConfigError, ModelError, CheckpointError.
+    Without `base` or `task`, the adapter's own notes of its base model and its task are used.
+    Raises ConfigError, ModelError, CheckpointError.
     """
     if adapter is None:
         if base is None:
             raise ConfigError("give a base model with --model, an adapter with --adapter, or both")
         return Adapted(load_model(base, "causal_lm"), load_tokenizer(base), "causal_lm", [])
-    folder = adapter / "adapter" if (adapter / "adapter").is_dir() else adapter
+    folder = adapter_folder(adapter)
     config = read_adapter(folder).config
     base = base or config.base_model_name_or_path
     if base is None:
         raise ConfigError(f"the adapter in {folder} does not say what its base model is; give it with --model")
-    task = next((task for task, kind in TASK_TYPES.items() if kind == (config.task_type or TaskType.CAUSAL_LM)), None)
+    noted = config.task_type or TaskType.CAUSAL_LM
+    task = task or next((task for task, kind in TASK_TYPES.items() if kind == noted), None)
     if task is None:
         raise ConfigError(f"the adapter in {folder} is for {config.task_type}, which this command does not serve")
     labels = read_labels(folder) if task == "seq_cls" else []
     model = load_model(base, task, labels)
     load_adapter_(model, folder)
     return Adapted(model, load_tokenizer(base), task, labels)
+
+
+def adapter_folder(path: Path) -> Path:
+    """The adapter's folder, where `path` is that or the folder of the run that made it."""
+    return path / "adapter" if (path / "adapter").is_dir() else path
 
 
 def read_labels(adapter: Path) -> list[str]:

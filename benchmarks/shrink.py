@@ -1,0 +1,178 @@
+"""How small does an adapter get at a held-out loss within δ: rankwise shrink against two simple rules?
+
+An adapter is trained at r = 32 on all linear layers (or given with --adapter). Then, on the same held-out rows, cut
+into the same three parts, with the same δ (5 % of what the low-rank updates gain) and the same paired test:
+
+- shrink: one budget over all layers, directions ordered by what they do to the layers' outputs;
+- uniform: every layer cut to the same rank by the plain singular values, down until the test fails;
+- energy: every layer by itself keeps 90 % of its squared singular values (PEFT's convert_to_lora with rank=0.9). This
+  rule looks at no loss; its numbers of parameters count only if its loss is within δ.
+
+    python benchmarks/shrink.py --task intents --epochs 3
+    python benchmarks/shrink.py --task text_to_sql --steps 92
+
+The last line is JSON.
+"""
+
+import argparse
+import json
+import platform
+import tempfile
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+EXAMPLES = Path(__file__).parents[1] / "examples"
+SETTINGS: dict[str, dict[str, Any]] = {
+    "intents": {"model": "minilm-l6", "task": "seq_cls", "batch_size": 32, "lr": 2e-3},
+    "text_to_sql": {"model": "smollm2-135m", "task": "causal_lm", "batch_size": 8, "lr": 2e-3, "batches": "alike"},
+}
+ENERGY = 0.9
+
+
+def train(task: str, r: int, epochs: float, steps: int | None, folder: Path) -> Path:
+    """Train an adapter without evaluating it; returns its folder."""
+    from rankwise import TrainConfig
+    from rankwise.finetune import finetune
+
+    data = EXAMPLES / task / "train.jsonl"
+    finetune(
+        TrainConfig(
+            data=data, out=folder, r=r, lora_alpha=r, epochs=epochs, max_steps=steps, eval_fraction=0, **SETTINGS[task]
+        )
+    )
+    return folder / "adapter"
+
+
+def held_out_rows(task: str, count: int) -> list[Any]:
+    """Rows that were not trained: the validation file, and the test file as far as it is needed."""
+    from rankwise.data.rows import read_rows
+
+    kind = SETTINGS[task]["task"]
+    rows = [row for part in ("valid", "test") for row in read_rows(EXAMPLES / task / f"{part}.jsonl", kind)]
+    return rows[:count]
+
+
+class Contest:
+    """One adapter, one split, one δ, and what each rule makes of them."""
+
+    def __init__(self, task: str, adapter: Path, rows: int, seed: int, delta: float | None) -> None:
+        from rankwise.data.examples import examples_for
+        from rankwise.models.adapted import adapter_folder, load_adapted
+        from rankwise.models.load import longest_input
+        from rankwise.rank.shrink import HeldOut, split_held_out
+
+        self.folder = adapter_folder(adapter)
+        self.base = SETTINGS[task]["model"]
+        self.delta = delta
+        adapted = load_adapted(self.base, self.folder)
+        limit = min(1024, longest_input(adapted.model))
+        split = split_held_out(held_out_rows(task, rows), seed)
+        self.held_out = HeldOut(
+            *(
+                examples_for(adapted.task, part, adapted.tokenizer, adapted.labels, limit, "cut")
+                for part in (split.calibration, split.choice, split.confirmation)
+            )
+        )
+
+    def engine(self) -> Any:
+        """The model with the full adapter, fresh."""
+        from rankwise.engine.engine import engine_for
+        from rankwise.models.adapted import load_adapted
+        from rankwise.models.load import pad_id
+
+        adapted = load_adapted(self.base, self.folder)
+        return engine_for(adapted.task, adapted.model, pad_id(adapted.tokenizer), self.held_out.choice)
+
+    def shrink(self) -> dict[str, Any]:
+        from rankwise.rank.shrink import shrink_
+
+        begin = time.perf_counter()
+        report = shrink_(self.engine(), self.held_out, self.delta)
+        self.delta = report.delta
+        return {
+            "parameters": report.parameters_after,
+            "full_parameters": report.parameters_before,
+            "total_rank": sum(report.ranks_after.values()),
+            "difference": report.loss_shrunk - report.loss_full,
+            "bound": report.lost_at_most,
+            "full_loss": report.loss_full,
+            "gain": report.gain,
+            "seconds": time.perf_counter() - begin,
+        }
+
+    def simple_rules(self) -> dict[str, dict[str, Any]]:
+        """What uniform truncation and the energy threshold reach with the δ of `shrink`."""
+        from rankwise.lora.layers import named_lora_layers
+        from rankwise.rank.paired import measure
+        from rankwise.rank.spectrum import directions
+
+        engine = self.engine()
+        layers = dict(named_lora_layers(engine.model))
+        updates = {name: layer.update("default").low_rank() for name, layer in layers.items()}
+        # With A·Aᵀ in the place of the inputs' moments, the directions are those of the plain singular values.
+        parts = {name: directions(update, update.A.double() @ update.A.double().T) for name, update in updates.items()}
+        full = {part: measure(engine, getattr(self.held_out, part)) for part in ("choice", "confirmation")}
+
+        def test(part: str, ranks: Mapping[str, int]) -> dict[str, Any]:
+            from rankwise.rank.paired import compare
+            from rankwise.rank.shrink import set_updates_
+
+            cut = {name: parts[name].truncated(rank) for name, rank in ranks.items()}
+            set_updates_(engine.model, layers, cut, "default", "vllm")
+            result = compare(measure(engine, getattr(self.held_out, part)), full[part])
+            numbers = sum(update.A.numel() + update.B.numel() for update in cut.values())
+            figures = {"parameters": numbers, "total_rank": sum(ranks.values()), "difference": result.difference}
+            return {**figures, "bound": result.bound, "within_delta": result.within(self.delta or 0.0)}
+
+        chosen = largest = max(len(own.sizes) for own in parts.values())
+        for rank in range(largest - 1, 0, -1):
+            if not test("choice", self._uniform(parts, rank))["within_delta"]:
+                break
+            chosen = rank
+        energy = {
+            name: 1 + int((own.sizes.square().cumsum(0) < ENERGY * own.sizes.square().sum()).sum())
+            for name, own in parts.items()
+        }
+        uniform = {"rank": chosen, **test("confirmation", self._uniform(parts, chosen))}
+        return {"uniform": uniform, "energy": test("confirmation", energy)}
+
+    @staticmethod
+    def _uniform(parts: Mapping[str, Any], rank: int) -> dict[str, int]:
+        return {name: min(rank, len(own.sizes)) for name, own in parts.items()}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--task", choices=SETTINGS, default="intents")
+    parser.add_argument("--adapter", type=Path, help="use this adapter instead of training one")
+    parser.add_argument("--r", type=int, default=32)
+    parser.add_argument("--epochs", type=float, default=3.0)
+    parser.add_argument("--steps", type=int, help="stop the training after so many steps")
+    parser.add_argument("--rows", type=int, default=3000, help="held-out rows")
+    parser.add_argument("--delta", type=float, help="nats; without it, 5 %% of the gain")
+    parser.add_argument("--seed", type=int, default=0)
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory() as scratch:
+        adapter = options.adapter or train(
+            options.task, options.r, options.epochs, options.steps, Path(scratch) / "run"
+        )
+        contest = Contest(options.task, adapter, options.rows, options.seed, options.delta)
+        ours = contest.shrink()
+        result: dict[str, Any] = {"shrink": ours, **contest.simple_rules()}
+    for name in ("uniform", "energy"):
+        theirs = result[name]
+        result[name]["ratio"] = theirs["parameters"] / ours["parameters"]
+        print(
+            f"{name}: {theirs['parameters']:,} numbers, {result[name]['ratio']:.2f} times those of shrink; "
+            f"loss {theirs['difference']:+.4f} (bound {theirs['bound']:+.4f}, allowed {contest.delta:.4f})"
+        )
+    import torch
+
+    machine = f"{platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}"
+    print(json.dumps({"machine": machine, "task": options.task, "delta": contest.delta, **result}))
+
+
+if __name__ == "__main__":
+    main()

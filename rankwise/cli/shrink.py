@@ -1,0 +1,86 @@
+"""`rankwise shrink`"""
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Literal
+
+import tyro
+
+from rankwise.cli.arguments import parse
+from rankwise.errors import ConfigError, listing
+
+
+@dataclass(frozen=True, kw_only=True)
+class ShrinkConfig:
+    """Cut a trained adapter to the smallest ranks whose loss on held-out rows is shown to be nearly as good."""
+
+    adapter: tyro.conf.Positional[Path]
+    """Adapter folder of any PEFT LoRA adapter, or the folder of a run."""
+    data: Path
+    """Held-out rows: a JSONL file of the shape that the adapter was trained on, with rows that were not trained."""
+    out: Path
+    """Folder of the smaller adapter; it must not exist yet."""
+    model: str | None = None
+    """Base model; without it, the one that the adapter names."""
+    task: Literal["causal_lm", "seq_cls"] | None = None
+    """What the adapter does; without it, what its configuration says."""
+    delta: float | None = None
+    """The most that may be lost, in nats for each trained token (or text); without it, 5 % of the adapter's gain."""
+    reader: Literal["vllm", "llama.cpp"] = "vllm"
+    """What will read it beside PEFT: where ranks differ between modules, these two scale them in different ways."""
+    seed: int = 0
+    """Decides which rows observe, choose and confirm."""
+    max_length: int = 1024
+    """Longest row, in tokens."""
+    long_rows: Literal["error", "cut", "drop"] = "error"
+    """What to do with rows longer than --max-length."""
+
+
+def main(options: list[str]) -> int:
+    config = parse(ShrinkConfig, options, "shrink")
+    _check(config)
+    from rankwise import atomic
+    from rankwise.data.examples import examples_for
+    from rankwise.data.rows import read_rows
+    from rankwise.engine.engine import engine_for
+    from rankwise.lora.checkpoint import save_adapter
+    from rankwise.models.adapted import LABELS_FILE, load_adapted
+    from rankwise.models.load import longest_input, pad_id
+    from rankwise.rank.shrink import HeldOut, shrink_, split_held_out
+    from rankwise.train.progress import Reporter
+
+    reporter = Reporter()
+    with reporter.stage("loading"):
+        adapted = load_adapted(config.model, config.adapter, config.task)
+    rows = split_held_out(read_rows(config.data, adapted.task), config.seed)
+    length = min(config.max_length, longest_input(adapted.model))
+    held_out = HeldOut(
+        *(
+            examples_for(adapted.task, part, adapted.tokenizer, adapted.labels, length, config.long_rows)
+            for part in (rows.calibration, rows.choice, rows.confirmation)
+        )
+    )
+    engine = engine_for(adapted.task, adapted.model, pad_id(adapted.tokenizer), held_out.choice)
+    with reporter.stage("shrinking") as stage:
+        report = shrink_(engine, held_out, config.delta, config.reader, on_progress=stage.update)
+    with atomic.replacing(config.out) as temporary:
+        save_adapter(adapted.model, temporary)
+        if adapted.labels:
+            atomic.write_text(temporary / LABELS_FILE, json.dumps(adapted.labels, ensure_ascii=False, indent=1) + "\n")
+        atomic.write_text(temporary / "shrink.json", json.dumps(asdict(report), indent=2) + "\n")
+    print(report)
+    print(f"adapter: {config.out}")
+    return 0
+
+
+def _check(config: ShrinkConfig) -> None:
+    problems = []
+    if not config.adapter.is_dir():
+        problems.append(f"no adapter folder at {config.adapter}")
+    if config.out.exists():
+        problems.append(f"--out {config.out} exists already; choose another folder, or remove it first")
+    if config.delta is not None and not config.delta > 0:
+        problems.append(f"--delta must be above 0 nats, found {config.delta}")
+    if problems:
+        raise ConfigError("these settings cannot be:\n" + listing(problems))

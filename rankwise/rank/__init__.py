@@ -1,0 +1,1 @@
+"""Which rank a task needs: instruments that measure it."""

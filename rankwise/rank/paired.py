@@ -1,0 +1,113 @@
+"""Is a candidate's held-out loss at most δ worse than a reference's? A paired test, example by example."""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from statistics import NormalDist
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from rankwise.engine.engine import Engine
+from rankwise.lora.inject import set_adapter_training
+
+CONFIDENCE = 0.95
+_BATCH = 16
+"""Rows in one forward pass."""
+_RESAMPLES = 999
+"""Drawn for one bound; (999 + 1)·5 % is a whole number."""
+_AT_ONCE = 1_000_000
+"""Numbers in memory while they are drawn."""
+
+
+@dataclass(frozen=True)
+class ExampleLosses:
+    """What a model lost on each of n examples, in their order."""
+
+    sums: NDArray[np.float64]
+    """[n], nats, summed over the trained tokens of an example (its text, for classification)"""
+    counts: NDArray[np.float64]
+    """[n], how many those are"""
+
+    @property
+    def mean(self) -> float:
+        """Nats for each trained token (or text): the loss that `rankwise eval` prints."""
+        return float(self.sums.sum() / self.counts.sum())
+
+
+@torch.no_grad()
+def measure(
+    engine: Engine[Any], examples: Sequence[Any], on_progress: Callable[[str], None] = lambda text: None
+) -> ExampleLosses:
+    """The loss of the engine's model, with the adapters at work in it, on each of `examples`."""
+    set_adapter_training(engine.model, False)
+    # Packed rows share what they begin with; padded ones should be equally long.
+    order = sorted(range(len(examples)), key=lambda i: examples[i].ids if engine.packs else (len(examples[i].ids),))
+    sums, counts = np.empty(len(examples)), np.empty(len(examples))
+    for start in range(0, len(order), _BATCH):
+        on_progress(f"{start}/{len(order)}")
+        part = order[start : start + _BATCH]
+        losses, counted = engine.example_losses([examples[index] for index in part])
+        sums[part], counts[part] = losses.double().cpu(), counted.cpu()
+    return ExampleLosses(sums, counts)
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Candidate against reference on the same rows; nats for each trained token (or text)."""
+
+    difference: float
+    """Mean loss of the candidate minus that of the reference."""
+    bound: float
+    """One-sided upper 95 % bound of the difference."""
+    deviation: float
+    """Standard deviation of what one row adds to the difference."""
+    rows: int
+
+    def within(self, delta: float) -> bool:
+        """Whether the candidate is shown to be at most `delta` worse (a test at the 5 % level)."""
+        return self.bound <= delta
+
+    def rows_needed(self, delta: float, power: float = 0.8) -> int | None:
+        """Rows with which the test passes with probability `power`, should this difference be the true one.
+
+        None: no number of rows would do, as the difference is not below `delta`.
+        """
+        if self.difference >= delta:
+            return None
+        z = NormalDist().inv_cdf(CONFIDENCE) + NormalDist().inv_cdf(power)
+        return math.ceil((z * self.deviation / (delta - self.difference)) ** 2)
+
+
+def compare(candidate: ExampleLosses, reference: ExampleLosses) -> Comparison:
+    """The mean difference of the loss, and its upper 95 % bound, from paired rows.
+
+    Rows are the independent units, not tokens (clustered standard errors: Miller 2024, arXiv 2411.00640): the mean over
+    all tokens, Σ(candidate - reference) / Σ counts, is a ratio, whose variance is that of its linearised terms. Losses
+    are skewed, and the bound of a t test is then too low; this one is the bootstrap's (bootstrap-t: Hall 1988), which
+    draws rows with replacement and takes the distribution of t from there. The same losses give the same bound.
+    """
+    weight = reference.counts.mean()
+    each = (candidate.sums - reference.sums) / weight
+    difference = float(each.mean())
+    terms = each - difference * reference.counts / weight
+    n, deviation = len(terms), float(terms.std(ddof=1))
+    if deviation == 0:
+        return Comparison(difference, difference, 0.0, n)
+    t = np.quantile(_bootstrapped_t(terms, deviation), 1 - CONFIDENCE)
+    return Comparison(difference, difference - float(t) * deviation / math.sqrt(n), deviation, n)
+
+
+def _bootstrapped_t(terms: NDArray[np.float64], deviation: float) -> NDArray[np.float64]:
+    """[_RESAMPLES], the t of rows drawn with replacement from `terms`, whose mean is 0."""
+    draw, n = np.random.default_rng(0), len(terms)
+    means, deviations = np.empty(_RESAMPLES), np.empty(_RESAMPLES)
+    block = max(1, _AT_ONCE // n)
+    for start in range(0, _RESAMPLES, block):
+        here = slice(start, min(start + block, _RESAMPLES))
+        drawn = terms[draw.integers(n, size=(here.stop - start, n), dtype=np.int32)]
+        means[here], deviations[here] = drawn.mean(1), drawn.std(1, ddof=1)
+    # Where all drawn rows are equal, t has no bound; this one is large enough to fail any test.
+    return means / np.maximum(deviations, 1e-3 * deviation) * math.sqrt(n)

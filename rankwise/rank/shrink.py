@@ -1,0 +1,395 @@
+"""P2, after training: the smallest ranks whose held-out loss is shown to be at most δ worse than the full adapter's.
+
+Held-out rows are cut into three parts. On the calibration part the layers' inputs are observed, which says how much
+each direction of each ΔW does. On the choice part the total rank goes down a ladder, directions of all layers in one
+order, and a paired test after each rung decides whether it goes on. What was found there is tested once more on the
+confirmation part, which no decision has seen; what is promised comes from there alone.
+"""
+
+import math
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
+
+from torch import nn
+
+from rankwise.data.rows import Row, split_rows
+from rankwise.engine.engine import Engine
+from rankwise.errors import ConfigError, DataError, listing
+from rankwise.lora.config import LoraConfig
+from rankwise.lora.convolution import LoraConv
+from rankwise.lora.embedding import LoraEmbedding
+from rankwise.lora.inject import DEFAULT, adapters_off, injection, set_active
+from rankwise.lora.layers import LoraLayer, named_lora_layers, named_wrappers
+from rankwise.lora.linear import LoraLinear
+from rankwise.lora.low_rank import LowRank
+from rankwise.rank.paired import Comparison, ExampleLosses, compare, measure
+from rankwise.rank.spectrum import Directions, directions, observe, spread
+
+SHARE_OF_GAIN = 0.05
+"""δ unless it is given: this share of what the full adapter gains."""
+_PARTS = {"calibration": 0.2, "choice": 0.4, "confirmation": 0.4}
+_LEAST_ROWS = 30
+"""Rows in each part that is tested: with fewer, the distribution of a mean is too far from the assumed one."""
+_FINE = 2 ** (-1 / 8)
+"""Ratio of the ladder's rungs once halving has gone too far."""
+_CONFIRMED = 3
+"""The smallest accepted rungs that are tested on the confirmation part."""
+
+Part = Literal["choice", "confirmation"]
+Reader = Literal["vllm", "llama.cpp"]
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """The three parts of the held-out examples (or rows); no two share a row."""
+
+    calibration: Sequence[Any]
+    choice: Sequence[Any]
+    confirmation: Sequence[Any]
+
+
+@dataclass(frozen=True)
+class Rung:
+    """One test: the adapter cut to this total rank against the full one."""
+
+    part: Part
+    total_rank: int
+    difference: float
+    """Mean loss of the cut adapter minus that of the full one, nats for each trained token (or text)."""
+    bound: float
+    """One-sided upper 95 % bound of the difference."""
+    passed: bool
+
+
+@dataclass(frozen=True)
+class ShrinkReport:
+    """What was cut, and what is promised. Losses are nats for each trained token (or text)."""
+
+    delta: float
+    """The most that may be lost."""
+    gain: float
+    """Held-out loss without the low-rank updates minus that with them, on the choice part."""
+    loss_full: float
+    """Of the full adapter, on the confirmation part."""
+    loss_shrunk: float
+    """Of the smaller adapter, there too."""
+    lost_at_most: float
+    """Upper 95 % bound of what was lost, from the confirmation part alone."""
+    ranks_before: dict[str, int]
+    ranks_after: dict[str, int]
+    """0: the module is no longer adapted."""
+    parameters_before: int
+    """Numbers in the low-rank updates; what else the adapter trains is carried over unchanged."""
+    parameters_after: int
+    rows: dict[str, int]
+    """Of each part."""
+    rungs: tuple[Rung, ...]
+    stopped_because: str
+    """Why the ladder was not walked further down."""
+
+    def __str__(self) -> str:
+        before, after = sum(self.ranks_before.values()), sum(self.ranks_after.values())
+        width = max(map(len, self.ranks_before))
+        lines = [f"{'matrix':<{width}}  rank before → after"]
+        lines += [f"{name:<{width}}  {r:>11} → {self.ranks_after[name]}" for name, r in self.ranks_before.items()]
+        share = 1 - self.parameters_after / self.parameters_before
+        lines += [
+            f"total rank {before:,} → {after:,}; {self.parameters_before:,} → {self.parameters_after:,} numbers in "
+            f"the updates ({share:.0%} fewer)",
+            f"held-out loss {self.loss_full:.4f} → {self.loss_shrunk:.4f} on {self.rows['confirmation']} rows that "
+            f"decided nothing; with 95 % confidence at most {max(0.0, self.lost_at_most):.4f} nats lost "
+            f"(allowed: {self.delta:.4f}, the updates gain {self.gain:.4f})",
+            f"not smaller, because {self.stopped_because}",
+        ]
+        return "\n".join(lines)
+
+
+def split_held_out(rows: Sequence[Row], seed: int) -> HeldOut:
+    """Cut rows into a fifth for calibration and two fifths each for choice and confirmation, drawn by `seed`.
+
+    Rows with the same content stay in one part. Raises DataError if a tested part would have fewer than 30 rows.
+    """
+    least = math.ceil(_LEAST_ROWS / _PARTS["choice"])
+    if len(rows) >= least:
+        rest, confirmation = split_rows(list(rows), _PARTS["confirmation"], seed)
+        calibration, choice = split_rows(rest, _PARTS["choice"] / (1 - _PARTS["confirmation"]), seed)
+        if min(len(choice), len(confirmation)) >= _LEAST_ROWS:
+            return HeldOut(calibration, choice, confirmation)
+    raise DataError(
+        f"{len(rows)} held-out rows are too few to tell what is lost: at least {least} different ones are needed "
+        f"(a fifth to observe the layers' inputs, and two parts of at least {_LEAST_ROWS} to choose the ranks and to "
+        "confirm them)"
+    )
+
+
+def shrink_(
+    engine: Engine[Any],
+    held_out: HeldOut,
+    delta: float | None = None,
+    reader: Reader = "vllm",
+    adapter: str = DEFAULT,
+    on_progress: Callable[[str], None] = lambda text: None,
+) -> ShrinkReport:
+    """Cut an adapter of the engine's model to the smallest ranks that the held-out examples allow, in place.
+
+    The cut adapter's held-out loss is at most `delta` nats worse, with 95 % confidence; without `delta`, 5 % of what
+    the low-rank updates gain. `reader`: PEFT reads what is saved afterwards in either form, but vLLM applies one factor
+    to all modules, and llama.cpp divides lora_alpha by each module's own rank; where ranks differ, a file suits one of
+    them.
+
+    Several rungs are tested at 5 % each without a correction, because they are tested in a fixed order, from the
+    largest down, and the first failure ends it (fixed-sequence testing: Maurer, Hothorn and Lehmacher 1995; Westfall
+    and Krishen 2001).
+
+    Raises ConfigError for an adapter with parts that cannot be cut, DataError if the adapter gains nothing or if
+    nothing smaller can be shown to be good enough; the model is then as it was.
+    """
+    if delta is not None and not delta > 0:
+        raise ConfigError(f"delta must be above 0 nats, found {delta}")
+
+    def measured(part: str, what: str) -> ExampleLosses:
+        return measure(engine, getattr(held_out, part), lambda done: on_progress(f"{what}: {done}"))
+
+    cutter = _cutter(engine.model, adapter, reader, lambda: measured("calibration", "the layers' inputs"))
+    full = {part: measured(part, "the full adapter") for part in ("choice", "confirmation")}
+    gain = _gain(cutter, full["choice"], lambda: measured("choice", "without its updates"))
+
+    def test(part: Part, total: int) -> Comparison:
+        cutter.cut(total)
+        return compare(measured(part, f"total rank {total}, {part}"), full[part])
+
+    allowed = delta if delta is not None else SHARE_OF_GAIN * gain
+    ladder = Ladder(test, cutter.largest, cutter.smallest, allowed)
+    before = cutter.updates()
+    with _put_back_on_error(cutter):
+        total, lost_at_most, confirmed = ladder.descend()
+        if total >= sum(update.rank for update in before.values()):
+            raise DataError("no smaller adapter can be shown to be good enough: " + ladder.stopped_because)
+        ranks = cutter.cut(total)
+    return ShrinkReport(
+        delta=allowed,
+        gain=gain,
+        loss_full=full["confirmation"].mean,
+        loss_shrunk=full["confirmation"].mean + confirmed.difference,
+        lost_at_most=lost_at_most,
+        ranks_before={name: update.rank for name, update in before.items()},
+        ranks_after=ranks,
+        parameters_before=_numbers(before),
+        parameters_after=_numbers(cutter.updates()),
+        rows={part: len(getattr(held_out, part)) for part in _PARTS},
+        rungs=tuple(ladder.rungs),
+        stopped_because=ladder.stopped_because,
+    )
+
+
+@dataclass(frozen=True)
+class _Cutter:
+    """Gives a model its adapter cut to a total rank."""
+
+    model: nn.Module
+    adapter: str
+    layers: Mapping[str, LoraLayer]
+    parts: Mapping[str, Directions]
+    reader: Reader
+    least: int
+    """The least rank of each layer."""
+
+    @property
+    def largest(self) -> int:
+        """The total rank from which nothing is cut."""
+        return sum(int((own.sizes > 0).sum()) for own in self.parts.values())
+
+    @property
+    def smallest(self) -> int:
+        return max(1, self.least * len(self.layers))
+
+    def updates(self) -> dict[str, LowRank]:
+        """What the adapter adds now."""
+        there = {name: layer for name, layer in self.layers.items() if self.adapter in layer.shares}
+        return {name: layer.update(self.adapter).low_rank() for name, layer in there.items()}
+
+    def cut(self, total: int) -> dict[str, int]:
+        """Returns the rank of each layer."""
+        ranks = spread({name: own.sizes for name, own in self.parts.items()}, total, self.least)
+        updates = {name: self.parts[name].truncated(rank) for name, rank in ranks.items() if rank}
+        set_updates_(self.model, self.layers, updates, self.adapter, self.reader)
+        return ranks
+
+
+def _cutter(model: nn.Module, adapter: str, reader: Reader, run: Callable[[], object]) -> _Cutter:
+    """Splits the updates by what they do while `run` runs the model."""
+    layers = _cuttable_layers(model, adapter)
+    hidden = observe(layers, adapter, run)
+    parts = {name: directions(layer.update(adapter).low_rank(), hidden[name]) for name, layer in layers.items()}
+    # A bias that trains with the adapted layers has no place in the file without the layer.
+    least = int(injection(model).configs[adapter].bias == "lora_only")
+    return _Cutter(model, adapter, layers, parts, reader, least)
+
+
+def _numbers(updates: Mapping[str, LowRank]) -> int:
+    return sum(update.A.numel() + update.B.numel() for update in updates.values())
+
+
+def _cuttable_layers(model: nn.Module, adapter: str) -> dict[str, LoraLayer]:
+    """The layers with an update of this adapter. Raises ConfigError, with all reasons, if one cannot be cut."""
+    layers = {name: layer for name, layer in named_lora_layers(model) if adapter in layer.shares}
+    problems = []
+    for name, layer in layers.items():
+        update = layer.update(adapter)
+        if update.magnitude is not None:
+            problems.append(f"{name}: DoRA's magnitudes belong to the full ΔW; merge it, or train plain LoRA")
+        if update.lora_bias is not None:
+            problems.append(f"{name}: B has a bias (lora_bias), which is no part of a rank")
+        if not isinstance(layer, LoraLinear | LoraEmbedding | LoraConv):
+            kind = type(layer).__name__
+            problems.append(f"{name}: a {kind} cannot be cut; linear layers, embeddings and convolutions can")
+        elif layer.groups > 1:
+            problems.append(f"{name}: a convolution with {layer.groups} groups shares its rank among them")
+    if not layers:
+        problems.append("it has no low-rank update")
+    if problems:
+        raise ConfigError("this adapter cannot be shrunk:\n" + listing(problems))
+    return layers
+
+
+def _gain(cutter: _Cutter, full: ExampleLosses, measured: Callable[[], ExampleLosses]) -> float:
+    """What the low-rank updates gain. Raises DataError if that cannot be told from nothing.
+
+    Where the adapter also trains a head or the like, it is compared with itself without the updates too, if that is
+    better than the base: beside a head that was never trained any update would look good.
+    """
+    model, layers = cutter.model, cutter.layers
+    with adapters_off(model):
+        without = measured()
+    if len(named_wrappers(model)) > len(layers) or injection(model).biases:
+        with ExitStack() as stack:
+            for layer in layers.values():
+                stack.enter_context(layer.off())
+            rest = measured()
+        without = min(without, rest, key=lambda losses: losses.mean)
+    comparison = compare(full, without)
+    if comparison.bound >= 0:
+        raise DataError(
+            f"there is no gain to keep: on {comparison.rows} held-out rows the loss is {without.mean:.4f} nats without "
+            f"the adapter's updates and {full.mean:.4f} with them, which is no improvement that these rows can show "
+            f"(95 % bound of the change: {comparison.bound:+.4f}). Use the base model, or more rows of the kind that "
+            "the adapter was trained for"
+        )
+    return -comparison.difference
+
+
+@dataclass
+class Ladder:
+    """Walks the total rank down, test by test."""
+
+    test: Callable[[Part, int], Comparison]
+    """Compares the adapter cut to a total rank with the full one, on one part of the held-out rows."""
+    largest: int
+    """The total rank from which nothing is cut."""
+    least: int
+    """The total rank below which nothing can be cut."""
+    delta: float
+    rungs: list[Rung] = field(default_factory=list)
+    stopped_because: str = "it is as small as such an adapter can be"
+
+    def descend(self) -> tuple[int, float, Comparison]:
+        """The smallest confirmed total rank, what it loses at most with 95 % confidence, and its comparison.
+
+        Raises DataError if the rows for confirmation confirm none of the accepted ones.
+        """
+        candidates = self._accepted()[-_CONFIRMED:]
+        confirmed = None
+        for total in candidates:
+            comparison = self._test("confirmation", total)
+            if not comparison.within(self.delta):
+                break
+            confirmed = total, comparison
+        if confirmed is None:
+            raise DataError("no smaller adapter can be shown to be good enough: " + self.stopped_because)
+        total, comparison = confirmed
+        # The bound of the rung that the choice part named holds by itself. If that rung failed, the data chose among
+        # the others, and what is left is that they passed the test at delta.
+        return total, comparison.bound if total == candidates[-1] else self.delta, comparison
+
+    def _accepted(self) -> list[int]:
+        """Total ranks that pass on the choice part, from the largest down: halves first, then finer rungs."""
+        accepted = [self.largest]
+        while accepted[-1] // 2 >= self.least and self._passes(accepted[-1] // 2):
+            accepted.append(accepted[-1] // 2)
+        above = accepted[-1]
+        fine = {round(above * _FINE**step) for step in range(1, 8)}
+        for total in sorted((rung for rung in fine if max(self.least, above // 2 + 1) <= rung < above), reverse=True):
+            if not self._passes(total):
+                break
+            accepted.append(total)
+        return accepted
+
+    def _passes(self, total: int) -> bool:
+        return self._test("choice", total).within(self.delta)
+
+    def _test(self, part: Part, total: int) -> Comparison:
+        comparison = self.test(part, total)
+        passed = comparison.within(self.delta)
+        self.rungs.append(Rung(part, total, comparison.difference, comparison.bound, passed))
+        if not passed:
+            self.stopped_because = _why(part, total, comparison, self.delta)
+        return comparison
+
+
+def _why(part: Part, total: int, comparison: Comparison, delta: float) -> str:
+    found = (
+        f"at total rank {total} the loss on {comparison.rows} {part} rows is {comparison.difference:+.4f} nats "
+        f"different (95 % bound {comparison.bound:+.4f}, allowed {delta:.4f})"
+    )
+    needed = comparison.rows_needed(delta)
+    if needed is None:
+        return found
+    everywhere = math.ceil(max(needed, comparison.rows + 1) / _PARTS[part])
+    return f"{found}; these rows can't tell, and about {everywhere:,} held-out rows in all would"
+
+
+def set_updates_(
+    model: nn.Module, layers: Mapping[str, LoraLayer], updates: Mapping[str, LowRank], adapter: str, reader: Reader
+) -> None:
+    """Let these be the low-rank updates of an adapter, in place; layers without one lose theirs."""
+    injected = injection(model)
+    active = dict(injected.active)
+    r = max(update.rank for update in updates.values())
+    own = {re.escape(name): update.rank for name, update in updates.items() if update.rank != r}
+    config: LoraConfig = replace(
+        injected.configs[adapter],
+        r=r,
+        lora_alpha=r,
+        rank_pattern=own,
+        alpha_pattern=own if reader == "vllm" else {},
+        use_rslora=False,
+        init_lora_weights=True,
+    )
+    for name, layer in layers.items():
+        layer.remove(adapter)
+        if name in updates:
+            layer.add(adapter, config, name, draw=False)
+            update, low_rank = layer.update(adapter), updates[name]
+            root = math.sqrt(low_rank.scale / update.scale)
+            layer.set_row_factors(update, low_rank.A * root, low_rank.B * root)
+    injected.configs[adapter] = config
+    set_active(model, active)
+
+
+@contextmanager
+def _put_back_on_error(cutter: _Cutter) -> Iterator[None]:
+    injected, adapter = injection(cutter.model), cutter.adapter
+    config, active = injected.configs[adapter], dict(injected.active)
+    shares = {name: layer.shares[adapter] for name, layer in cutter.layers.items()}
+    try:
+        yield
+    except BaseException:
+        for name, layer in cutter.layers.items():
+            layer.remove(adapter)
+            layer.shares[adapter] = shares[name]
+        injected.configs[adapter] = config
+        set_active(cutter.model, active)
+        raise

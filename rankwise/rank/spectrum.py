@@ -1,0 +1,134 @@
+"""The singular values of ΔW, and its nearest update of a lower rank, from the factors alone."""
+
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from rankwise.errors import ConfigError
+from rankwise.lora.convolution import LoraConv
+from rankwise.lora.embedding import LoraEmbedding
+from rankwise.lora.layers import LoraLayer
+from rankwise.lora.low_rank import LowRank
+
+_ROUNDING = 1e-7
+"""Sizes below this share of a layer's largest are rounding errors of an fp64 eigenvalue."""
+
+
+def singular_values(update: LowRank) -> Tensor:
+    """The singular values of ΔW = scale·B·A, the largest first, in fp64: [min(r, d, k)].
+
+    From two thin QRs, in O((d + k)·r² + r³) and without a dense ΔW: B = Q_B·R_B and Aᵀ = Q_A·R_A give
+    ΔW = Q_B·(scale·R_B·R_Aᵀ)·Q_Aᵀ, and the small matrix in the middle has the same singular values.
+    """
+    R_B = torch.linalg.qr(update.B.double(), mode="r").R
+    R_A = torch.linalg.qr(update.A.double().T, mode="r").R
+    return torch.linalg.svdvals(R_B @ R_A.T * update.scale)
+
+
+def effective_rank(sigma: Tensor) -> float:
+    """exp of the entropy of the shares in the sum (Roy and Vetterli 2007); 0 for no update. It decides nothing."""
+    total = sigma.sum()
+    if total == 0:
+        return 0.0
+    share = sigma / total
+    return torch.exp(-torch.xlogy(share, share).sum()).item()
+
+
+def stable_rank(sigma: Tensor) -> float:
+    """‖ΔW‖_F² / ‖ΔW‖₂²; 0 for no update. It decides nothing."""
+    return 0.0 if sigma.sum() == 0 else (sigma.square().sum() / sigma.max().square()).item()
+
+
+@dataclass(frozen=True)
+class Directions:
+    """ΔW = Σ_i u_i·(u_iᵀ·ΔW): its parts along orthonormal output directions, the one that matters most first."""
+
+    sizes: Tensor
+    """[q], q = min(r, d): the root of E‖u_iᵀ·ΔW·x‖², how far the part moves the layer's output; 0 for rounding."""
+    outputs: Tensor
+    """[d, q], the u_i"""
+    inputs: Tensor
+    """[q, k], the rows u_iᵀ·ΔW"""
+
+    def truncated(self, rank: int) -> LowRank:
+        """The first `rank` parts as an update of scale 1, its singular values in equal shares in A and B, in fp64."""
+        Q, R = torch.linalg.qr(self.inputs[:rank].T)
+        P, sigma, Wh = torch.linalg.svd(R.T, full_matrices=False)
+        root = sigma.sqrt()
+        return LowRank(root[:, None] * (Wh @ Q.T), self.outputs[:, :rank] @ P * root, 1.0)
+
+
+def directions(update: LowRank, hidden: Tensor) -> Directions:
+    """Split ΔW by how much each part does to the layer's output, for inputs x with E[(A·x)(A·x)ᵀ] = hidden [r, r].
+
+    The parts are those of the singular value decomposition of ΔW·C^½, C = E[x·xᵀ], so the first n of them are the best
+    update of rank n for these inputs: it minimises E‖(ΔW - ΔW_n)·x‖² (Eckart and Young in the metric of C).
+    (ΔW·C^½)·(ΔW·C^½)ᵀ = scale²·B·hidden·Bᵀ, so neither C [k, k] nor its root is needed, and its left singular vectors
+    alone give ΔW_n = U_n·U_nᵀ·ΔW, so nothing is inverted.
+    """
+    Q, R = torch.linalg.qr(update.B.double())
+    inner = R * update.scale
+    energy, vectors = torch.linalg.eigh(inner @ hidden.double() @ inner.T)
+    sizes = energy.flip(0).clamp_min(0).sqrt()
+    sizes = torch.where(sizes > _ROUNDING * sizes.max(), sizes, 0.0)
+    vectors = vectors.flip(1)
+    return Directions(sizes, Q @ vectors, vectors.T @ inner @ update.A.double())
+
+
+def observe(layers: Mapping[str, LoraLayer], adapter: str, run: Callable[[], object]) -> dict[str, Tensor]:
+    """E[(A·x)(A·x)ᵀ] [r, r] of each layer, over all places where it is applied while `run` runs the model, in fp64.
+
+    Raises ConfigError for layers that are not called.
+    """
+    sums = {name: torch.zeros((), dtype=torch.float64) for name in layers}
+    places = dict.fromkeys(layers, 0)
+
+    def note(name: str) -> Callable[..., None]:
+        def before_forward(layer: LoraLayer, inputs: tuple[Tensor, ...]) -> None:
+            h = _hidden(layer, adapter, inputs[0]).flatten(0, -2).double()
+            sums[name] = sums[name].to(h.device) + h.T @ h
+            places[name] += len(h)
+
+        return before_forward
+
+    with ExitStack() as stack, torch.no_grad():
+        for name, layer in layers.items():
+            stack.callback(layer.register_forward_pre_hook(note(name)).remove)
+        run()
+    if unreached := [name for name, count in places.items() if not count]:
+        raise ConfigError(
+            "the model computes without calling these layers, so what their updates do cannot be observed: "
+            + ", ".join(unreached[:5])
+        )
+    return {name: sums[name] / places[name] for name in layers}
+
+
+def _hidden(layer: LoraLayer, adapter: str, x: Tensor) -> Tensor:
+    """A·x, [..., r] at every place where the layer is applied."""
+    A, _ = layer.update(adapter).factors()
+    if isinstance(layer, LoraEmbedding):
+        return F.embedding(x, A.T) * getattr(layer.base, "embed_scale", 1.0)
+    if isinstance(layer, LoraConv):
+        return layer.base._conv_forward(x.to(A.dtype), A, None).movedim(layer.output_dim, -1)
+    return F.linear(x.to(A.dtype), A)
+
+
+def spread(sizes: Mapping[str, Tensor], budget: int, least: int = 0) -> dict[str, int]:
+    """The rank of each layer if the `budget` largest sizes of all layers are kept, and at least `least` of each."""
+    floor = sum(min(least, len(own)) for own in sizes.values())
+    ranks = {name: min(least, len(own)) for name, own in sizes.items()}
+    rest = [(size, name) for name, own in sizes.items() for size in own[ranks[name] :].tolist() if size > 0]
+    for _, name in sorted(rest, key=lambda pair: -pair[0])[: max(0, budget - floor)]:
+        ranks[name] += 1
+    return ranks
+
+
+def sparkline(sigma: Tensor, most: int = 16) -> str:
+    """The first singular values as bars, the largest the highest; an illustration."""
+    if len(sigma) == 0 or sigma.max() == 0:
+        return ""
+    return "".join("▁▂▃▄▅▆▇█"[min(7, int(8 * value))] for value in (sigma[:most] / sigma.max()).tolist())
