@@ -54,12 +54,12 @@ def finetune(config: TrainConfig, reporter: Reporter | None = None) -> dict[str,
         target_modules=config.targets,
         base_model_name_or_path=config.model,
     )
-    train_rows, held_out_rows = _read(config)
+    train_rows, held_out_rows = read_data(config)
     torch.manual_seed(config.seed)
 
     with reporter.stage(f"loading {config.model}"):
         tokenizer = load_tokenizer(config.model)
-        labels = _labels(train_rows) if config.task == "seq_cls" else []
+        labels = labels_of(train_rows) if config.task == "seq_cls" else []
         model = load_model(config.model, config.task, labels)
     data = _tokenise(config, train_rows, held_out_rows, tokenizer, labels, longest_input(model))
     report = inject_(model, lora)
@@ -96,14 +96,16 @@ def finetune(config: TrainConfig, reporter: Reporter | None = None) -> dict[str,
     return result
 
 
-def _read(config: TrainConfig) -> tuple[list[Row], list[Row]]:
+def read_data(config: TrainConfig) -> tuple[list[Row], list[Row]]:
+    """(rows to train on, held-out rows). Raises DataError."""
     rows = read_rows(config.data, config.task)
     if config.eval_data is not None:
         return rows, read_rows(config.eval_data, config.task)
     return split_rows(rows, config.eval_fraction, config.seed) if config.eval_fraction else (rows, [])
 
 
-def _labels(rows: list[Row]) -> list[str]:
+def labels_of(rows: list[Row]) -> list[str]:
+    """The labels' names in the order of a classifier's outputs. Raises DataError if there are fewer than two."""
     labels = sorted({str(row.fields["label"]) for row in rows})
     if len(labels) < 2:
         raise DataError(f"every row of {rows[0].file} has the label {labels[0]!r}; a classifier needs at least two")

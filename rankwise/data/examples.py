@@ -28,6 +28,11 @@ class TextExample:
         """Number of tokens before the first trained one."""
         return self.trained.index(True)
 
+    @property
+    def counted(self) -> int:
+        """How many predictions the loss counts."""
+        return sum(self.trained[1:])
+
     def short(self) -> "TextExample":
         """The first trained token with the 24 tokens before it."""
         part = slice(max(0, self.prompt_length - 24), self.prompt_length + 1)
@@ -41,6 +46,11 @@ class LabelExample:
     ids: tuple[int, ...]
     label: int
     place: str
+
+    @property
+    def counted(self) -> int:
+        """How many predictions the loss counts."""
+        return 1
 
     def short(self) -> "LabelExample":
         """The first 24 tokens."""

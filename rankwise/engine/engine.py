@@ -45,6 +45,12 @@ class Engine(ABC, Generic[E]):
         """The mean cross-entropy, in nats, over all that the batch's loss counts."""
         return F.cross_entropy(*self.logits(examples))
 
+    def example_losses(self, examples: Sequence[E]) -> tuple[Tensor, Tensor]:
+        """([B] cross-entropy in nats summed over all that is counted, [B] how much that is), example by example."""
+        counts = [example.counted for example in examples]
+        losses = F.cross_entropy(*self.logits(examples), reduction="none")
+        return torch.stack([part.sum() for part in losses.split(counts)]), torch.tensor(counts, device=losses.device)
+
     @property
     def _device(self) -> torch.device:
         return self.model.device

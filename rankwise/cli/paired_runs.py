@@ -1,0 +1,97 @@
+"""The training runs of a sweep: one loaded model, one set of examples, and everything the same but rank, seed, rate."""
+
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import torch
+
+from rankwise.data.examples import examples_for
+from rankwise.data.rows import read_rows
+from rankwise.engine.engine import Engine, engine_for
+from rankwise.errors import ConfigError, RankwiseError
+from rankwise.finetune import labels_of, read_data
+from rankwise.lora.config import LoraConfig
+from rankwise.lora.inject import eject_, trainable_parameters
+from rankwise.models.adapted import TASK_TYPES
+from rankwise.models.load import load_model, load_tokenizer, longest_input, pad_id
+from rankwise.rank.measure import measure
+from rankwise.rank.runs import RunResult
+from rankwise.rank.start import freeze_updates_, inject_nested_
+from rankwise.train.config import TrainConfig
+from rankwise.train.loop import training_steps
+
+
+class PairedRuns:
+    """run(rank, seed, factor) for rankwise.rank.sweep, by the settings of `rankwise train`."""
+
+    def __init__(self, config: TrainConfig, largest: int) -> None:
+        """`largest`: the rank from whose start all others begin. Raises ConfigError, DataError or ModelError."""
+        self.config = config
+        self.largest = largest
+        train, held_out = read_data(config)
+        if not held_out:
+            raise ConfigError("ranks are compared on held-out rows; give --eval-data, or an --eval-fraction above 0")
+        self._tokenizer = load_tokenizer(config.model)
+        self.labels = labels_of(train) if config.task == "seq_cls" else []
+        self._loaded: tuple[int, Engine[Any]] | None = None
+        model = self._load_model(config.seed)
+        length = min(config.max_length, longest_input(model))
+        self.train, self.held_out = (
+            examples_for(config.task, rows, self._tokenizer, self.labels, length, config.long_rows)
+            for rows in (train, held_out)
+        )
+        self._loaded = config.seed, engine_for(config.task, model, pad_id(self._tokenizer), self.train)
+
+    def __call__(self, rank: int, seed: int, factor: float) -> RunResult:
+        """Train at one rank (0: a classifier's head alone) and measure on the held-out rows."""
+        engine = self.engine(seed)
+        inject_nested_(engine.model, self.lora(max(rank, 1)), self.largest, seed)
+        try:
+            if rank == 0:
+                freeze_updates_(engine.model)
+            parameters = sum(p.numel() for p in trainable_parameters(engine.model))
+            seconds = self.fit(engine, seed, factor) if parameters else 0.0
+            losses, counts = measure(engine, self.held_out)
+        finally:
+            eject_(engine.model)
+        if seconds is None:
+            return RunResult(np.full_like(losses, np.inf), counts, 0.0, parameters)
+        return RunResult(losses, counts, seconds, parameters)
+
+    def engine(self, seed: int) -> Engine[Any]:
+        """The engine of the base model as `rankwise train --seed` loads it: a new classifier head is drawn by the seed."""
+        if self._loaded is None or (self.labels and self._loaded[0] != seed):
+            self._loaded = None  # Two models at once need not fit into memory.
+            engine = engine_for(self.config.task, self._load_model(seed), pad_id(self._tokenizer), self.train)
+            self._loaded = seed, engine
+        return self._loaded[1]
+
+    def lora(self, rank: int) -> LoraConfig:
+        """The settings of an adapter of this rank."""
+        return LoraConfig(
+            task_type=TASK_TYPES[self.config.task],
+            r=rank,
+            lora_alpha=self.config.lora_alpha,
+            lora_dropout=self.config.lora_dropout,
+            target_modules=self.config.targets,
+        )
+
+    def fit(self, engine: Engine[Any], seed: int, factor: float) -> float | None:
+        """Train what the engine's model carries; returns the seconds, None if the loss did not stay finite."""
+        torch.manual_seed(seed)
+        config = replace(self.config, seed=seed, lr=self.config.lr * factor)
+        seconds = 0.0
+        try:
+            for step in training_steps(engine, self.train, config):
+                seconds = step.seconds
+        except RankwiseError:
+            # At another rate nothing but the rate can be wrong: with that of the settings the run went through before.
+            if factor == 1:
+                raise
+            return None
+        return seconds
+
+    def _load_model(self, seed: int) -> Any:
+        torch.manual_seed(seed)
+        return load_model(self.config.model, self.config.task, self.labels)
