@@ -1,10 +1,10 @@
 """Does the sweep find a rank that was planted?
 
-A teacher is a small base model whose update ΔW* in known layers has rank ρ with ρ equal singular values (measured where
-the layer's inputs lie: ΔW*·C^½ has them, C = E[x·xᵀ]). Students, adapters on the same layers, learn the teacher's
-next-token distributions on texts sampled from the base. So the rank that the task needs is known: ρ. Sweeps over the
-ranks 1, 2, 4, 8, 16 must return it. A draw counts only if the rank below it is really worse: a student of rank ρ - 1
-must lose more than 2δ (checked with the first seed).
+A teacher is a small base model whose update ΔW* in two known layers has rank rho with rho equal singular values
+(measured where the layer's inputs lie: ΔW*·C^½ has them, C = E[x·xᵀ]). Students, adapters on the same layers, learn the
+teacher's next-token distributions on texts sampled from the base; what lies below the layers is frozen, so it is
+computed once. So the rank that the task needs is known, and sweeps over the ranks 1, 2, 4, 8, 16 must return it. A draw
+counts only if the rank below is really worse: a student of rank rho - 1 must lose more than 2δ (checked with one seed).
 
     python benchmarks/rank_planted.py --base FOLDER --rho 1 2 4 8 --draws 5
 
@@ -33,9 +33,10 @@ from rankwise.rank.sweep import Sweep, sweep
 from rankwise.rank.verdict import verdict
 
 RANKS, SEEDS = (1, 2, 4, 8, 16), 3
-LAYERS = ("layers.2.mlp.down_proj", "layers.3.mlp.down_proj")
-TEXTS, HELD_OUT, LENGTH = 512, 128, 24
-BATCH, STEPS, RATE = 32, 100, 0.02
+LOWEST = 4
+LAYERS = ("layers.4.self_attn.o_proj", "layers.4.mlp.down_proj")
+TEXTS, HELD_OUT, LENGTH = 768, 128, 12
+BATCH, STEPS, RATE = 16, 120, 0.03
 BASE_LOSS = 0.5
 """Nats a token between teacher and base; the strength of ΔW* is set so that it is reached."""
 
@@ -116,9 +117,9 @@ def _from_llama2c(path: Path) -> Any:
 
 @dataclass(frozen=True)
 class Task:
-    """Texts [n, LENGTH] and the teacher's next-token log-probabilities [n, LENGTH, vocabulary]."""
+    """What enters the lowest adapted block [n, LENGTH, d], and the teacher's log-probabilities [n, LENGTH, V]."""
 
-    texts: Tensor
+    inputs: Tensor
     targets: Tensor
     held_out: Tensor
     held_out_targets: Tensor
@@ -131,37 +132,50 @@ def plant(model: Any, rho: int, generator: torch.Generator) -> Task:
     starts = torch.randint(3, model.config.vocab_size, (TEXTS + HELD_OUT, 1), generator=generator)
     sampled = {"do_sample": True, "min_new_tokens": LENGTH - 1, "max_new_tokens": LENGTH - 1, "top_k": 0}
     texts = model.generate(starts, attention_mask=torch.ones_like(starts), pad_token_id=2, **sampled)
+    whole = model(texts, output_hidden_states=True)
+    inputs = whole.hidden_states[LOWEST]
+    torch.testing.assert_close(logits_from(model, inputs[:8]), whole.logits[:8], rtol=1e-3, atol=1e-3)
     weights = [model.get_submodule(f"model.{name}").weight for name in LAYERS]
     originals = [weight.clone() for weight in weights]
     updates = [
         equal_update(weight, covariance, rho, generator)
-        for weight, covariance in zip(weights, covariances(model, texts), strict=True)
+        for weight, covariance in zip(weights, covariances(model, inputs), strict=True)
     ]
 
-    def teacher(strength: float) -> Tensor:
+    def teacher(strength: float, inputs: Tensor) -> Tensor:
         for weight, original, update in zip(weights, originals, updates, strict=True):
             weight.copy_(original + strength * update)
-        result = model(texts).logits.log_softmax(-1)
+        result = logits_from(model, inputs).log_softmax(-1)
         for weight, original in zip(weights, originals, strict=True):
             weight.copy_(original)
         return result
 
-    targets = teacher(reached(lambda strength: divergence(teacher(strength), model(texts).logits).mean().item()))
-    return Task(texts[:TEXTS], targets[:TEXTS], texts[TEXTS:], targets[TEXTS:])
+    some, base = inputs[:HELD_OUT], whole.logits[:HELD_OUT]
+    strength = reached(lambda strength: divergence(teacher(strength, some), base).mean().item())
+    targets = teacher(strength, inputs)
+    return Task(inputs[:TEXTS], targets[:TEXTS], inputs[TEXTS:], targets[TEXTS:])
+
+
+def logits_from(model: Any, hidden: Tensor) -> Tensor:
+    """The upper part of a Llama: hidden states [n, t, d] before block LOWEST → logits [n, t, V]."""
+    rotary = model.model.rotary_emb(hidden, torch.arange(hidden.shape[1])[None])
+    for block in model.model.layers[LOWEST:]:
+        hidden = block(hidden, position_embeddings=rotary)
+    return model.lm_head(model.model.norm(hidden))
 
 
 def equal_update(weight: Tensor, covariance: Tensor, rho: int, generator: torch.Generator) -> Tensor:
     """[d, k] of rank rho: U·Vᵀ·C^-½ with orthonormal U and V, V among the main directions of the inputs."""
     d, k = weight.shape
     values, vectors = torch.linalg.eigh(covariance)
-    main = min(4 * rho + 16, k)
+    main = min(rho + 4, k)
     inverse_root = vectors[:, -main:] / values[-main:].clamp_min(1e-6).sqrt()
     U = torch.linalg.qr(torch.randn(d, rho, generator=generator)).Q
     V = torch.linalg.qr(torch.randn(main, rho, generator=generator)).Q
     return U @ (inverse_root @ V).T
 
 
-def covariances(model: Any, texts: Tensor) -> list[Tensor]:
+def covariances(model: Any, inputs: Tensor) -> list[Tensor]:
     """E[x·xᵀ] of the inputs of the layers."""
     found: dict[str, Tensor] = {}
     hooks = []
@@ -173,7 +187,7 @@ def covariances(model: Any, texts: Tensor) -> list[Tensor]:
             found[name] = x.T @ x / len(x)
 
         hooks.append(layer.register_forward_pre_hook(note))
-    model(texts)
+    logits_from(model, inputs)
     for hook in hooks:
         hook.remove()
     return [found[name] for name in LAYERS]
@@ -206,7 +220,7 @@ def student(model: Any, task: Task) -> Callable[[int, int, float], RunResult]:
         if parameters:
             fit(model, parameters, task, seed, RATE * factor)
         with torch.no_grad():
-            losses = divergence(task.held_out_targets, model(task.held_out).logits).double().numpy()
+            losses = divergence(task.held_out_targets, logits_from(model, task.held_out)).double().numpy()
         eject_(model)
         trained = sum(parameter.numel() for parameter in parameters)
         return RunResult(losses * LENGTH, np.full(len(losses), float(LENGTH)), time.perf_counter() - begin, trained)
@@ -222,18 +236,18 @@ def fit(model: Any, parameters: list[nn.Parameter], task: Task, seed: int, rate:
         rows = torch.randint(TEXTS, (BATCH,), generator=generator)
         for group in optimizer.param_groups:
             group["lr"] = rate * min(1.0, 1.25 * (1 - step / STEPS))
-        loss = divergence(task.targets[rows], model(task.texts[rows]).logits).mean()
+        loss = divergence(task.targets[rows], logits_from(model, task.inputs[rows])).mean()
         optimizer.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
 
 
-def draw(model: Any, rho: int, seed: int, say: Callable[[str], None]) -> tuple[Sweep, float]:
+def draw(model: Any, rho: int, seed: int, folder: Path | None, say: Callable[[str], None]) -> tuple[Sweep, float]:
     """One planted task and its sweep; and by how many δ a student of rank rho - 1 is worse than one of rank rho."""
     task = plant(model, rho, torch.Generator().manual_seed(1000 * rho + seed))
     run = student(model, task)
-    found = sweep(run, RANKS, range(SEEDS), say=say)
+    found = sweep(run, RANKS, range(SEEDS), folder=folder, settings={"steps": STEPS, "rate": RATE}, say=say)
     below = run(rho - 1, 0, found.factors[rho])
     own = found.losses[rho][0]
     return found, float((below.losses - own).sum() / below.counts.sum() / found.comparisons.margin)
@@ -245,6 +259,7 @@ def main() -> None:
     parser.add_argument("--rho", type=int, nargs="+", default=[1, 2, 4, 8])
     parser.add_argument("--draws", type=int, default=5)
     parser.add_argument("--first-draw", type=int, default=0)
+    parser.add_argument("--out", type=Path, help="keep finished runs here, so that a later call goes on")
     parser.add_argument("--verbose", action="store_true")
     options = parser.parse_args()
     model = load_base(options.base)
@@ -252,7 +267,8 @@ def main() -> None:
     for rho in options.rho:
         for seed in range(options.first_draw, options.first_draw + options.draws):
             begin = time.perf_counter()
-            found, below = draw(model, rho, seed, print if options.verbose else lambda text: None)
+            folder = options.out and options.out / f"rho{rho}-draw{seed}"
+            found, below = draw(model, rho, seed, folder, print if options.verbose else lambda text: None)
             row = {"rho": rho, "draw": seed, "found": found.comparisons.sufficient, "rank below, in δ": round(below, 1)}
             row["valid"] = below > 2
             rows.append(row | {"seconds": round(time.perf_counter() - begin, 1)})

@@ -9,6 +9,7 @@ from rankwise.errors import RankwiseError, nearest
 COMMANDS = {
     "train": "fine-tune a model on your own file",
     "eval": "measure a model, with or without an adapter, on a file",
+    "rank": "find out which rank a task needs: sweep, nested, predict",
     "generate": "answer prompts with the base model, an adapter, or both side by side",
     "merge": "write the model with the adapter added in, as a plain Hugging Face folder",
 }

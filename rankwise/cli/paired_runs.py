@@ -7,7 +7,6 @@ import numpy as np
 import torch
 
 from rankwise.data.examples import examples_for
-from rankwise.data.rows import read_rows
 from rankwise.engine.engine import Engine, engine_for
 from rankwise.errors import ConfigError, RankwiseError
 from rankwise.finetune import labels_of, read_data
@@ -60,7 +59,7 @@ class PairedRuns:
         return RunResult(losses, counts, seconds, parameters)
 
     def engine(self, seed: int) -> Engine[Any]:
-        """The engine of the base model as `rankwise train --seed` loads it: a new classifier head is drawn by the seed."""
+        """The engine of the base model as `rankwise train --seed` loads it, a new classifier head drawn by the seed."""
         if self._loaded is None or (self.labels and self._loaded[0] != seed):
             self._loaded = None  # Two models at once need not fit into memory.
             engine = engine_for(self.config.task, self._load_model(seed), pad_id(self._tokenizer), self.train)

@@ -2,10 +2,10 @@
 
 What the runs of one seed share makes them pairs: the rows in the same order, the same dropout masks, and the start of A
 (rank r begins with the first r rows of the largest rank's A). lora_alpha is the same for all ranks and the scale is
-lora_alpha / r, with which the best learning rate hardly depends on the rank (Schulman 2025, "LoRA Without Regret"). That
-is checked and not assumed: at the smallest, a middle and the largest rank the first seed is also trained with a third
-of the rate and with three times the rate (and further that way while it gets better), and each rank trains with what
-was best at the nearest of the three.
+lora_alpha / r, with which the best learning rate hardly depends on the rank (Schulman 2025, "LoRA Without Regret").
+That is checked and not assumed: at the smallest, a middle and the largest rank the first seed is also trained with a
+third of the rate and with three times the rate (and further that way while it gets better), and each rank trains with
+what was best at the nearest of the three.
 """
 
 import math

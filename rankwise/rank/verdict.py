@@ -117,6 +117,6 @@ def notes(sweep: Sweep) -> list[str]:
         passes = full.upper < c.margin
         lines.append(
             f"r = {c.sufficient} against full fine-tuning: {full.mean:+.4f} nats, 90 % interval {full.lower:+.4f} to "
-            f"{full.upper:+.4f}: {'no loss of quality within δ (95 %)' if passes else 'no loss of quality is not shown'}."
+            f"{full.upper:+.4f}; no loss of quality beyond δ is {'shown (95 %)' if passes else 'not shown'}."
         )
     return [*lines, SCOPE]
