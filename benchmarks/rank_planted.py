@@ -39,6 +39,8 @@ TEXTS, HELD_OUT, LENGTH = 768, 128, 12
 BATCH, STEPS, RATE = 16, 120, 0.03
 BASE_LOSS = 0.5
 """Nats a token between teacher and base; the strength of ΔW* is set so that it is reached."""
+MARGIN = 0.01
+"""δ, 2 % of that: of eight equal directions each is worth an eighth, which has to be more than 2δ."""
 
 
 def load_base(folder: Path | None) -> Any:
@@ -247,7 +249,9 @@ def draw(model: Any, rho: int, seed: int, folder: Path | None, say: Callable[[st
     """One planted task and its sweep; and by how many δ a student of rank rho - 1 is worse than one of rank rho."""
     task = plant(model, rho, torch.Generator().manual_seed(1000 * rho + seed))
     run = student(model, task)
-    found = sweep(run, RANKS, range(SEEDS), folder=folder, settings={"steps": STEPS, "rate": RATE}, say=say)
+    found = sweep(
+        run, RANKS, range(SEEDS), margin=MARGIN, folder=folder, settings={"steps": STEPS, "rate": RATE}, say=say
+    )
     below = run(rho - 1, 0, found.factors[rho])
     own = found.losses[rho][0]
     return found, float((below.losses - own).sum() / below.counts.sum() / found.comparisons.margin)

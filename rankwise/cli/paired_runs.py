@@ -76,7 +76,7 @@ class PairedRuns:
             target_modules=self.config.targets,
         )
 
-    def fit(self, engine: Engine[Any], seed: int, factor: float) -> float | None:
+    def fit(self, engine: Any, seed: int, factor: float) -> float | None:
         """Train what the engine's model carries; returns the seconds, None if the loss did not stay finite."""
         torch.manual_seed(seed)
         config = replace(self.config, seed=seed, lr=self.config.lr * factor)

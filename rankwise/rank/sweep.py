@@ -156,8 +156,9 @@ def _name(rank: int) -> str:
 def _check_rates(runs: _Doing, ranks: list[int], with_full: bool, seed: int) -> list[RateCheck]:
     """Where something is trained: the base's head, three of the ranks, everything."""
     trains_head = runs.result(Key(BASE, seed)).parameters > 0
-    checked = [*([BASE] if trains_head else []), ranks[0], ranks[len(ranks) // 2], ranks[-1]]
-    return [_check_rate(runs, rank, seed) for rank in dict.fromkeys([*checked, *([FULL] if with_full else [])])]
+    three = sorted({ranks[0], ranks[len(ranks) // 2], ranks[-1]})
+    checked = [*([BASE] if trains_head else []), *three, *([FULL] if with_full else [])]
+    return [_check_rate(runs, rank, seed) for rank in checked]
 
 
 def _check_rate(runs: _Doing, rank: int, seed: int) -> RateCheck:
