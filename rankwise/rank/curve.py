@@ -10,8 +10,8 @@ from rankwise.rank.crossed import Array
 
 DRAWS = 300
 """Bootstrap samples of the held-out examples."""
-STEEPEST = 6.0
-"""Bound of β; a steeper curve is flat from rank 2 on."""
+FLATTEST, STEEPEST = 0.05, 6.0
+"""Bounds of β: less is a straight line over all ranks that one could try, more is flat from rank 2 on."""
 
 
 @dataclass(frozen=True)
@@ -47,8 +47,9 @@ def fit_curve(losses: Mapping[int, float]) -> Curve:
         curve = Curve(float(values.mean() - excess * powers.mean()), excess, exponent)
         return float(np.square(values - curve.limit - excess * powers).sum()), curve
 
-    best = min(np.linspace(0.05, STEEPEST, 60), key=lambda exponent: at(exponent)[0])
-    bounds = max(0.02, best - 0.1), min(STEEPEST, best + 0.1)
+    grid = np.geomspace(FLATTEST, STEEPEST, 16)
+    best = int(np.argmin([at(exponent)[0] for exponent in grid]))
+    bounds = grid[max(best - 1, 0)], grid[min(best + 1, len(grid) - 1)]
     found = optimize.minimize_scalar(lambda exponent: at(exponent)[0], bounds=bounds, method="bounded")
     return at(float(found.x))[1]
 
