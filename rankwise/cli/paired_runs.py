@@ -1,10 +1,12 @@
 """The training runs of a sweep: one loaded model, one set of examples, and everything the same but rank, seed, rate."""
 
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import torch
+from torch import nn
 
 from rankwise.data.examples import examples_for
 from rankwise.engine.engine import Engine, engine_for
@@ -14,11 +16,17 @@ from rankwise.lora.config import LoraConfig
 from rankwise.lora.inject import eject_, trainable_parameters
 from rankwise.models.adapted import TASK_TYPES
 from rankwise.models.load import load_model, load_tokenizer, longest_input, pad_id
+from rankwise.rank.crossed import Array
 from rankwise.rank.measure import measure
 from rankwise.rank.runs import RunResult
 from rankwise.rank.start import freeze_updates_, inject_nested_
+from rankwise.rank.sweep import FULL
 from rankwise.train.config import TrainConfig
 from rankwise.train.loop import training_steps
+
+FULL_RATE = 0.1
+"""Full fine-tuning's learning rate, in units of an adapter's: the best ones were found to differ by about ten (Schulman
+2025, "LoRA Without Regret"). The sweep checks it as it checks the others."""
 
 
 class PairedRuns:
@@ -43,7 +51,9 @@ class PairedRuns:
         self._loaded = config.seed, engine_for(config.task, model, pad_id(self._tokenizer), self.train)
 
     def __call__(self, rank: int, seed: int, factor: float) -> RunResult:
-        """Train at one rank (0: a classifier's head alone) and measure on the held-out rows."""
+        """Train at one rank (0: a classifier's head alone, -1: everything) and measure on the held-out rows."""
+        if rank == FULL:
+            return self._full(seed, factor)
         engine = self.engine(seed)
         inject_nested_(engine.model, self.lora(max(rank, 1)), self.largest, seed)
         try:
@@ -54,9 +64,15 @@ class PairedRuns:
             losses, counts = measure(engine, self.held_out)
         finally:
             eject_(engine.model)
-        if seconds is None:
-            return RunResult(np.full_like(losses, np.inf), counts, 0.0, parameters)
-        return RunResult(losses, counts, seconds, parameters)
+        return _result(losses, counts, seconds, parameters)
+
+    def _full(self, seed: int, factor: float) -> RunResult:
+        engine = self.engine(seed)
+        self._loaded = None  # The base will not be the base afterwards.
+        trained = list(engine.model.requires_grad_(True).parameters())
+        seconds = self.fit(engine, seed, factor, trained)
+        losses, counts = measure(engine, self.held_out)
+        return _result(losses, counts, seconds, sum(p.numel() for p in trained))
 
     def engine(self, seed: int) -> Engine[Any]:
         """The engine of the base model as `rankwise train --seed` loads it, a new classifier head drawn by the seed."""
@@ -76,13 +92,16 @@ class PairedRuns:
             target_modules=self.config.targets,
         )
 
-    def fit(self, engine: Any, seed: int, factor: float) -> float | None:
-        """Train what the engine's model carries; returns the seconds, None if the loss did not stay finite."""
+    def fit(
+        self, engine: Any, seed: int, factor: float, parameters: Sequence[nn.Parameter] | None = None
+    ) -> float | None:
+        """Train the adapter of the engine's model, or `parameters`; returns the seconds, None if training diverged."""
         torch.manual_seed(seed)
-        config = replace(self.config, seed=seed, lr=self.config.lr * factor)
+        rate = self.config.lr * (1 if parameters is None else FULL_RATE)
+        config = replace(self.config, seed=seed, lr=rate * factor)
         seconds = 0.0
         try:
-            for step in training_steps(engine, self.train, config):
+            for step in training_steps(engine, self.train, config, parameters=parameters):
                 seconds = step.seconds
         except RankwiseError:
             # At another rate nothing but the rate can be wrong: with that of the settings the run went through before.
@@ -94,3 +113,10 @@ class PairedRuns:
     def _load_model(self, seed: int) -> Any:
         torch.manual_seed(seed)
         return load_model(self.config.model, self.config.task, self.labels)
+
+
+def _result(losses: Array, counts: Array, seconds: float | None, parameters: int) -> RunResult:
+    """What a run left; without seconds it diverged."""
+    if seconds is None:
+        return RunResult(np.full_like(losses, np.inf), counts, 0.0, parameters)
+    return RunResult(losses, counts, seconds, parameters)

@@ -28,6 +28,8 @@ class SweepConfig(TrainConfig):
     """How much worse a rank may be than the largest, in nats; without it, 5 % of the largest rank's gain."""
     check_rates: bool = True
     """Try other learning rates at three ranks (about seven runs more); each rank trains with its best."""
+    with_full: bool = False
+    """Also train all of the model with every seed (its rate is a tenth, checked too), to compare with."""
     r: tyro.conf.Suppress[int] = 8
     eval_answers: tyro.conf.Suppress[int] = 0
 
@@ -68,6 +70,7 @@ def main(options: list[str]) -> int:
         config.rank_list,
         range(config.seed, config.seed + config.seeds),
         margin=config.delta,
+        with_full=config.with_full,
         check_rates=config.check_rates,
         folder=config.out,
         settings=settings,
@@ -83,7 +86,7 @@ def main(options: list[str]) -> int:
 def _settings(config: SweepConfig) -> dict[str, Any]:
     """What decides the result of a single run: all settings but the number of seeds and the margin, and the data."""
     settings = config.as_dict()
-    for name in ("out", "seeds", "delta", "check_rates", "r", "eval_answers"):
+    for name in ("out", "seeds", "delta", "check_rates", "with_full", "r", "eval_answers"):
         del settings[name]
     return settings | {
         f"{name}_sha256": _sha256(path)

@@ -44,14 +44,20 @@ class Step:
 
 
 def training_steps(
-    engine: Engine[Any], examples: Sequence[Any], config: TrainConfig, stopped: Callable[[], bool] = lambda: False
+    engine: Engine[Any],
+    examples: Sequence[Any],
+    config: TrainConfig,
+    stopped: Callable[[], bool] = lambda: False,
+    parameters: Sequence[nn.Parameter] | None = None,
 ) -> Iterator[Step]:
     """Train the adapter in the engine's model and yield each step; ends early, between two steps, once `stopped()`.
+
+    `parameters` are trained instead of the adapter's, if given (full fine-tuning).
 
     AdamW without weight decay, gradients of at most norm 1, a warm-up of 5 % and a linear fall to zero.
     Raises RankwiseError when the loss is no longer finite; the adapter then keeps its values from before that step.
     """
-    parameters = trainable_parameters(engine.model)
+    parameters = trainable_parameters(engine.model) if parameters is None else parameters
     optimizer = AdamW(parameters, lr=config.lr, weight_decay=0.0, fused=True)
     total = step_count(len(examples), config)
     schedule = _warm_up_then_fall(optimizer, total)

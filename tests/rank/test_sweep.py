@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT, tiny
+from transformers import AutoModelForCausalLM
 
 from rankwise import LoraConfig, eject_, inject_
 from rankwise.cli.main import main
@@ -186,14 +187,18 @@ def test_the_command_leaves_table_page_and_all_differences_and_goes_on_in_its_fo
 ):
     out = tmp_path / "sweep"
     common = ["rank", "sweep", "--model", str(tiny_llama_folder), *sql, "--max-steps", "2", "--lr", "0.02"]
+    common += ["--no-check-rates"]
     options = [*common, "--ranks", "1,2", "--out", str(out)]
-    assert main([*options, "--seeds", "2"]) == 0
+    assert main([*options, "--seeds", "2", "--with-full"]) == 0
     printed = capsys.readouterr()
     found = json.loads((out / "sweep.json").read_text())
     assert found["verdict"] in printed.out
-    assert [line["name"] for line in found["ranks"]] == ["base", "1", "2"]
+    assert [line["name"] for line in found["ranks"]] == ["base", "1", "2", "full"]
     assert found["ranks"][0]["parameters"] == 0
     assert 2 * found["ranks"][1]["parameters"] == found["ranks"][2]["parameters"]
+    plain = AutoModelForCausalLM.from_pretrained(tiny_llama_folder)
+    assert found["ranks"][3]["parameters"] == sum(p.numel() for p in plain.parameters())
+    assert found["ranks"][3]["loss"] < found["ranks"][0]["loss"]
     assert np.array(found["differences"]["1"]).shape == (2, 6)
     assert (out / "sweep.html").is_file()
     assert main(["eval", "--model", str(tiny_llama_folder), "--data", sql[3], "--answers", "0"]) == 0
