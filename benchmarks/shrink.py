@@ -39,7 +39,14 @@ def train(task: str, r: int, epochs: float, steps: int | None, folder: Path) -> 
     data = EXAMPLES / task / "train.jsonl"
     finetune(
         TrainConfig(
-            data=data, out=folder, r=r, lora_alpha=r, epochs=epochs, max_steps=steps, eval_fraction=0, **SETTINGS[task]
+            data=(data,),
+            out=folder,
+            r=r,
+            lora_alpha=r,
+            epochs=epochs,
+            max_steps=steps,
+            eval_fraction=0,
+            **SETTINGS[task],
         )
     )
     return folder / "adapter"

@@ -44,7 +44,7 @@ def prepare(steps: int):
     torch.manual_seed(0)
     model = load_model("smollm2-135m", "causal_lm")
     inject_(model, LoraConfig(task_type="CAUSAL_LM", r=RANK, lora_alpha=ALPHA))
-    config = TrainConfig(model="", data=DATA, out=DATA, batch_size=BATCH, lr=RATE, max_steps=steps)
+    config = TrainConfig(model="", data=(DATA,), out=DATA, batch_size=BATCH, lr=RATE, max_steps=steps)
     return model, tokenizer, train, held_out, [batch for [batch] in planned_steps(train, config)]
 
 

@@ -24,8 +24,9 @@ from rankwise.data.rows import read_rows
 from rankwise.engine.engine import Engine, engine_for
 from rankwise.lora.inject import set_adapter_training
 from rankwise.models.load import load_model, load_tokenizer, pad_id
+from rankwise.train.batches import planned_steps
+from rankwise.train.config import TrainConfig
 from rankwise.train.evaluate import evaluate
-from rankwise.train.loop import shuffled_batches
 
 EXAMPLES = Path(__file__).parent.parent / "examples" / "intents"
 BATCH = 16
@@ -70,7 +71,8 @@ def run(
     begin = time.perf_counter()
     report = rankwise.inject_(model, config)
     engine: Engine[Any] = engine_for("seq_cls", model, pad_id(tokenizer), examples)
-    batches = list(shuffled_batches([[example] for example in examples], BATCH, len(examples) // BATCH, seed))
+    plan = TrainConfig(model="", data=(), out=Path(), task="seq_cls", batch_size=BATCH, seed=seed)
+    batches = [batch for step in planned_steps(examples, plan) for batch in step]
     if config.init_lora_weights in ("eva", "corda", "lora_ga"):
         rankwise.start_from_data_(model, batches[:8], engine.loss)
     started = time.perf_counter() - begin

@@ -1,5 +1,6 @@
 """The main path: load → inject → data → train → evaluate → save."""
 
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -71,12 +72,12 @@ def _finetune(config: TrainConfig, run: RunFolder, reporter: Reporter) -> dict[s
         use_dora=config.use_dora,
         base_model_name_or_path=config.model,
     )
-    train_rows, held_out_rows = _read(config, reporter)
+    train_rows, held_out_rows = read_data(config, reporter.say)
     torch.manual_seed(config.seed)
 
     with reporter.stage(f"loading {config.model}"):
         tokenizer = load_tokenizer(config.model)
-        labels = _labels(train_rows) if config.task == "seq_cls" else []
+        labels = labels_of(train_rows) if config.task == "seq_cls" else []
         model = load_model(config.model, config.task, labels)
     data = _tokenise(config, train_rows, held_out_rows, tokenizer, labels, longest_input(model))
     report = inject_(model, lora)
@@ -149,16 +150,18 @@ def _start(
     return start, training
 
 
-def _read(config: TrainConfig, reporter: Reporter) -> tuple[list[Row], list[Row]]:
+def read_data(config: TrainConfig, say: Callable[[str], None] = lambda line: None) -> tuple[list[Row], list[Row]]:
+    """(rows to train on, held-out rows); what was found is said line by line. Raises DataError."""
     layout = Layout.parse(config.format, config.columns)
     division = divide(config.data, config.eval_data, config.task, layout, config.eval_fraction, config.seed)
     division.refuse_problems()
     for line in division.lines():
-        reporter.say(line)
+        say(line)
     return division.train, division.held_out
 
 
-def _labels(rows: list[Row]) -> list[str]:
+def labels_of(rows: list[Row]) -> list[str]:
+    """The labels' names in the order of a classifier's outputs. Raises DataError if there are fewer than two."""
     labels = sorted({str(row.fields["label"]) for row in rows})
     if len(labels) < 2:
         raise DataError(f"every row of {rows[0].file} has the label {labels[0]!r}; a classifier needs at least two")

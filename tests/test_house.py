@@ -80,11 +80,11 @@ def test_help_imports_no_torch():
     subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
 
 
-@pytest.mark.parametrize("command", ["plan", "train", "data", "eval", "generate", "merge", "shrink", "inspect"])
+@pytest.mark.parametrize("command", ["plan", "train", "data", "eval", "generate", "merge", "shrink", "rank", "inspect"])
 def test_help_of_a_command_imports_no_torch(command):
     code = (
         "import sys\nfrom rankwise.cli.main import main\n"
-        f"try: main(['{command}', '--help'])\nexcept SystemExit as end: assert end.code == 0\n"
+        f"try: main({[*command.split(), '--help']})\nexcept SystemExit as end: assert end.code == 0\n"
         "heavy = {'torch', 'transformers'} & set(sys.modules); assert not heavy, heavy"
     )
     result = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)

@@ -11,6 +11,7 @@ COMMANDS = {
     "train": "fine-tune a model on your own file",
     "data": "show what a file would teach: shape, trained tokens, lengths, every problem",
     "eval": "measure a model, with or without an adapter, on a file",
+    "rank": "find out which rank a task needs: sweep, nested, predict",
     "generate": "answer prompts with the base model, an adapter, or both side by side",
     "merge": "write the model with the adapter added in, as a plain Hugging Face folder",
     "shrink": "cut an adapter to the smallest ranks that held-out rows show to be as good",

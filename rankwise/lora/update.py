@@ -27,6 +27,8 @@ class Update(nn.Module):
     has_start = False
     start_A: Tensor
     start_B: Tensor
+    first: int | None = None
+    """Only so many directions, the first ones, work; None: all."""
 
     def __init__(
         self, config: LoraConfig, name: str, shape_A: tuple[int, ...], shape_B: tuple[int, ...], **kind: Any
@@ -65,6 +67,8 @@ class Update(nn.Module):
     def factors(self, dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor]:
         """(A, B) of the whole ΔW / scale, with the start stacked below A and, negative, beside B."""
         A, B = self.lora_A, self.lora_B
+        if self.first is not None:
+            A, B = A[: self.first], B[:, : self.first]
         if self.has_start:
             A, B = torch.cat([A, self.start_A]), torch.cat([B, -self.start_B], dim=1)
         return (A, B) if dtype is None or A.dtype == dtype else (A.to(dtype), B.to(dtype))

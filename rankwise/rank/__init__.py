@@ -1,1 +1,1 @@
-"""Which rank a task needs: instruments that measure it."""
+"""Which rank a task needs: four instruments and the statistics behind them."""

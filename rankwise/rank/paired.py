@@ -7,15 +7,12 @@ from statistics import NormalDist
 from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
 from rankwise.engine.engine import Engine
-from rankwise.lora.inject import set_adapter_training
+from rankwise.rank.measure import per_example
 
 CONFIDENCE = 0.95
-_BATCH = 16
-"""Rows in one forward pass."""
 _RESAMPLES = 999
 """Drawn for one bound; (999 + 1)·5 % is a whole number."""
 _AT_ONCE = 1_000_000
@@ -37,21 +34,11 @@ class ExampleLosses:
         return float(self.sums.sum() / self.counts.sum())
 
 
-@torch.no_grad()
 def measure(
     engine: Engine[Any], examples: Sequence[Any], on_progress: Callable[[str], None] = lambda text: None
 ) -> ExampleLosses:
     """The loss of the engine's model, with the adapters at work in it, on each of `examples`."""
-    set_adapter_training(engine.model, False)
-    # Packed rows share what they begin with; padded ones should be equally long.
-    order = sorted(range(len(examples)), key=lambda i: examples[i].ids if engine.packs else (len(examples[i].ids),))
-    sums, counts = np.empty(len(examples)), np.empty(len(examples))
-    for start in range(0, len(order), _BATCH):
-        on_progress(f"{start}/{len(order)}")
-        part = order[start : start + _BATCH]
-        losses, counted = engine.example_losses([examples[index] for index in part])
-        sums[part], counts[part] = losses.double().cpu(), counted.cpu()
-    return ExampleLosses(sums, counts)
+    return ExampleLosses(*per_example(engine, examples, on_progress))
 
 
 @dataclass(frozen=True)

@@ -36,11 +36,6 @@ def planned_steps(examples: Sequence[E], config: TrainConfig) -> list[list[list[
     raise AssertionError("the epochs never end")
 
 
-def counted(example: Any) -> int:
-    """How many terms the loss has for an example: its trained tokens, or one for a text to classify."""
-    return sum(example.trained[1:]) if isinstance(example, TextExample) else 1
-
-
 def _groups(examples: Sequence[Any], config: TrainConfig) -> Sequence[Sequence[Any]]:
     if config.batches == "random":
         return [[example] for example in examples]

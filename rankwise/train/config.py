@@ -8,6 +8,7 @@ from rankwise.data.shapes import Format
 from rankwise.data.transcripts import TrainOn
 from rankwise.errors import ConfigError, listing
 
+Start = Literal["default", "gaussian", "orthogonal", "pissa", "olora", "eva", "corda", "lora_ga"]
 LEAST = {
     "batch_size": 1,
     "batch_tokens": 1,

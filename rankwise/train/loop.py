@@ -7,11 +7,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.optim import AdamW
 
 from rankwise.engine.engine import Engine
 from rankwise.errors import ConfigError, RankwiseError
 from rankwise.lora.inject import set_adapter_training, trainable_parameters
-from rankwise.train.batches import counted, planned_steps
+from rankwise.train.batches import planned_steps
 from rankwise.train.config import TrainConfig
 from rankwise.train.learning_rate import default_rate, schedule_for
 from rankwise.train.optimizer import lora_optimizer
@@ -42,18 +43,30 @@ class Step:
 class Training:
     """A run of training: its plan, its optimiser, and how far it is. The adapter's values are in the model."""
 
-    def __init__(self, engine: Engine[Any], examples: Sequence[Any], config: TrainConfig) -> None:
-        """Raises ConfigError if the plan cannot be, or if the learning rate is yet to be found ("auto")."""
+    def __init__(
+        self,
+        engine: Engine[Any],
+        examples: Sequence[Any],
+        config: TrainConfig,
+        parameters: Sequence[nn.Parameter] | None = None,
+    ) -> None:
+        """`parameters` are trained instead of the adapter's, if given (full fine-tuning).
+
+        Raises ConfigError if the plan cannot be, or if the learning rate is yet to be found ("auto")."""
         self.engine = engine
         self.plan = planned_steps(examples, config)
         rate = default_rate(len(self.plan)) if config.lr is None else config.lr
         if isinstance(rate, str):
             raise ConfigError(f"a learning rate of {rate!r} must be found first; see train/rate_check.py")
         self.rate = rate
-        self.parameters = trainable_parameters(engine.model)
-        self.optimizer = lora_optimizer(
-            engine.model, rate, config.lora_plus_ratio, config.weight_decay, config.preconditioned
-        )
+        if parameters is None:
+            self.parameters = trainable_parameters(engine.model)
+            self.optimizer = lora_optimizer(
+                engine.model, rate, config.lora_plus_ratio, config.weight_decay, config.preconditioned
+            )
+        else:
+            self.parameters = list(parameters)
+            self.optimizer = AdamW(self.parameters, lr=rate, weight_decay=config.weight_decay, fused=True)
         self.schedule = schedule_for(self.optimizer, config, len(self.plan))
         self.done = 0
         """Steps."""
@@ -89,7 +102,7 @@ class Training:
 
     def _backward(self, batches: Sequence[Sequence[Any]]) -> Tensor:
         """The mean loss over all trained tokens of a step; its gradient is added up batch by batch."""
-        counts = [sum(counted(example) for example in batch) for batch in batches]
+        counts = [sum(example.counted for example in batch) for batch in batches]
         parts = []
         for batch, count in zip(batches, counts, strict=True):
             part = self.engine.loss(batch) * (count / sum(counts))
@@ -99,10 +112,14 @@ class Training:
 
 
 def training_steps(
-    engine: Engine[Any], examples: Sequence[Any], config: TrainConfig, stopped: Callable[[], bool] = lambda: False
+    engine: Engine[Any],
+    examples: Sequence[Any],
+    config: TrainConfig,
+    stopped: Callable[[], bool] = lambda: False,
+    parameters: Sequence[nn.Parameter] | None = None,
 ) -> Iterator[Step]:
-    """Train the adapter in the engine's model from the beginning and yield each step; see `Training`."""
-    return Training(engine, examples, config).steps(stopped)
+    """Train from the beginning and yield each step; see `Training`."""
+    return Training(engine, examples, config, parameters).steps(stopped)
 
 
 def _is_finite(*values: Tensor) -> bool:

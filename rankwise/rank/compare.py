@@ -1,0 +1,121 @@
+"""Every rank against the largest one, by held-out losses of paired runs: which ranks do as well, within a margin?
+
+The margin δ is either a number of nats or a share of the gain that the largest rank brings over the base. A share is
+not put in as a known number: d[s, i] = loss of rank r - loss of r_max - δ[s, i] is tested against 0 as one mean, so
+that the error of the measured gain is part of the test.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+
+from rankwise.rank.crossed import Array, Estimate, estimate
+
+SHARE = 0.05
+"""Of the gain of the largest rank over the base: the default margin."""
+
+Outcome = Literal["passes", "cannot tell", "worse"]
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """One rank against the largest."""
+
+    rank: int
+    loss: float
+    """Mean over all trained tokens (texts for classification), in nats."""
+    difference: float
+    """Its loss minus that of the largest rank."""
+    lower: float
+    """One-sided 95 % bound of the difference."""
+    upper: float
+    """One-sided 95 % bound of the difference; with lower, a 90 % interval."""
+    outcome: Outcome
+    """passes: worse by less than δ, with 95 % confidence. worse: by more than δ, as sure. Else the data cannot tell."""
+    equivalent: bool
+    """Neither worse nor better by δ, both with 95 % confidence (two one-sided tests, Schuirmann 1987)."""
+    beyond_margin: Estimate
+    """Of the difference minus δ, which decides."""
+
+
+@dataclass(frozen=True)
+class Comparisons:
+    """All ranks below the largest, which is the reference, fixed before anything was measured."""
+
+    reference: int
+    reference_loss: float
+    base_loss: float
+    margin: float
+    """δ, in nats."""
+    gain: Estimate
+    """Of the largest rank over the base."""
+    ranks: tuple[Comparison, ...]
+    """In ascending order, without the reference."""
+
+    @property
+    def sufficient(self) -> int:
+        """The smallest rank of the unbroken row of passes from the largest rank downwards.
+
+        The order of the tests is fixed, and the first that fails ends them; so all claims together have the level of
+        one, 5 %, without a correction (Westfall and Krishen 2001). The reference itself where no other rank passes.
+        """
+        passed = self.reference
+        for comparison in reversed(self.ranks):
+            if comparison.outcome != "passes":
+                break
+            passed = comparison.rank
+        return passed
+
+    def of(self, rank: int) -> Comparison:
+        return next(comparison for comparison in self.ranks if comparison.rank == rank)
+
+    @property
+    def below(self) -> Comparison | None:
+        """The rank at which the row of passes ended; None if it never did."""
+        smaller = [comparison for comparison in self.ranks if comparison.rank < self.sufficient]
+        return smaller[-1] if smaller else None
+
+    @property
+    def saturates(self) -> bool:
+        """Whether every rank from the sufficient one on is equivalent to the largest."""
+        above = [comparison for comparison in self.ranks if comparison.rank >= self.sufficient]
+        return bool(above) and all(comparison.equivalent for comparison in above)
+
+
+def compare(losses: Mapping[int, Array], counts: Array, margin: float | None = None) -> Comparisons:
+    """Compare every rank with the largest.
+
+    `losses`: by rank (0: the base) the summed losses [S, N] of S seeds on N examples, the same seeds and examples for
+    all ranks. `counts` [N]: how many predictions each sum holds. `margin`: δ in nats; None: 5 % of the gain over the
+    base. S and N must be at least 2.
+    """
+    reference = max(losses)
+    best, base = losses[reference], losses[0]
+    allowed = SHARE * (base - best) if margin is None else np.broadcast_to(margin * counts, best.shape)
+    delta = _mean(allowed, counts)
+    compared = []
+    for rank in sorted(losses.keys() - {0, reference}):
+        difference = losses[rank] - best
+        over, under = estimate(difference - allowed, counts), estimate(difference + allowed, counts)
+        passes = over.upper < 0
+        outcome: Outcome = "passes" if passes else "worse" if over.lower > 0 else "cannot tell"
+        compared.append(
+            Comparison(
+                rank,
+                _mean(losses[rank], counts),
+                _mean(difference, counts),
+                delta + over.lower,
+                delta + over.upper,
+                outcome,
+                passes and under.lower > 0,
+                over,
+            )
+        )
+    gain = estimate(base - best, counts)
+    return Comparisons(reference, _mean(best, counts), _mean(base, counts), delta, gain, tuple(compared))
+
+
+def _mean(sums: Array, counts: Array) -> float:
+    return float(sums.sum() / (len(sums) * counts.sum()))

@@ -1,0 +1,135 @@
+"""One training whose adapter, cut after its first k directions, is an adapter of rank k for every k.
+
+Each step draws a rank k of 1, 2, 4, … r_max and trains the adapter cut to its first k directions (DyLoRA, Valipour et
+al. 2022, arXiv 2210.07558). So the loss of every cut adapter is what is trained, in the mean; a fixed diagonal between
+A and B (MatryoshkaLoRA, 2026, arXiv 2605.07850) costs as little but trains the sum of all cut adapters at once, and
+none of the losses that are then read off. Steps with small k do less work than ordinary ones, so all costs one
+training and a few evaluations.
+
+The scale has to be one for all k: it is lora_alpha / √r_max, which is that of an ordinary adapter at the geometric
+middle of the ranks. The estimate errs high: the directions of a cut adapter also had to serve the other ranks.
+"""
+
+import random
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from torch import Tensor, nn
+
+from rankwise.engine.engine import Engine
+from rankwise.errors import ConfigError
+from rankwise.lora.inject import DEFAULT, adapters_off
+from rankwise.lora.layers import named_lora_layers
+from rankwise.lora.linear import LoraLinear
+from rankwise.rank.compare import SHARE
+from rankwise.rank.crossed import Array
+from rankwise.rank.curve import DRAWS, Curve, bootstrap_curves, fit_curve, interval
+from rankwise.rank.measure import per_example
+
+
+class NestedEngine:
+    """An engine for the training loop: each loss is that of the adapter cut to a rank drawn anew."""
+
+    def __init__(self, engine: Engine[Any], ranks: Sequence[int], seed: int) -> None:
+        """Raises ConfigError if the model's adapter is on other than linear layers."""
+        others = [name for name, layer in named_lora_layers(engine.model) if not isinstance(layer, LoraLinear)]
+        if others:
+            raise ConfigError(f"the nested run goes with linear layers alone, found {', '.join(others[:5])}")
+        self.model, self._engine, self._ranks = engine.model, engine, list(ranks)
+        self._draw = random.Random(seed)
+
+    def loss(self, examples: Sequence[Any]) -> Tensor:
+        cut_(self.model, self._draw.choice(self._ranks))
+        return self._engine.loss(examples)
+
+
+def cut_(model: nn.Module, rank: int | None) -> None:
+    """Let only the first `rank` directions of the adapter work; None: all."""
+    for _, layer in named_lora_layers(model):
+        layer.update(DEFAULT).first = rank
+
+
+def nested_ranks(largest: int) -> list[int]:
+    """1, 2, 4, … and the largest itself."""
+    return sorted({*(2**n for n in range(largest.bit_length()) if 2**n <= largest), largest})
+
+
+def losses_by_rank(
+    engine: Engine[Any], examples: Sequence[Any], ranks: Sequence[int]
+) -> tuple[dict[int, Array], Array]:
+    """Summed held-out losses [N] of the base (0) and of the adapter cut to each rank, and what they count [N]."""
+    losses: dict[int, Array] = {}
+    try:
+        with adapters_off(engine.model):
+            losses[0], counts = per_example(engine, examples)
+        for rank in ranks:
+            cut_(engine.model, rank)
+            losses[rank], counts = per_example(engine, examples)
+    finally:
+        cut_(engine.model, None)
+    return losses, counts
+
+
+@dataclass(frozen=True)
+class Nested:
+    """The estimate from one nested run. Its intervals know of the held-out examples alone: one run has one seed."""
+
+    losses: dict[int, float]
+    """Mean held-out loss by rank, 0: the base."""
+    curve: Curve
+    limit: tuple[float, float]
+    """90 % interval of the curve's limit L∞."""
+    exponent: tuple[float, float]
+    margin: float
+    """5 % of the gain of the largest rank over the base."""
+    rank: float
+    """Where the curve is the margin above the largest rank."""
+    rank_interval: tuple[float, float]
+
+    def __str__(self) -> str:
+        rows = "\n".join(f"{rank or 'base':>6}  {loss:.4f}" for rank, loss in self.losses.items())
+        low, high = (up_to_power_of_two(value) for value in self.rank_interval)
+        between = f"r = {high}" if low == high else f"r = {low} to {high}"
+        return (
+            f"  rank  held-out loss of the nested run\n{rows}\n\n"
+            f"L(r) = {self.curve.limit:.4f} + {self.curve.excess:.4f}·r^-{self.curve.exponent:.2f}; 90 % intervals: "
+            f"limit {self.limit[0]:.4f} to {self.limit[1]:.4f}, exponent {self.exponent[0]:.2f} to "
+            f"{self.exponent[1]:.2f}.\n"
+            f"The curve comes within δ = {self.margin:.4f} nats of r = {max(self.losses)} at {between}.\n"
+            "This errs high: an adapter trained for one rank alone is usually better than the nested one cut to it. "
+            "It is one run with one seed; confirm the rank with rankwise rank sweep."
+        )
+
+
+def nested_estimate(losses: Mapping[int, Array], counts: Array, seed: int = 0, draws: int = DRAWS) -> Nested:
+    """The curve through the nested run's losses [N] by rank. Raises ConfigError with fewer than three ranks."""
+    cut = {rank: own for rank, own in losses.items() if rank > 0}
+    if len(cut) < 3:
+        raise ConfigError(
+            f"the curve needs three ranks, so --r of at least 3; found the ranks {', '.join(map(str, cut))}"
+        )
+    means = {rank: float(own.sum() / counts.sum()) for rank, own in sorted(losses.items())}
+    largest = max(cut)
+    margin = SHARE * (means[0] - means[largest])
+    if margin <= 0:
+        raise ConfigError(
+            f"the nested run did not lower the held-out loss (base {means[0]:.4f}, r = {largest} "
+            f"{means[largest]:.4f}), so it says nothing on ranks; train longer or with another --lr"
+        )
+    curve = fit_curve({rank: means[rank] for rank in cut})
+    curves = bootstrap_curves(cut, counts, seed, draws)
+    return Nested(
+        means,
+        curve,
+        interval([drawn.limit for drawn in curves]),
+        interval([drawn.exponent for drawn in curves]),
+        margin,
+        curve.rank_within(margin, largest),
+        interval([drawn.rank_within(margin, largest) for drawn in curves]),
+    )
+
+
+def up_to_power_of_two(rank: float) -> int:
+    return 2 ** max(0, int(np.ceil(np.log2(rank) - 1e-9)))

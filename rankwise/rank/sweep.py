@@ -1,0 +1,205 @@
+"""The ground truth: train at every rank with several seeds, and compare held-out losses pair by pair.
+
+What the runs of one seed share makes them pairs: the rows in the same order, the same dropout masks, and the start of A
+(rank r begins with the first r rows of the largest rank's A). lora_alpha is the same for all ranks and the scale is
+lora_alpha / r, with which the best learning rate hardly depends on the rank (Schulman 2025, "LoRA Without Regret").
+That is checked and not assumed: at the smallest, a middle and the largest rank the first seed is also trained with a
+third of the rate and with three times the rate (and further that way while it gets better), and each rank trains with
+what was best at the nearest of the three.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from rankwise.errors import ConfigError, RankwiseError, listing
+from rankwise.rank.compare import Comparisons, compare
+from rankwise.rank.crossed import POWER, Array, Estimate, estimate, largest_deviation
+from rankwise.rank.runs import Key, RunResult, Runs
+
+BASE, FULL = 0, -1
+"""What stands in the place of a rank for the base without an update, and for full fine-tuning."""
+STEP = 3.0
+"""Between the learning rates of the check."""
+WIDEST = 27.0
+"""The check goes no further than this factor and its inverse."""
+
+Run = Callable[[int, int, float], RunResult]
+"""run(rank, seed, factor): train with `factor` times the learning rate, and measure on the held-out examples."""
+
+
+@dataclass(frozen=True)
+class RateCheck:
+    """The learning rates that were tried at one rank, with the first seed."""
+
+    rank: int
+    losses: dict[float, float]
+    """Held-out loss by factor."""
+
+    @property
+    def best(self) -> float:
+        return min(self.losses, key=lambda factor: self.losses[factor])
+
+    @property
+    def at_the_edge(self) -> bool:
+        """Whether the best rate may lie beyond those that were tried."""
+        return self.best in (min(self.losses), max(self.losses))
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """All that a sweep measured."""
+
+    comparisons: Comparisons
+    losses: dict[int, Array]
+    """By rank [S, N]: summed losses of the held-out examples."""
+    counts: Array
+    """[N]"""
+    seeds: tuple[int, ...]
+    parameters: dict[int, int]
+    """Trained numbers by rank."""
+    seconds: dict[int, float]
+    """Mean time of a training run by rank."""
+    factors: dict[int, float]
+    """On the learning rate, by rank."""
+    rate_checks: tuple[RateCheck, ...]
+    margin_is_share: bool
+    """Whether δ is a share of the gain, and no number that the user gave."""
+
+    @property
+    def against_full(self) -> Estimate | None:
+        """Loss at the sufficient rank minus that of full fine-tuning; None if that was not trained."""
+        if FULL not in self.losses:
+            return None
+        return estimate(self.losses[self.comparisons.sufficient] - self.losses[FULL], self.counts)
+
+
+def sweep(
+    run: Run,
+    ranks: Sequence[int],
+    seeds: Sequence[int],
+    *,
+    margin: float | None = None,
+    with_full: bool = False,
+    check_rates: bool = True,
+    folder: Path | None = None,
+    settings: dict[str, Any] | None = None,
+    say: Callable[[str], None] = lambda text: None,
+) -> Sweep:
+    """Train at every rank with every seed, and say how much worse each is than the largest.
+
+    `run` is also asked for rank 0, the base (a classifier's head is trained there, so that it is not counted as a gain
+    of the rank), and, `with_full`, for rank -1, full fine-tuning. `margin`: δ in nats; None: 5 % of the largest rank's
+    gain. With `folder`, each finished run is kept there, and a later call with the same `settings` goes on; it may have
+    more seeds. `say` is told what goes on. Raises ConfigError for ranks or seeds that cannot be, or other settings in
+    the folder.
+    """
+    ranks = _checked(ranks, seeds, margin)
+    runs = _Doing(run, Runs(folder, settings), say)
+    say(
+        f"plan: a rank as good as r = {ranks[-1]} passes in {POWER:.0%} of sweeps with {len(seeds)} seeds if its "
+        f"difference varies by up to {largest_deviation(len(seeds)):.2f}·δ from seed to seed"
+    )
+    compared = [BASE, *ranks, *([FULL] if with_full else [])]
+    checks = _check_rates(runs, ranks, with_full, seeds[0]) if check_rates else []
+    factors = {rank: _nearest(checks, rank) for rank in compared}
+    results: dict[int, list[RunResult]] = {rank: [] for rank in compared}
+    for seed in seeds:
+        for rank in compared:
+            results[rank].append(runs.finite_result(Key(rank, seed, factors[rank])))
+    losses = {rank: np.stack([result.losses for result in of_rank]) for rank, of_rank in results.items()}
+    counts = _same_counts(results)
+    return Sweep(
+        compare({rank: losses[rank] for rank in (BASE, *ranks)}, counts, margin),
+        losses,
+        counts,
+        tuple(seeds),
+        {rank: of_rank[0].parameters for rank, of_rank in results.items()},
+        {rank: float(np.mean([result.seconds for result in of_rank])) for rank, of_rank in results.items()},
+        factors,
+        tuple(checks),
+        margin is None,
+    )
+
+
+class _Doing:
+    """Does the runs that are not there yet."""
+
+    def __init__(self, run: Run, runs: Runs, say: Callable[[str], None]) -> None:
+        self._run, self._runs, self._say = run, runs, say
+
+    def result(self, key: Key) -> RunResult:
+        result = self._runs.get(key)
+        if result is None:
+            result = self._run(key.rank, key.seed, key.factor)
+            self._runs.add(key, result)
+            loss = result.losses.sum() / result.counts.sum()
+            self._say(f"{_name(key.rank)}, seed {key.seed}, rate × {key.factor:.3g}: held-out loss {loss:.4f}")
+        return result
+
+    def finite_result(self, key: Key) -> RunResult:
+        """Raises RankwiseError if the training diverged."""
+        result = self.result(key)
+        if not np.isfinite(result.losses).all():
+            raise RankwiseError(f"training diverged at {_name(key.rank)}, seed {key.seed}; give a lower --lr")
+        return result
+
+
+def _name(rank: int) -> str:
+    return {BASE: "base", FULL: "full fine-tuning"}.get(rank, f"rank {rank}")
+
+
+def _check_rates(runs: _Doing, ranks: list[int], with_full: bool, seed: int) -> list[RateCheck]:
+    """Where something is trained: the base's head, three of the ranks, everything."""
+    trains_head = runs.result(Key(BASE, seed)).parameters > 0
+    three = sorted({ranks[0], ranks[len(ranks) // 2], ranks[-1]})
+    checked = [*([BASE] if trains_head else []), *three, *([FULL] if with_full else [])]
+    return [_check_rate(runs, rank, seed) for rank in checked]
+
+
+def _check_rate(runs: _Doing, rank: int, seed: int) -> RateCheck:
+    losses: dict[float, float] = {}
+    wanted = [1.0, 1 / STEP, STEP]
+    while True:
+        for factor in wanted:
+            result = runs.result(Key(rank, seed, factor))
+            losses[factor] = float(result.losses.sum() / result.counts.sum())
+        check = RateCheck(rank, losses)
+        further = check.best * (STEP if check.best > 1 else 1 / STEP)
+        if not check.at_the_edge or not 1 / WIDEST <= further <= WIDEST:
+            return check
+        wanted = [further]
+
+
+def _nearest(checks: Sequence[RateCheck], rank: int) -> float:
+    """The best factor at the checked rank that is nearest on a logarithmic scale."""
+    own = [check for check in checks if check.rank == rank]
+    others = [check for check in checks if check.rank > 0] if rank > 0 else []
+    nearest = own or sorted(others, key=lambda check: abs(math.log(check.rank / rank)))
+    return nearest[0].best if nearest else 1.0
+
+
+def _checked(ranks: Sequence[int], seeds: Sequence[int], margin: float | None) -> list[int]:
+    problems = []
+    if len(set(ranks)) < 2 or min(ranks) < 1:
+        problems.append(f"--ranks needs at least two ranks from 1 on, found {', '.join(map(str, ranks)) or 'none'}")
+    if len(set(seeds)) < 2 or len(set(seeds)) < len(seeds):
+        problems.append("a sweep needs at least two different seeds: one says nothing on how much seeds differ")
+    if margin is not None and not margin > 0:
+        problems.append(f"--delta must be above 0, found {margin}")
+    if problems:
+        raise ConfigError("this sweep cannot be:\n" + listing(problems))
+    return sorted(set(ranks))
+
+
+def _same_counts(results: dict[int, list[RunResult]]) -> Array:
+    first, *others = [result.counts for of_rank in results.values() for result in of_rank]
+    if any(not np.array_equal(first, other) for other in others):
+        raise ConfigError("the runs were measured on different held-out examples, so they are no pairs")
+    if len(first) < 2:
+        raise ConfigError("a sweep needs at least two held-out examples")
+    return first

@@ -1,0 +1,122 @@
+"""What a sweep says, in words: which rank to take, how sure that is, or what would be needed to tell."""
+
+from rankwise.rank.compare import SHARE, Comparison
+from rankwise.rank.crossed import POWER, needed
+from rankwise.rank.sweep import BASE, FULL, Sweep
+
+SCOPE = (
+    "A sufficient rank belongs to this task, this amount of data, these modules and this recipe; "
+    "with other ones it may be another."
+)
+
+
+def verdict(sweep: Sweep) -> str:
+    """Which rank to take and how sure that is, or that the data cannot tell and what could, in one or two sentences."""
+    c = sweep.comparisons
+    if c.gain.lower <= 0:
+        more = _more(needed(c.gain, abs(c.gain.mean)))
+        return (
+            f"These data cannot tell any rank: rank {c.reference} has not lowered the held-out loss beyond chance "
+            f"(by {c.gain.mean:.4f} nats, 90 % interval {c.gain.lower:.4f} to {c.gain.upper:.4f}); {more}."
+        )
+    below = c.below
+    if c.sufficient != c.reference:
+        passed = c.of(c.sufficient)
+        take = (
+            f"Take r = {passed.rank}: with 95 % confidence its held-out loss is at most {_above(passed.upper)} that "
+            f"of r = {c.reference}, within the margin of {c.margin:.4f}"
+        )
+        return f"{take}. {_saturation(sweep)}{_why_not_less(below)}"
+    assert below is not None
+    if below.outcome == "worse":
+        return (
+            f"Take r = {c.reference} or more: r = {below.rank} is worse by {below.difference:.4f} nats, which is more "
+            f"than the margin of {c.margin:.4f} (95 %). The loss still falls at the largest rank; try larger ones."
+        )
+    return (
+        f"These data cannot tell whether less than r = {c.reference} suffices: r = {below.rank} is worse by "
+        f"{below.difference:.4f} nats, 90 % interval {below.lower:.4f} to {below.upper:.4f}, and the margin is "
+        f"{c.margin:.4f}; {_more_for(below)}."
+    )
+
+
+def _above(bound: float) -> str:
+    return f"{bound:.4f} nats above" if bound >= 0 else f"{-bound:.4f} nats below (better)"
+
+
+def _saturation(sweep: Sweep) -> str:
+    c = sweep.comparisons
+    if not c.saturates:
+        return ""
+    return f"From there to r = {c.reference} the loss saturates: all are equivalent within the margin. "
+
+
+def _why_not_less(below: Comparison | None) -> str:
+    if below is None:
+        return "It is the smallest rank that was tried."
+    if below.outcome == "worse":
+        return f"r = {below.rank} is worse by {below.difference:.4f} nats, more than the margin (95 %)."
+    return f"Whether r = {below.rank} would do, these data cannot tell; {_more_for(below)}."
+
+
+def _more_for(comparison: Comparison) -> str:
+    over = comparison.beyond_margin
+    return _more(needed(over, abs(over.mean)), over.seeds, over.examples)
+
+
+def _more(enough: tuple[int | None, int | None], seeds: int = 0, examples: int = 0) -> str:
+    more_seeds, more_examples = enough
+    ways = []
+    if more_seeds:
+        ways.append(f"about {max(1, more_seeds - seeds)} more seeds" if seeds else f"about {more_seeds} seeds")
+    if more_examples:
+        count = max(1, more_examples - examples) if examples else more_examples
+        ways.append(f"about {count:,} {'more ' if examples else ''}held-out examples")
+    return f"{' or '.join(ways)} would" if ways else "neither more seeds nor more examples within reason would"
+
+
+def _name(rank: int) -> str:
+    return {BASE: "the base's head", FULL: "full fine-tuning"}.get(rank, f"r = {rank}")
+
+
+def margin_rule(sweep: Sweep) -> str:
+    """How the margin came about."""
+    c = sweep.comparisons
+    if sweep.margin_is_share:
+        return f"δ = {c.margin:.4f} nats, {SHARE:.0%} of what r = {c.reference} gains over the base"
+    return f"δ = {c.margin:.4f} nats, as asked"
+
+
+def achieved_power(sweep: Sweep) -> float:
+    """How often this sweep would have passed a rank that is exactly as good as the largest, by the variances found.
+
+    The least over the ranks above the base.
+    """
+    c = sweep.comparisons
+    powers = [r.beyond_margin.components.power(c.margin, len(sweep.seeds), len(sweep.counts)) for r in c.ranks]
+    return min(powers)
+
+
+def notes(sweep: Sweep) -> list[str]:
+    """What a reader must know beside the verdict."""
+    c = sweep.comparisons
+    lines = [f"{margin_rule(sweep)}; {len(sweep.seeds)} seeds, {len(sweep.counts):,} held-out examples."]
+    power = achieved_power(sweep)
+    weak = "" if power >= POWER else f" Below {POWER:.0%}, an open question is no sign that a rank is worse."
+    lines.append(f"A rank exactly as good as r = {c.reference} would have passed in {power:.0%} of such sweeps.{weak}")
+    for check in sweep.rate_checks:
+        if check.best != 1:
+            name = _name(check.rank)
+            beyond = "; the best may lie beyond, so repeat with that --lr" if check.at_the_edge else ""
+            lines.append(f"Learning rate: × {check.best:.2g} was better at {name} and is used there{beyond}.")
+    if sweep.rate_checks and all(check.best == 1 for check in sweep.rate_checks):
+        tried = ", ".join(str(check.rank) for check in sweep.rate_checks if check.rank > 0)
+        lines.append(f"Learning rate: a third and three times of it were both worse at r = {tried}.")
+    full = sweep.against_full
+    if full is not None:
+        passes = full.upper < c.margin
+        lines.append(
+            f"r = {c.sufficient} against full fine-tuning: {full.mean:+.4f} nats, 90 % interval {full.lower:+.4f} to "
+            f"{full.upper:+.4f}; no loss of quality beyond δ is {'shown (95 %)' if passes else 'not shown'}."
+        )
+    return [*lines, SCOPE]

@@ -1,0 +1,142 @@
+"""The curve, and the nested run: an adapter cut to its first directions."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT, randomise_adapter, tiny
+
+from rankwise import LoraConfig, eject_, inject_, trainable_parameters
+from rankwise.cli.main import main
+from rankwise.data.examples import TextExample
+from rankwise.engine.engine import LanguageEngine
+from rankwise.errors import ConfigError
+from rankwise.lora.inject import DEFAULT
+from rankwise.lora.layers import named_lora_layers
+from rankwise.rank.curve import Curve, bootstrap_curves, fit_curve, interval
+from rankwise.rank.nested import NestedEngine, cut_, losses_by_rank, nested_estimate, nested_ranks
+
+RANKS = [1, 2, 4, 8]
+EXAMPLES = [TextExample((5, 6, 7 + n, 8 + n), (False, False, True, True), "here") for n in range(6)]
+
+
+@pytest.mark.parametrize("curve", [Curve(1.2, 0.5, 0.4), Curve(0.0, 2.0, 1.45), Curve(3.0, 0.1, 3.0)])
+def test_a_curve_is_recovered_from_its_own_points(curve):
+    found = fit_curve({rank: curve.loss(rank) for rank in [*RANKS, 16, 32]})
+    assert (found.limit, found.excess, found.exponent) == pytest.approx(
+        (curve.limit, curve.excess, curve.exponent), rel=1e-3, abs=1e-4
+    )
+    rank = found.rank_within(0.02, reference=32)
+    assert rank == 1 or found.loss(rank) == pytest.approx(found.loss(32) + 0.02)
+
+
+def test_a_loss_that_rises_with_the_rank_is_a_flat_curve():
+    found = fit_curve({1: 1.0, 2: 1.1, 4: 1.2})
+    assert found.excess == 0
+    assert found.rank_within(0.01, 4) == 1
+
+
+def test_bootstrap_intervals_cover_the_truth_and_shrink_with_more_examples():
+    truth, rng = Curve(1.0, 0.4, 1.0), np.random.default_rng(0)
+
+    def limits(examples):
+        hard = rng.normal(0, 0.5, examples)
+        losses = {rank: truth.loss(rank) + hard + rng.normal(0, 0.05, examples) for rank in RANKS}
+        return interval([curve.limit for curve in bootstrap_curves(losses, np.ones(examples), draws=60)])
+
+    small, large = limits(100), limits(1600)
+    assert large[1] - large[0] < small[1] - small[0]
+    covered = [low <= truth.limit <= high for low, high in (limits(200) for _ in range(12))]
+    assert sum(covered) >= 8
+
+
+def engine(rank=8):
+    model = tiny("llama", torch.float64)
+    inject_(model, LoraConfig(r=rank))
+    randomise_adapter(model)
+    return LanguageEngine(model, 2, EXAMPLES)
+
+
+def test_a_cut_adapter_is_the_adapter_of_its_first_directions():
+    whole, factors = engine(), {}
+    for name, layer in named_lora_layers(whole.model):
+        update = layer.update(DEFAULT)
+        factors[name] = (update.lora_A.detach().clone(), update.lora_B.detach().clone())
+    for rank in (1, 3, 8):
+        cut_(whole.model, rank)
+        nested = whole.logits(EXAMPLES)[0]
+        own = tiny("llama", torch.float64)
+        inject_(own, LoraConfig(r=rank, lora_alpha=32 * rank / 8))
+        for name, layer in named_lora_layers(own):
+            A, B = factors[name]
+            layer.update(DEFAULT).set(A[:rank], B[:, :rank])
+        torch.testing.assert_close(nested, LanguageEngine(own, 2, EXAMPLES).logits(EXAMPLES)[0])
+
+
+def test_a_step_trains_one_drawn_rank_with_one_pass_and_no_direction_beyond_it():
+    whole = engine()
+    seen, count = [], 0
+
+    class Counting:
+        model = whole.model
+
+        def loss(self, examples):
+            nonlocal count
+            count += 1
+            return whole.loss(examples)
+
+    nested = NestedEngine(Counting(), RANKS, seed=0)
+    for _ in range(12):
+        for parameter in trainable_parameters(whole.model):
+            parameter.grad = None
+        nested.loss(EXAMPLES).backward()
+        gradient = next(iter(dict(named_lora_layers(whole.model)).values())).update(DEFAULT).lora_A.grad
+        trained = int((gradient.abs().sum(1) > 0).sum())
+        assert not gradient[trained:].any()
+        seen.append(trained)
+    assert count == 12
+    assert set(seen) <= set(RANKS)
+    assert len(set(seen)) > 2
+
+
+def test_measuring_the_ranks_leaves_the_adapter_whole_and_agrees_with_base_and_whole():
+    whole = engine()
+    before = whole.logits(EXAMPLES)[0]
+    losses, counts = losses_by_rank(whole, EXAMPLES, RANKS)
+    torch.testing.assert_close(whole.logits(EXAMPLES)[0], before)
+    assert losses[8].sum() / counts.sum() == pytest.approx(whole.loss(EXAMPLES).item())
+    eject_(whole.model)
+    assert losses[0].sum() / counts.sum() == pytest.approx(whole.loss(EXAMPLES).item())
+
+
+def test_the_ranks_double_up_to_the_largest():
+    assert nested_ranks(16) == [1, 2, 4, 8, 16]
+    assert nested_ranks(12) == [1, 2, 4, 8, 12]
+
+
+def test_an_estimate_says_that_it_errs_high_and_a_run_that_learned_nothing_gives_none():
+    rng = np.random.default_rng(1)
+    hard = rng.normal(2, 0.3, 200)
+    losses = {rank: hard + 0.3 / rank + rng.normal(0, 0.02, 200) for rank in RANKS} | {0: hard + 1.5}
+    found = nested_estimate(losses, np.ones(200), draws=40)
+    assert "errs high" in str(found)
+    assert found.rank_interval[0] <= found.rank <= found.rank_interval[1]
+    with pytest.raises(ConfigError, match="did not lower"):
+        nested_estimate(losses | {0: hard}, np.ones(200))
+    with pytest.raises(ConfigError, match="three ranks"):
+        nested_estimate({0: hard, 1: hard, 2: hard}, np.ones(200))
+
+
+def test_the_command_prints_a_loss_for_every_rank_and_keeps_the_result(tiny_llama_folder, tmp_path, capsys):
+    rows = (ROOT / "examples/text_to_sql/train.jsonl").read_text().splitlines(keepends=True)
+    (tmp_path / "data.jsonl").write_text("".join(rows[:24]))
+    out = tmp_path / "nested.json"
+    options = ["--model", str(tiny_llama_folder), "--data", str(tmp_path / "data.jsonl"), "--out", str(out)]
+    assert main(["rank", "nested", *options, "--r", "4", "--max-steps", "6", "--lr", "0.02", "--batch-size", "4"]) == 0
+    found = json.loads(out.read_text())
+    assert list(found["losses"]) == ["0", "1", "2", "4"]
+    assert found["losses"]["4"] < found["losses"]["0"]
+    assert "errs high" in capsys.readouterr().out
+    assert main(["rank", "nested", *options]) == 2
+    assert "exists already" in capsys.readouterr().err

@@ -1,0 +1,133 @@
+"""The reproducible rank of the gradient, against dense gradients and planted ones."""
+
+import json
+
+import pytest
+import torch
+from conftest import ROOT, tiny
+
+from rankwise import LoraConfig, inject_
+from rankwise.cli.main import main
+from rankwise.data.examples import TextExample
+from rankwise.engine.engine import LanguageEngine
+from rankwise.errors import ConfigError
+from rankwise.lora.layers import named_lora_layers
+from rankwise.rank.predict import LEAST_SHARE, SIGNAL, LayerSignal, Prediction, layer_signal, predict
+
+WIDTH = 6
+ROWS = [TextExample((5 + n, 6, 7 + n % 3, 8, 9), (False, False, True, True, True), "here") for n in range(8)]
+HALVES = ([ROWS[:2], ROWS[2:4]], [ROWS[4:6], ROWS[6:]])
+
+
+def planted(rank, noise, width=24, d=40, k=60, seed=0):
+    """Sketches and gradients in their basis, as two passes would give them, of a signal in two noisy halves."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(*size):
+        return torch.randn(*size, generator=generator, dtype=torch.float64)
+
+    signal = torch.linalg.qr(normal(d, max(rank, 1))).Q @ torch.linalg.qr(normal(k, max(rank, 1))).Q.T * (rank > 0)
+    halves = [signal + noise * normal(d, k) / (d * k) ** 0.5 for _ in range(2)]
+    A = normal(width, k)
+    sketches = halves[0] @ A.T, halves[1] @ A.T
+    Q = torch.linalg.qr(sketches[0] + sketches[1]).Q
+    return sketches, (Q.T @ halves[0], Q.T @ halves[1])
+
+
+@pytest.mark.parametrize("rank", [1, 3, 8])
+def test_a_planted_rank_is_found_under_noise(rank):
+    found = layer_signal("w", *planted(rank, noise=0.5))
+    assert found.rank is not None
+    assert SIGNAL * rank <= found.rank <= rank + 1
+    assert found.counts
+
+
+def test_pure_noise_has_no_signal_that_counts():
+    found = [layer_signal("w", *planted(0, noise=1.0, seed=seed)) for seed in range(20)]
+    assert not any(layer.counts for layer in found)
+    assert all(abs(layer.share) < LEAST_SHARE for layer in found)
+    assert any(layer.rank is None for layer in found)
+
+
+def reference(gradients, A):
+    """The same from dense gradients [d, k] of both halves, step by step."""
+    sketches = [G @ A.T for G in gradients]
+    signal = (sketches[0] * sketches[1]).sum() / WIDTH
+    share = signal * WIDTH / (sketches[0].norm() * sketches[1].norm())
+    Q = torch.linalg.qr(sketches[0] + sketches[1]).Q
+    inside = [Q.T @ G for G in gradients]
+    total = max(signal, (inside[0] * inside[1]).sum())
+    held = torch.zeros(WIDTH, dtype=torch.float64)
+    for own, other in (inside, inside[::-1]):
+        U, S, Vh = torch.linalg.svd(own, full_matrices=False)
+        for n in range(WIDTH):
+            held[n] += sum(S[i] * (U[:, i] @ other @ Vh[i]) for i in range(n + 1)) / total / 2
+    enough = [n + 1 for n in range(WIDTH) if held[n] >= SIGNAL]
+    return share.item(), enough[0] if enough and signal > 0 else None
+
+
+def test_it_equals_what_dense_gradients_give_and_makes_none():
+    dense = tiny("llama", torch.float64)
+    dense.lm_head.weight.data *= 30
+    plain = LanguageEngine(dense, 2, ROWS)
+    model = tiny("llama", torch.float64)
+    model.lm_head.weight.data *= 30
+    inject_(model, LoraConfig(r=WIDTH))
+    layers = dict(named_lora_layers(model))
+    before = plain.logits(ROWS)[0].detach()
+    engine = LanguageEngine(model, 2, ROWS)
+    found = predict(engine, HALVES, seed=4)
+    torch.testing.assert_close(engine.logits(ROWS)[0], before)
+    assert all(p.grad is None for p in model.parameters())
+    gradients = []
+    for half in HALVES:
+        dense.zero_grad()
+        for batch in half:
+            plain.loss(batch).backward()
+        gradients.append({name: dense.get_submodule(name).weight.grad.clone() for name in layers})
+    generator = torch.Generator().manual_seed(4)
+    for layer in found:
+        k = layers[layer.name].base.in_features
+        A = torch.randn(WIDTH, k, generator=generator, dtype=torch.float64)
+        share, rank = reference([half[layer.name] for half in gradients], A)
+        assert layer.share == pytest.approx(share)
+        assert layer.rank == rank
+    assert any(layer.rank for layer in found)
+
+
+def test_the_range_counts_only_layers_with_a_signal_and_never_names_one_rank_as_enough():
+    layers = [LayerSignal(str(n), 0.6, rank) for n, rank in enumerate([3, 3, 5, 5, 12])]
+    noisy = [LayerSignal("noise", 0.1, 60), LayerSignal("none", -0.2, None), LayerSignal("wide", 0.5, None)]
+    found = Prediction((*layers, *noisy), bits=1e5, numbers_per_rank=1000)
+    assert found.range == Prediction(tuple(layers), 1e5, 1000).range == (8, 16)
+    assert "no result" in str(found)
+    assert found.capacity == pytest.approx((1e5 / 2750, 1e5 / 1700))
+    assert Prediction(tuple(noisy), 1e5, 1000).range is None
+    assert "more --signal-batches" in str(Prediction(tuple(noisy), 1e5, 1000))
+
+
+def test_an_empty_half_and_other_layers_are_refused():
+    model = tiny("llama")
+    inject_(model, LoraConfig(r=2, target_modules=["embed_tokens"]))
+    with pytest.raises(ConfigError, match=r"linear layers alone.*embed_tokens"):
+        predict(LanguageEngine(model, 2, ROWS), HALVES, 0)
+    model = tiny("llama")
+    inject_(model, LoraConfig(r=2))
+    with pytest.raises(ConfigError, match="each half"):
+        predict(LanguageEngine(model, 2, ROWS), ([ROWS], []), 0)
+
+
+def test_the_command_trains_a_classifiers_head_first_and_keeps_the_result(tmp_path, capsys):
+    rows = (ROOT / "examples/intents/train.jsonl").read_text().splitlines(keepends=True)
+    some = [row for row in rows if json.loads(row)["label"] in ("translate", "timer", "weather")]
+    (tmp_path / "data.jsonl").write_text("".join(some[:90]))
+    out = tmp_path / "predict.json"
+    options = ["--model", "minilm-l6", "--task", "seq_cls", "--data", str(tmp_path / "data.jsonl"), "--out", str(out)]
+    narrow = ["--directions", "16", "--signal-batches", "4", "--target-modules", "query", "value"]
+    assert main(["rank", "predict", *options, *narrow]) == 0
+    found = json.loads(out.read_text())
+    assert len(found["layers"]) == 12
+    assert found["numbers_per_rank"] == 12 * 2 * 384
+    # A head that is not trained loses log2(3) bits a row.
+    assert 0 < found["bits"] < 81 * 1.58
+    assert "no result" in capsys.readouterr().out

@@ -1,0 +1,221 @@
+"""The sweep itself: what it asks to be trained, what it keeps, what it says; on made-up runs and on tiny trainings."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT, tiny
+from transformers import AutoModelForCausalLM
+
+from rankwise import LoraConfig, eject_, inject_
+from rankwise.cli.main import main
+from rankwise.errors import ConfigError, RankwiseError
+from rankwise.lora.inject import DEFAULT
+from rankwise.lora.layers import named_lora_layers
+from rankwise.rank.report import as_dict, page, table
+from rankwise.rank.runs import RunResult
+from rankwise.rank.start import inject_nested_
+from rankwise.rank.sweep import FULL, sweep
+from rankwise.rank.verdict import achieved_power, notes, verdict
+
+EXAMPLES = 150
+
+
+def made_up(needed=4, noise=0.1, best_rate=1.0, seed_noise=0.003, gain=1.0):
+    """run(rank, seed, factor) of a task that needs a rank; `asked` lists what was asked for."""
+    asked = []
+
+    def run(rank, seed, factor):
+        asked.append((rank, seed, factor))
+        hard = np.random.default_rng(7).uniform(2, 3, EXAMPLES)
+        own = np.random.default_rng([seed, rank + 1])
+        learned = gain if rank == FULL else gain * min(rank, needed) / needed
+        loss = hard - learned + own.normal(0, seed_noise) + own.normal(0, noise, EXAMPLES)
+        if rank:
+            loss += 0.05 * np.log(factor / best_rate) ** 2
+        return RunResult(loss, np.ones(EXAMPLES), 1.0, 100 * rank if rank >= 0 else 10**6)
+
+    return run, asked
+
+
+@pytest.mark.parametrize("needed", [1, 2, 4, 8])
+def test_the_rank_that_a_task_needs_is_found(needed):
+    found = sweep(made_up(needed)[0], [1, 2, 4, 8, 16], range(4))
+    assert found.comparisons.sufficient == needed
+    assert found.comparisons.saturates
+    assert verdict(found).startswith(f"Take r = {needed}:")
+    assert "saturates" in verdict(found)
+
+
+def test_every_rank_is_trained_with_every_seed_and_the_rate_is_checked_at_three_ranks():
+    run, asked = made_up()
+    sweep(run, [8, 1, 2, 4, 2], [5, 6])
+    assert len(asked) == len(set(asked))
+    plain = {(rank, seed) for rank, seed, factor in asked if factor == 1}
+    assert plain == {(rank, seed) for rank in (0, 1, 2, 4, 8) for seed in (5, 6)}
+    others = {(rank, seed) for rank, seed, factor in asked if factor != 1}
+    assert others == {(1, 5), (4, 5), (8, 5)}
+
+
+def test_the_search_for_a_rate_goes_on_while_it_gets_better_and_each_rank_trains_with_its_best():
+    run, asked = made_up(best_rate=9.0)
+    found = sweep(run, [1, 2, 4], range(2))
+    assert set(found.factors.values()) == {1.0, 9.0}
+    assert {rank for rank, factor in found.factors.items() if factor == 1} == {0}
+    assert {factor for rank, seed, factor in asked if rank == 2 and seed == 1} == {9.0}
+    assert any("× 9 was better at r = 4" in note for note in notes(found))
+
+
+def test_a_rate_that_diverges_is_passed_over_but_not_that_of_the_settings():
+    run, _ = made_up()
+
+    def diverging(rank, seed, factor, at=3.0):
+        result = run(rank, seed, factor)
+        return RunResult(result.losses + np.inf, result.counts, 0.0, 1) if factor >= at and rank else result
+
+    assert sweep(diverging, [1, 2, 4], range(2)).factors[4] == 1
+    with pytest.raises(RankwiseError, match=r"rank 1, seed 0.*lower --lr"):
+        sweep(lambda *key: diverging(*key, at=0.0), [1, 2, 4], range(2))
+
+
+def test_an_interrupted_sweep_goes_on_and_ends_as_if_it_had_not_been(tmp_path):
+    whole = sweep(made_up()[0], [1, 2, 4], range(3))
+    run, asked = made_up()
+
+    def dying(rank, seed, factor):
+        if len(asked) == 9:
+            raise KeyboardInterrupt
+        return run(rank, seed, factor)
+
+    settings = {"lr": 0.1}
+    with pytest.raises(KeyboardInterrupt):
+        sweep(dying, [1, 2, 4], range(3), folder=tmp_path, settings=settings)
+    first = list(asked)
+    asked.clear()
+    resumed = sweep(run, [1, 2, 4], range(3), folder=tmp_path, settings=settings)
+    assert not set(first) & set(asked)
+    assert as_dict(resumed) == as_dict(whole)
+
+
+def test_seeds_can_be_added_but_other_settings_or_another_folder_are_refused(tmp_path):
+    run, asked = made_up()
+    sweep(run, [1, 2, 4], range(2), folder=tmp_path / "a", settings={"lr": 0.1})
+    asked.clear()
+    sweep(run, [1, 2, 4], range(3), folder=tmp_path / "a", settings={"lr": 0.1})
+    assert {seed for _, seed, _ in asked} == {2}
+    with pytest.raises(ConfigError, match=r"lr: 0\.1 there, 0\.2 now"):
+        sweep(run, [1, 2, 4], range(2), folder=tmp_path / "a", settings={"lr": 0.2})
+    (tmp_path / "b").mkdir()
+    (tmp_path / "b" / "thesis.txt").write_text("mine")
+    with pytest.raises(ConfigError, match="no sweep"):
+        sweep(run, [1, 2, 4], range(2), folder=tmp_path / "b", settings={})
+
+
+def test_too_little_data_gives_no_rank_but_what_would_be_needed():
+    found = sweep(made_up(noise=1.0, seed_noise=0.0)[0], [1, 4, 8], range(2), check_rates=False)
+    assert found.comparisons.of(4).outcome == "cannot tell"
+    assert "cannot tell" in verdict(found)
+    assert "Take r" not in verdict(found)
+    assert "more seeds" in verdict(found) or "more held-out examples" in verdict(found)
+    assert achieved_power(found) < 0.8
+    assert any("an open question is no sign" in note for note in notes(found))
+
+
+def test_a_run_that_learned_nothing_gives_no_rank():
+    found = sweep(made_up(gain=0.0)[0], [1, 2, 4], range(3), check_rates=False)
+    assert verdict(found).startswith("These data cannot tell any rank")
+    assert as_dict(found)["sufficient_rank"] is None
+
+
+def test_a_loss_that_still_falls_at_the_largest_rank_is_said_to_do_so():
+    found = sweep(made_up(needed=16)[0], [2, 4, 8], range(4), check_rates=False)
+    assert verdict(found).startswith("Take r = 8 or more")
+    assert "saturates" not in verdict(found)
+
+
+def test_full_fine_tuning_is_compared_with_the_rank_that_suffices():
+    found = sweep(made_up()[0], [1, 4, 8], range(4), with_full=True)
+    assert found.against_full is not None
+    assert found.against_full.upper < found.comparisons.margin
+    assert any("no loss of quality beyond δ is shown" in note for note in notes(found))
+    assert "full" in table(found)
+
+
+def test_all_problems_of_a_call_are_named_at_once():
+    with pytest.raises(ConfigError) as error:
+        sweep(made_up()[0], [4], [0], margin=-1.0)
+    assert all(word in str(error.value) for word in ("two ranks", "two different seeds", "--delta"))
+
+
+def test_the_page_needs_no_other_file_and_begins_with_the_verdict():
+    found = sweep(made_up()[0], [1, 2, 4, 8], range(3))
+    html = page(found, {"model": "<m>", "data": "d"})
+    assert len(html) < 1_000_000
+    assert not any(word in html for word in ("http", "<script", "src=", "<m>"))
+    assert html.index("Take r = 4") < html.index("<svg") < html.index("<h2>Settings")
+
+
+def test_the_runs_of_one_seed_begin_with_the_first_rows_of_the_largest_rank():
+    model = tiny("llama")
+    starts = {}
+    for rank in (2, 4, 8):
+        inject_nested_(model, LoraConfig(r=rank), largest=8, seed=3)
+        starts[rank] = {name: layer.update(DEFAULT).low_rank() for name, layer in named_lora_layers(model)}
+        eject_(model)
+    for name, largest in starts[8].items():
+        assert torch.equal(starts[2][name].A, largest.A[:2])
+        assert torch.equal(starts[4][name].A, largest.A[:4])
+        assert not largest.B.any()
+    inject_(model, LoraConfig(r=8), torch.Generator().manual_seed(3))
+    for name, layer in named_lora_layers(model):
+        assert torch.equal(layer.update(DEFAULT).lora_A, starts[8][name].A)
+
+
+@pytest.fixture
+def sql(tmp_path):
+    rows = (ROOT / "examples/text_to_sql/train.jsonl").read_text().splitlines(keepends=True)
+    for name, part in (("train", rows[:16]), ("test", rows[16:22])):
+        (tmp_path / f"{name}.jsonl").write_text("".join(part))
+    return [
+        "--data", str(tmp_path / "train.jsonl"), "--eval-data", str(tmp_path / "test.jsonl"), "--batch-size", "4",
+    ]  # fmt: skip
+
+
+def test_the_command_leaves_table_page_and_all_differences_and_goes_on_in_its_folder(
+    tiny_llama_folder, sql, tmp_path, capsys
+):
+    out = tmp_path / "sweep"
+    common = ["rank", "sweep", "--model", str(tiny_llama_folder), *sql, "--max-steps", "2", "--lr", "0.02"]
+    common += ["--no-check-rates"]
+    options = [*common, "--ranks", "1,2", "--out", str(out)]
+    assert main([*options, "--seeds", "2", "--with-full"]) == 0
+    printed = capsys.readouterr()
+    found = json.loads((out / "sweep.json").read_text())
+    assert found["verdict"] in printed.out
+    assert [line["name"] for line in found["ranks"]] == ["base", "1", "2", "full"]
+    assert found["ranks"][0]["parameters"] == 0
+    assert 2 * found["ranks"][1]["parameters"] == found["ranks"][2]["parameters"]
+    plain = AutoModelForCausalLM.from_pretrained(tiny_llama_folder)
+    assert found["ranks"][3]["parameters"] == sum(p.numel() for p in plain.parameters())
+    assert found["ranks"][3]["loss"] < found["ranks"][0]["loss"]
+    assert np.array(found["differences"]["1"]).shape == (2, 6)
+    assert (out / "sweep.html").is_file()
+    assert main(["eval", "--model", str(tiny_llama_folder), "--data", sql[3], "--answers", "0"]) == 0
+    base = json.loads(capsys.readouterr().out)["loss"]
+    assert found["ranks"][0]["loss"] == pytest.approx(base, rel=1e-5)
+    times = {path.name: path.stat().st_mtime_ns for path in (out / "runs").iterdir()}
+    assert main([*options, "--seeds", "3"]) == 0
+    assert {name: (out / "runs" / name).stat().st_mtime_ns for name in times} == times
+    assert main([*options, "--seeds", "3", "--lr", "0.01"]) == 2
+    assert "lr: 0.02 there, 0.01 now" in capsys.readouterr().err
+
+
+def test_settings_that_cannot_be_are_all_named_on_the_command_line(tmp_path, capsys):
+    options = ["--model", "m", "--data", "d", "--out", str(tmp_path / "o"), "--ranks", "8", "--seeds", "1"]
+    with pytest.raises(SystemExit, match="2"):
+        main(["rank", "sweep", *options, "--delta", "-1"])
+    message = capsys.readouterr().err
+    assert all(word in message for word in ("--ranks", "--seeds", "--delta"))
+    assert main(["rank", "sweeep"]) == 2
+    assert "nearest: 'sweep'" in capsys.readouterr().err
