@@ -48,6 +48,7 @@ class Noise:
 def scaled(shares: tuple[float, float, float], seeds: int, examples: int) -> Noise:
     """Noise whose parts have these shares in the variance of a mean, so large that the power is POWER."""
     low, high = 1e-3, 10.0
+    noise = Noise(0, 0, 0)
     for _ in range(60):
         size = (low * high) ** 0.5
         noise = Noise(

@@ -98,7 +98,7 @@ class TrainConfig:
     lora_plus_ratio: float = 1.0
     """The factor B learns so many times faster than A (LoRA+)."""
     preconditioned: bool = False
-    """Precondition the gradients of A and B by r × r matrices, so that a step depends less on the rank and the scale."""
+    """Precondition the gradients of A and B by r × r matrices: a step then depends less on the rank and the scale."""
     eval_steps: int | None = None
     """Measure the held-out loss every so many steps and keep the best adapter; 0: never. Without it, five times a run
     if that costs at most a tenth of the training."""

@@ -9,7 +9,7 @@ import pytest
 from rankwise import TrainConfig
 from rankwise.data.examples import LabelExample, TextExample
 from rankwise.errors import ConfigError
-from rankwise.train.batches import counted, families, planned_steps
+from rankwise.train.batches import families, planned_steps
 
 ROWS = [LabelExample(tuple(range(1 + n % 4)), 0, f"data:{n}") for n in range(10)]
 
@@ -75,8 +75,8 @@ def test_a_row_above_the_token_budget_is_an_error_that_names_it():
 
 
 def test_the_loss_counts_trained_tokens_but_never_the_first_token_which_nothing_predicts():
-    assert counted(TextExample((1, 2, 3, 4), (True, False, True, True), "here")) == 2
-    assert counted(ROWS[0]) == 1
+    assert TextExample((1, 2, 3, 4), (True, False, True, True), "here").counted == 2
+    assert ROWS[0].counted == 1
 
 
 def test_families_hold_every_row_once_and_share_half_of_their_prompts():
