@@ -131,7 +131,9 @@ def test_train_takes_several_files_of_another_shape_and_run_yaml_repeats_it(tiny
     assert main(["train", "--data", first, f"{second}:2", *options, "--out", str(run)]) == 0
     said = capsys.readouterr().err
     assert f"{first}, {second}:2: sharegpt, 20 rows" in said
-    assert "of them trained; length: median" in said
+    training = next(line for line in said.splitlines() if line.startswith("training: "))
+    assert "of them trained; length: median" in training
+    assert "duplicates" not in training
     assert yaml.safe_load((run / "run.yaml").read_text())["data"] == [first, f"{second}:2"]
     assert main(["train", "--config", str(run / "run.yaml"), "--out", str(tmp_path / "again")]) == 0
     weights = [(tmp_path / name / "adapter/adapter_model.safetensors").read_bytes() for name in ("run", "again")]

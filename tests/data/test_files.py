@@ -4,15 +4,17 @@ import csv
 import gzip
 import io
 import json
+import re
 
 import datasets
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from conftest import ROOT
 
 from rankwise.data.files import Problem, Row, read_file
 from rankwise.data.rows import divide, read_prompts, read_rows, scan_rows, weighted
-from rankwise.data.shapes import Layout
+from rankwise.data.shapes import SHAPES, Layout
 from rankwise.data.sources import Source
 from rankwise.errors import ConfigError, DataError
 
@@ -322,6 +324,22 @@ def test_a_weight_repeats_training_rows_and_never_evaluation_rows(tmp_path):
     assert len(division.train) == 45
     asked = [row.fields["prompt"] for row in division.train]
     assert {asked.count(prompt) for prompt in asked} == {3}
+
+
+def test_every_example_of_the_documentation_has_the_shape_that_it_stands_under(tmp_path):
+    page = (ROOT / "docs" / "data.md").read_text(encoding="utf-8")
+    shapes = page[page.index("## Shapes") : page.index("## What is trained")]
+    seen = []
+    for part in shapes.split("\n**")[1:]:
+        name = part[: part.index("**")]
+        for example in re.findall(r"(?:^    .*\n)+", part, flags=re.MULTILINE):
+            (tmp_path / "data.jsonl").write_text(" ".join(example.split("\n")))
+            scan = scan_rows(tmp_path / "data.jsonl", "seq_cls" if name == "text/label" else "causal_lm")
+            assert scan.problems == []
+            assert scan.found.shape is not None
+            seen.append(scan.found.shape.name)
+            assert seen[-1] == name
+    assert {*seen} == {shape.name for shape in SHAPES}
 
 
 def test_prompts_of_every_shape_can_be_asked(tmp_path):
