@@ -11,6 +11,7 @@ from rich.console import Console
 
 from rankwise import TrainConfig
 from rankwise.cli.main import main
+from rankwise.errors import ConfigError
 
 ROWS = [{"prompt": f"{n} + 1 =", "completion": str(n + 1)} for n in range(30)]
 TALKS = [
@@ -175,4 +176,6 @@ def test_one_file_or_several_are_given_to_the_configuration_alike(tmp_path):
 
     assert config("a.jsonl").data == config(Path("a.jsonl")).data == config(["a.jsonl"]).data == (Path("a.jsonl"),)
     assert config("a.jsonl").as_dict()["data"] == "a.jsonl"
+    with pytest.raises(ConfigError, match="--data must name at least one file"):
+        config([])
     assert config(["a.jsonl", "b.csv:2"]).as_dict()["data"] == ["a.jsonl", "b.csv:2"]
