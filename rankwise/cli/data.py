@@ -66,14 +66,13 @@ def main(options: list[str]) -> int:
     if config.json:
         print(json.dumps(report.as_dict(), ensure_ascii=False, indent=1))
     else:
-        _show(report, tokenizer, config.all_problems)
+        from rich.console import Console
+
+        _show(report, tokenizer, config.all_problems, Console(highlight=False, soft_wrap=True))
     return 0 if report.ready else 2
 
 
-def _show(report: "DataReport", tokenizer: Any, all_problems: bool) -> None:
-    from rich.console import Console
-
-    console = Console(highlight=False, soft_wrap=True)
+def _show(report: "DataReport", tokenizer: Any, all_problems: bool, console: Any) -> None:
     for line in report.lines:
         console.print(line, markup=False)
     console.print(f"training: {report.train}", markup=False)

@@ -54,7 +54,8 @@ def measure(examples: Sequence[TextExample] | Sequence[LabelExample]) -> Measure
         p99=p99,
         longest=lengths[-1],
         cut=sum(example.cut > 0 for example in examples),
-        duplicates=len(examples) - len(different),
+        # A row that its file's weight repeats is no duplicate.
+        duplicates=len({example.place for example in examples}) - len(different),
     )
 
 

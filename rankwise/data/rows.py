@@ -98,6 +98,8 @@ def refuse(entries: Sequence[str], problems: Sequence[Problem]) -> None:
     """Raise DataError if there are problems, with the first of them and the count of all."""
     if problems:
         shown = listing([str(problem) for problem in problems], MOST_PROBLEMS)
+        if len(problems) > MOST_PROBLEMS:
+            shown += "\nrankwise data --all-problems shows them all"
         raise DataError(f"{', '.join(entries)} cannot be used; problems: {len(problems)}\n{shown}")
 
 

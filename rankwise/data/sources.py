@@ -54,10 +54,11 @@ def _files_in(folder: Path) -> list[Path]:
     if not files:
         raise DataError(f"{folder} cannot be read: the folder holds no JSONL, JSON, CSV, TSV or Parquet file")
     held_out = [path for path in files if _HELD_OUT.match(path.name)]
-    if held_out and len(held_out) < len(files):
+    others = [path for path in files if path not in held_out]
+    if held_out and others:
         raise DataError(
             f"{folder} holds files to train on and files that are named as held-out data "
-            f"({', '.join(path.name for path in held_out[:3])}). Name the files: --data {files[0]} … and "
+            f"({', '.join(path.name for path in held_out[:3])}). Name the files: --data {others[0]} … and "
             f"--eval-data {held_out[0]}"
         )
     return files

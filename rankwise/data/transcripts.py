@@ -135,7 +135,10 @@ def _check_instructions(messages: list[Message], tools: Sequence[Any] | None, wh
             raise DataError(f"the chat template leaves out or changes what turn {index + 1} ({message['role']}) says")
     lost = [tool["function"]["name"] for tool in tools or () if tool["function"]["name"] not in whole]
     if lost:
-        raise DataError(f"the chat template has no place for tools: it leaves out {', '.join(lost)}")
+        raise DataError(
+            f"the chat template has no place for tools: it leaves out {', '.join(lost)}; choose a model whose template "
+            "has one, or remove the tools from the row"
+        )
 
 
 def _check_answer(message: Message, index: int, answer: str) -> None:

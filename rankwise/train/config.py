@@ -122,6 +122,8 @@ class TrainConfig:
             raise ConfigError("these settings cannot be:\n" + listing(problems))
 
     def _problems(self):
+        if not self.data:
+            yield "--data must name at least one file, folder or hub data set"
         if not 0 <= self.eval_fraction < 1:
             yield f"--eval-fraction must lie in [0, 1), found {self.eval_fraction}"
         if not 0 <= self.warmup <= 1:

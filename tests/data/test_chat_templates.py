@@ -1,4 +1,4 @@
-"""The trained tokens under the chat templates of real models, against marks that were read off each template by hand."""
+"""Trained tokens under the chat templates of real models, against marks that were read off each template by hand."""
 
 import copy
 import json
@@ -39,7 +39,7 @@ TURNS = {
     "jamba": r"<\|bom\|><\|assistant\|>(.*?<\|eom\|>)",
     "granite-3.3": GRANITE,
     "granite-4.0": GRANITE,
-    "deepseek-v3.1": r"(?:<｜Assistant｜><think></think>|<｜tool▁output▁end｜>)(.*?<｜end▁of▁sentence｜>)",
+    "deepseek-v3.1": r"(?:<.Assistant.><think></think>|<.tool.output.end.>)(.*?<.end.of.sentence.>)",
     "glm-4.6": r"<\|assistant\|>(.*?)(?=<\|user\|>|<\|observation\|>|$)",
     "glm4moe-generation": r"<\|assistant\|>(.*?(?:<\|user\|>|<\|observation\|>))",
     "seed-oss": r"<seed:bos>assistant\n(.*?<seed:eos>)",
@@ -78,7 +78,7 @@ TALK = [
     user("Say it once"),
     assistant("Say it once"),
     user("Größe?\n\n1. one\n2. two — 🙂🙂"),
-    assistant("  First: “α”\n\n\tsecond line 42;\n\n"),
+    assistant("  First: “é”\n\n\tsecond line 42;\n\n"),
     user("Say it once"),
     assistant("x"),
 ]

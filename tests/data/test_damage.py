@@ -1,4 +1,4 @@
-"""A file of 1,000 rows with every kind of damage that we could think of: all of it is found, in one pass, and no more."""
+"""Files of 1,000 rows with every kind of damage that we could think of: all of it is found, in one pass, no more."""
 
 import json
 import random

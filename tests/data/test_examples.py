@@ -1,9 +1,10 @@
 import copy
 
 import pytest
+from conftest import ROOT
 
 from rankwise.data.examples import asked, label_examples, text_examples, user_prompt
-from rankwise.data.rows import Row
+from rankwise.data.rows import Row, read_rows
 from rankwise.errors import DataError
 
 SYSTEM = "<|im_start|>system\nYou are a helpful AI assistant named SmolLM, trained by Hugging Face<|im_end|>\n"
@@ -98,3 +99,73 @@ def test_labels_that_training_lacks_are_named(tmp_path, tokenizer):
     with pytest.raises(DataError, match=r"data.jsonl:1: 'z'"):
         label_examples(rows, tokenizer, ["a", "b"], 100, "error")
     assert [example.label for example in label_examples(rows, tokenizer, ["z", "a"], 100, "error")] == [1, 0]
+
+
+@pytest.mark.parametrize("part", ["train", "valid", "test"])
+def test_the_tokens_of_the_demo_are_those_of_its_prompts_and_completions_one_by_one(tokenizer, part):
+    rows = read_rows(ROOT / "examples" / "text_to_sql" / f"{part}.jsonl", "causal_lm")
+    for one, example in zip(rows, text_examples(rows, tokenizer, 1024, "error"), strict=True):
+        turns = [{"role": "user", "content": one.fields["prompt"]}]
+        prompt = tokenizer.apply_chat_template(turns, add_generation_prompt=True).input_ids
+        completion = tokenizer(one.fields["completion"] + "<|im_end|>").input_ids
+        assert list(example.ids) == prompt + completion
+        assert list(example.trained) == [False] * len(prompt) + [True] * len(completion)
+
+
+def test_every_token_of_a_plain_text_is_trained_and_the_end_is_marked_once(tmp_path, tokenizer):
+    for text in ("Once upon a time\n\nthere was ", "Once upon a time\n\nthere was <|im_end|>"):
+        [example] = text_examples([row(tmp_path, text=text)], tokenizer, 100, "error")
+        assert tokenizer.decode(example.ids) == text.removesuffix("<|im_end|>") + "<|im_end|>"
+        assert all(example.trained)
+        assert example.prompt_length == 1
+    asking = asked(row(tmp_path, text="Once upon"), tokenizer)
+    assert (tokenizer.decode(asking.ids), asking.answer) == ("Once upon", None)
+
+
+PAIRS = [
+    ("a\n", "\nb"),
+    ("a\n\n", "b"),
+    ("a ", "b"),
+    ("a", "b"),
+    ("a  ", "b"),
+    ("caf", "\u0301é"),
+    ("1", "2"),
+    ("a ", " "),
+]
+
+
+@pytest.mark.parametrize(("prompt", "completion"), PAIRS)
+def test_no_token_lies_on_both_sides_of_an_answers_beginning(tmp_path, tokenizer, prompt, completion):
+    plain = copy.copy(tokenizer)
+    plain.chat_template = None
+    one = row(tmp_path, prompt=prompt, completion=completion)
+    [example] = text_examples([one], plain, 100, "error")
+    assert trained_text(example, plain) == completion + "<|im_end|>"
+    assert example.ids[: example.prompt_length] == asked(one, plain).ids == tuple(plain(prompt).input_ids)
+
+
+def test_where_no_token_would_lie_on_both_sides_the_text_is_tokenised_as_a_whole(tmp_path):
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    # Like many sentencepiece tokenizers, this one marks the beginning of a text, and so of a part tokenised by itself.
+    words = {word: number for number, word in enumerate(["</s>", "▁Q", ":", "▁", "A", "▁A"])}
+    core = Tokenizer(models.BPE(vocab=words, merges=[], unk_token="</s>", fuse_unk=False))
+    core.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first")
+    core.decoder = decoders.Metaspace(prepend_scheme="first")
+    own = PreTrainedTokenizerFast(tokenizer_object=core, eos_token="</s>")
+    [example] = text_examples([row(tmp_path, prompt=":", completion="A")], own, 100, "error")
+    assert list(example.ids) == own(":A</s>").input_ids
+    assert own("A").input_ids != list(example.ids[example.prompt_length : -1])
+
+
+def test_the_reference_of_a_tool_call_is_what_the_template_makes_of_it(tmp_path, tokenizer):
+    calling = copy.copy(tokenizer)
+    calling.chat_template = (
+        "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}"
+        "{% for call in m.tool_calls or [] %}{{ call.function | tojson }}{% endfor %}<|im_end|>\n{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    )
+    call = {"type": "function", "function": {"name": "f", "arguments": {"x": 1}}}
+    messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "", "tool_calls": [call]}]
+    assert asked(row(tmp_path, messages=messages), calling).answer == '{"name": "f", "arguments": {"x": 1}}'

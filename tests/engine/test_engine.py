@@ -1,6 +1,7 @@
 """The packed path against the plain padded one, loss and gradients."""
 
 import random
+from pathlib import Path
 
 import pytest
 import torch
@@ -9,7 +10,8 @@ from torch import nn
 from torch.nn import functional as F
 
 from rankwise import LoraConfig, inject_, trainable_parameters
-from rankwise.data.examples import LabelExample, TextExample
+from rankwise.data.examples import LabelExample, TextExample, text_examples
+from rankwise.data.files import Row
 from rankwise.engine.batch import pack
 from rankwise.engine.engine import ClassifierEngine, LanguageEngine
 
@@ -73,6 +75,41 @@ def test_packed_loss_and_gradients_are_those_of_each_example_by_itself(family, c
     torch.testing.assert_close(loss, expected, rtol=1e-10, atol=0)
     ours, theirs = gradients(model, loss), gradients(model, expected)
     assert (ours - theirs).abs().max() <= 1e-10 * theirs.abs().max()
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_turns_in_the_middle_and_texts_trained_from_their_first_token_count_as_in_a_padded_batch(family, tokenizer):
+    talk = [
+        {"role": "user", "content": "a b"},
+        {"role": "assistant", "content": "c"},
+        {"role": "user", "content": "d"},
+        {"role": "assistant", "content": "e f g"},
+    ]
+    fields = [{"messages": talk}, {"messages": talk[:2]}, {"text": "a b c"}, {"text": "a b d"}]
+    fields += [{"messages": [*talk[:3], {"role": "assistant", "content": "h"}]}]
+    rows = [Row(Path("data.jsonl"), line, one) for line, one in enumerate(fields, start=1)]
+    examples = text_examples(rows, tokenizer, 100, "error")
+    names = {token: number for number, token in enumerate(sorted({token for e in examples for token in e.ids}))}
+    examples = [TextExample(tuple(names[token] for token in e.ids), e.trained, e.place) for e in examples]
+    assert len(names) < 96
+    model = adapted(family)
+    engine = LanguageEngine(model, 2, examples)
+    assert engine.padded_because is None
+    ids = torch.zeros(len(examples), max(len(e.ids) for e in examples), dtype=torch.long)
+    mask, labels = torch.zeros_like(ids), torch.full_like(ids, -100)
+    for index, example in enumerate(examples):
+        ids[index, : len(example.ids)], mask[index, : len(example.ids)] = torch.tensor(example.ids), 1
+        trained = [
+            token if is_trained else -100 for token, is_trained in zip(example.ids, example.trained, strict=True)
+        ]
+        labels[index, : len(example.ids)] = torch.tensor(trained)
+    logits = model(input_ids=ids, attention_mask=mask).logits
+    expected = F.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
+    loss = engine.loss(examples)
+    torch.testing.assert_close(loss, expected, rtol=1e-10, atol=0)
+    ours, theirs = gradients(model, loss), gradients(model, expected)
+    assert (ours - theirs).abs().max() <= 1e-10 * theirs.abs().max()
+    assert engine.logits(examples)[1].numel() == int((labels[:, 1:] != -100).sum())
 
 
 def a_tree_of_conversations(seed):

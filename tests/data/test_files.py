@@ -1,0 +1,363 @@
+"""Formats, folders, several files with weights, and the lines that messages name."""
+
+import csv
+import gzip
+import io
+import json
+import re
+
+import datasets
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from conftest import ROOT
+
+from rankwise.data.files import Problem, Row, read_file
+from rankwise.data.rows import divide, read_prompts, read_rows, scan_rows, weighted
+from rankwise.data.shapes import SHAPES, Layout
+from rankwise.data.sources import Source
+from rankwise.errors import ConfigError, DataError
+
+ROWS = [
+    {"prompt": "2 + 2 =", "completion": "4"},
+    {"prompt": 'two\nlines, a comma and "quotes"', "completion": "ä;\t|"},
+    {"prompt": "x", "completion": "y"},
+]
+
+
+def table(rows, delimiter):
+    text = io.StringIO()
+    writer = csv.DictWriter(text, list(rows[0]), delimiter=delimiter)
+    writer.writeheader()
+    writer.writerows(rows)
+    return text.getvalue()
+
+
+def write_parquet(path, rows):
+    pq.write_table(pa.Table.from_pylist(rows), path)
+
+
+WRITERS = {
+    "jsonl": lambda rows: "".join(json.dumps(row) + "\n" for row in rows),
+    "ndjson": lambda rows: "".join(json.dumps(row) + "\n" for row in rows),
+    "json": lambda rows: json.dumps(rows, indent=1),
+    "object.json": lambda rows: json.dumps({"version": "1", "data": rows}),
+    "lines.json": lambda rows: "\n".join(json.dumps(row) for row in rows),
+    "csv": lambda rows: table(rows, ","),
+    "semicolons.csv": lambda rows: table(rows, ";"),
+    "tsv": lambda rows: table(rows, "\t"),
+    "unknown": lambda rows: "".join(json.dumps(row) + "\n" for row in rows),
+}
+
+
+def fields(rows):
+    return [dict(row.fields) for row in rows]
+
+
+@pytest.mark.parametrize("ending", WRITERS)
+@pytest.mark.parametrize("zipped", [False, True])
+def test_every_text_format_gives_the_same_rows(tmp_path, ending, zipped):
+    content = WRITERS[ending](ROWS).encode()
+    path = tmp_path / f"data.{ending}{'.gz' if zipped and ending != 'unknown' else ''}"
+    path.write_bytes(gzip.compress(content) if path.suffix == ".gz" else content)
+    assert fields(read_rows(path, "causal_lm")) == ROWS
+
+
+def test_parquet_gives_the_same_rows_and_leaves_out_what_it_fills_up(tmp_path):
+    write_parquet(tmp_path / "data.parquet", ROWS)
+    assert fields(read_rows(tmp_path / "data.parquet", "causal_lm")) == ROWS
+    call = {"type": "function", "function": {"name": "f", "arguments": "{}"}}
+    talk = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b", "tool_calls": [call]}]
+    write_parquet(tmp_path / "talk.parquet", [{"messages": talk}])
+    [row] = read_rows(tmp_path / "talk.parquet", "causal_lm")
+    assert row.fields["messages"][0] == talk[0]
+    assert row.fields["messages"][1]["tool_calls"][0]["function"] == {"name": "f", "arguments": {}}
+    assert row.place == f"{tmp_path / 'talk.parquet'}, row 1"
+
+
+def test_a_table_names_the_line_on_which_a_bad_row_begins(tmp_path):
+    lines = ["prompt,completion", '"a\nb\nc",d', "too,many,cells", "", '"e\nf",', "g,h", "bad \xff,x", "i,j", '"open']
+    (tmp_path / "data.csv").write_bytes("\r\n".join(lines).encode("latin-1"))
+    scan = scan_rows(tmp_path / "data.csv", "causal_lm")
+    assert [row.line for row in scan.rows] == [2, 9, 11]
+    assert {int(problem.place.rpartition(":")[2]): problem.text for problem in scan.problems} == {
+        5: "3 cells, but the header names 2 columns",
+        7: "completion is empty, so no token of this row would be trained",
+        10: "not UTF-8 text (byte 5 of the line); convert the file first",
+        12: "not CSV: unexpected end of data",
+    }
+
+
+def test_lists_in_a_table_are_json_text(tmp_path):
+    talk = [{"role": "user", "content": "a, b"}, {"role": "assistant", "content": "c"}]
+    (tmp_path / "data.csv").write_text(table([{"messages": json.dumps(talk)}], ","))
+    [row] = read_rows(tmp_path / "data.csv", "causal_lm")
+    assert row.fields["messages"] == talk
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("data.json", b'{"a": [1], "b": [2]}', "an object with 2 lists"),
+        ("data.json", b"3", "must hold a list of rows, or an object with one list; found int"),
+        ("data.json", b'[\n{"prompt": "a"},\n{"prompt" 3}]', "data.json:3: not JSON"),
+        ("data.json", b'[\n{"prompt": "\xff"}]', "data.json:2 is not UTF-8"),
+        ("data.csv", b"prompt,prompt\na,b", "names a column twice: 'prompt'"),
+        ("data.csv", b"prompt,\xff\na,b", "data.csv:1: not UTF-8"),
+        ("data.parquet", b"PAR1 nothing", "is no readable Parquet file"),
+        ("data.jsonl.gz", gzip.compress(b'{"prompt": "a"}' * 99)[:-20], "is damaged"),
+        ("data.jsonl.gz", b'{"prompt": "a"}', "is damaged: Not a gzipped file"),
+        ("data.csv", b"", "holds no row"),
+    ],
+)
+def test_a_file_that_cannot_be_read_says_why(tmp_path, name, content, message):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(DataError, match=message):
+        read_rows(tmp_path / name, "causal_lm")
+
+
+def test_rows_come_one_at_a_time(tmp_path):
+    path = tmp_path / "data.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n{\n" for row in ROWS))
+    reading = read_file(path)
+    first, second = next(reading), next(reading)
+    assert isinstance(first, Row)
+    assert isinstance(second, Problem)
+    assert (first.line, second.place) == (1, f"{path}:2")
+
+
+def test_a_folder_is_read_whole_in_the_order_of_names(tmp_path):
+    (tmp_path / "more").mkdir()
+    for name, row in zip(("a.jsonl", "b.csv", "more/c.json"), ROWS, strict=True):
+        (tmp_path / name).write_text(WRITERS[name.rpartition(".")[2]]([row]))
+    (tmp_path / "README.md").write_text("not data")
+    assert fields(read_rows(tmp_path, "causal_lm")) == ROWS
+
+
+def test_a_folder_with_held_out_files_is_not_trained_on_by_mistake(tmp_path):
+    for name in ("train.jsonl", "test.jsonl"):
+        (tmp_path / name).write_text(WRITERS["jsonl"](ROWS))
+    with pytest.raises(DataError, match=r"named as held-out data \(test.jsonl\). Name the files: --data .*train.jsonl"):
+        read_rows(tmp_path, "causal_lm")
+
+
+def test_several_files_keep_their_places_and_weights(tmp_path):
+    first, second = tmp_path / "a.jsonl", tmp_path / "b.csv"
+    first.write_text(WRITERS["jsonl"](ROWS[:1]))
+    second.write_text(WRITERS["csv"](ROWS[1:]))
+    rows = read_rows([first, f"{second}:2"], "causal_lm")
+    assert fields(rows) == ROWS
+    assert [(row.place, row.weight) for row in rows] == [(f"{first}:1", 1), (f"{second}:2", 2), (f"{second}:4", 2)]
+    assert [row.place for row in weighted(rows, 0)] == [rows[index].place for index in (0, 1, 1, 2, 2)]
+
+
+def test_a_weight_between_two_whole_numbers_draws_rows_by_the_seed(tmp_path):
+    (tmp_path / "data.jsonl").write_text(WRITERS["jsonl"](ROWS[:1] * 1000))
+    rows = read_rows([f"{tmp_path / 'data.jsonl'}:1.25"], "causal_lm")
+    many = weighted(rows, 0)
+    assert 1200 < len(many) < 1300
+    assert {row.line for row in many} == set(range(1, 1001))
+    assert weighted(rows, 0) == many != weighted(rows, 1)
+
+
+def test_a_name_with_a_colon_is_a_weight_only_if_no_file_has_it(tmp_path):
+    path = tmp_path / "data.jsonl:2"
+    assert Source.parse(str(path)) == Source(str(tmp_path / "data.jsonl"), 2.0)
+    path.write_text("")
+    assert Source.parse(str(path)) == Source(str(path), 1.0)
+    for weight in ("0", "1.2.3"):
+        with pytest.raises(DataError, match="must be a number above 0"):
+            Source.parse(f"a.csv:{weight}")
+
+
+def test_without_a_network_a_hub_name_is_a_clear_error():
+    with pytest.raises(DataError, match=r"no file or folder someone/some-data, and as a data set of the .* hub"):
+        read_rows("someone/some-data", "causal_lm")
+    with pytest.raises(DataError, match=r"no such data file: data/train.jsonl"):
+        read_rows("data/train.jsonl", "causal_lm")
+
+
+def test_a_hub_data_set_gives_the_rows_of_its_split(monkeypatch):
+    asked = []
+
+    def load_dataset(name, split):
+        asked.append((name, split))
+        return datasets.Dataset.from_list(ROWS)
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    rows = read_rows(["someone/some-data", "someone/some-data@test:2"], "causal_lm")
+    assert fields(rows) == ROWS * 2
+    assert asked == [("someone/some-data", "train"), ("someone/some-data", "test")]
+    assert rows[-1].place == "someone/some-data@test, row 3"
+
+
+SHARED = [{"from": "human", "value": "hi"}, {"from": "gpt", "value": "hello"}]
+TALK = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "hello"}]
+SYSTEM = {"role": "system", "content": "Be terse."}
+TOOL = {"type": "function", "function": {"name": "f", "parameters": {}}}
+
+
+@pytest.mark.parametrize(
+    ("row", "shape", "standard"),
+    [
+        ({"instruction": "a", "output": "b"}, "alpaca", {"prompt": "a", "completion": "b"}),
+        ({"instruction": "a", "input": "x", "output": "b"}, "alpaca", {"prompt": "a\nx", "completion": "b"}),
+        ({"instruction": "a", "input": "", "output": "b", "text": "t"}, "alpaca", {"prompt": "a", "completion": "b"}),
+        (
+            {"instruction": "hi", "output": "hello", "system": "Be terse."},
+            "alpaca",
+            {"messages": [SYSTEM, *TALK]},
+        ),
+        ({"conversations": SHARED}, "sharegpt", {"messages": TALK}),
+        ({"conversations": TALK}, "sharegpt", {"messages": TALK}),
+        ({"conversations": SHARED, "system": "Be terse."}, "sharegpt", {"messages": [SYSTEM, *TALK]}),
+        (
+            {
+                "conversations": [
+                    SHARED[0],
+                    {"from": "function_call", "value": '{"name": "f", "arguments": {"x": 1}}'},
+                    {"from": "observation", "value": "2"},
+                    SHARED[1],
+                ],
+                "tools": '[{"name": "f", "parameters": {}}]',
+            },
+            "sharegpt",
+            {
+                "messages": [
+                    TALK[0],
+                    {
+                        "role": "assistant",
+                        "content": "",
+                        "tool_calls": [{"type": "function", "function": {"name": "f", "arguments": {"x": 1}}}],
+                    },
+                    {"role": "tool", "content": "2"},
+                    TALK[1],
+                ],
+                "tools": [TOOL],
+            },
+        ),
+        ({"messages": TALK, "tools": [TOOL]}, "messages", {"messages": TALK, "tools": [TOOL]}),
+        (
+            {"messages": [{"role": "user", "content": [{"type": "text", "text": "hi"}]}, TALK[1]]},
+            "messages",
+            {"messages": TALK},
+        ),
+        ({"text": "Once upon a time", "id": 3}, "text", {"text": "Once upon a time"}),
+    ],
+)
+def test_every_shape_is_found_and_brought_to_standard_fields(tmp_path, row, shape, standard):
+    (tmp_path / "data.jsonl").write_text(json.dumps(row))
+    scan = scan_rows(tmp_path / "data.jsonl", "causal_lm")
+    assert scan.problems == []
+    assert scan.found.shape is not None
+    assert scan.found.shape.name == shape
+    assert fields(scan.rows) == [standard]
+
+
+def write(path, *rows):
+    path.write_text(WRITERS["jsonl"](rows))
+    return path
+
+
+def test_the_shape_is_that_of_most_rows_and_not_of_the_first(tmp_path):
+    scan = scan_rows(write(tmp_path / "data.jsonl", {"messages": TALK}, *ROWS), "causal_lm")
+    assert scan.found.shape is not None
+    assert scan.found.shape.name == "prompt/completion"
+    assert [problem.place for problem in scan.problems] == [f"{tmp_path / 'data.jsonl'}:1"]
+
+
+def test_what_a_row_holds_beside_its_shape_is_said(tmp_path):
+    row = {"instruction": "a", "input": "", "output": "b", "text": "a b", "id": 7}
+    summary = scan_rows(write(tmp_path / "data.jsonl", row), "causal_lm").summary()
+    assert summary.endswith("alpaca, 1 rows; fits text too (--format chooses); not used: text, id")
+
+
+def test_a_format_and_columns_win_over_what_is_found(tmp_path):
+    row = {"prompt": "wrong", "question": "a", "answer": "b", "text": "c"}
+    path = write(tmp_path / "data.jsonl", row)
+    layout = Layout.parse(None, ["prompt=question", "completion=answer"])
+    assert fields(read_rows(path, "causal_lm", layout)) == [{"prompt": "a", "completion": "b"}]
+    assert fields(read_rows(path, "causal_lm", Layout.parse("text", []))) == [{"text": "c"}]
+    with pytest.raises(DataError, match=r"--columns names columns that no row has: 'anwser' \(nearest: 'answer'"):
+        read_rows(path, "causal_lm", Layout.parse(None, ["prompt=question", "completion=anwser"]))
+    with pytest.raises(ConfigError, match="found 'promt=question' \\(nearest: 'prompt'"):
+        Layout.parse(None, ["promt=question"])
+    with pytest.raises(ConfigError, match="--format text does not fit --task seq_cls, which takes text/label"):
+        read_rows(path, "seq_cls", Layout.parse("text", []))
+
+
+def test_rows_that_ask_what_an_evaluation_row_asks_are_left_out_of_training(tmp_path):
+    train = write(tmp_path / "train.jsonl", {"prompt": "a  b\n", "completion": "1"}, *ROWS)
+    test = write(tmp_path / "test.jsonl", {"prompt": "a b", "completion": "2"}, {"prompt": "new", "completion": "3"})
+    division = divide(train, test, "causal_lm", None)
+    assert fields(division.train) == ROWS
+    assert len(division.held_out) == 2
+    assert division.lines()[-1] == (
+        f"left out of training: 1 rows that ask what an evaluation row asks (the first: {train}:1)"
+    )
+    with pytest.raises(DataError, match=r"every row of .*test.jsonl asks what a row of the evaluation data asks"):
+        divide(test, test, "causal_lm", None)
+
+
+def test_a_split_keeps_questions_together_that_differ_in_white_space_and_in_their_answers(tmp_path):
+    blanks = (" ", "  ", "\n", " \t")
+    rows = [{"prompt": f"{n % 40}{blanks[n // 40]}?", "completion": str(n)} for n in range(120)]
+    division = divide(write(tmp_path / "data.jsonl", *rows), None, "causal_lm", None, 0.2, seed=1)
+    sides = [{"".join(row.fields["prompt"].split()) for row in side} for side in (division.train, division.held_out)]
+    assert sides[0].isdisjoint(sides[1])
+    assert len(division.train) + len(division.held_out) == 120
+    assert 24 <= len(division.held_out) <= 27
+
+
+def test_conversations_with_the_same_question_and_other_answers_are_the_same_question(tmp_path):
+    talks = [{"messages": [TALK[0], {"role": "assistant", "content": str(n)}]} for n in range(3)]
+    longer = {"messages": [*TALK, {"role": "user", "content": "more"}, TALK[1]]}
+    train, test = write(tmp_path / "a.jsonl", *talks, longer), write(tmp_path / "b.jsonl", {"messages": TALK})
+    assert fields(divide(train, test, "causal_lm", None).train) == [longer]
+
+
+def test_a_weight_repeats_training_rows_and_never_evaluation_rows(tmp_path):
+    rows = [{"prompt": str(n), "completion": "x"} for n in range(20)]
+    path = write(tmp_path / "data.jsonl", *rows)
+    division = divide([f"{path}:3"], None, "causal_lm", None, 0.25, seed=0)
+    assert len(division.held_out) == 5
+    assert len(division.train) == 45
+    asked = [row.fields["prompt"] for row in division.train]
+    assert {asked.count(prompt) for prompt in asked} == {3}
+
+
+def test_every_example_of_the_documentation_has_the_shape_that_it_stands_under(tmp_path):
+    page = (ROOT / "docs" / "data.md").read_text(encoding="utf-8")
+    shapes = page[page.index("## Shapes") : page.index("## What is trained")]
+    seen = []
+    for part in shapes.split("\n**")[1:]:
+        name = part[: part.index("**")]
+        for example in re.findall(r"(?:^    .*\n)+", part, flags=re.MULTILINE):
+            (tmp_path / "data.jsonl").write_text(" ".join(example.split("\n")))
+            scan = scan_rows(tmp_path / "data.jsonl", "seq_cls" if name == "text/label" else "causal_lm")
+            assert scan.problems == []
+            assert scan.found.shape is not None
+            seen.append(scan.found.shape.name)
+            assert seen[-1] == name
+    assert {*seen} == {shape.name for shape in SHAPES}
+
+
+def test_prompts_of_every_shape_can_be_asked(tmp_path):
+    rows = [
+        {"prompt": "a"},
+        {"prompt": "a", "completion": "b"},
+        {"messages": TALK[:1]},
+        {"conversations": SHARED[:1]},
+        {"instruction": "a", "input": "x"},
+        {"instruction": "a", "output": "b"},
+        {"text": "Once upon"},
+    ]
+    assert fields(read_prompts(write(tmp_path / "data.jsonl", *rows))) == [
+        {"prompt": "a"},
+        {"prompt": "a", "completion": "b"},
+        {"messages": TALK[:1]},
+        {"messages": TALK[:1]},
+        {"prompt": "a\nx"},
+        {"prompt": "a", "completion": "b"},
+        {"text": "Once upon"},
+    ]
