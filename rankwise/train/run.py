@@ -4,7 +4,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from rankwise.errors import StorageError
 from rankwise.train.config import TrainConfig
 from rankwise.train.evaluate import held_out_loss
 from rankwise.train.interrupt import first_interrupt
@@ -40,7 +39,7 @@ def run_training(
     """Train to the end, from the newest checkpoint if the run is resumed, and leave the best adapter in the model.
 
     Without evaluations, or when the user ends it early, that is the adapter as it is then.
-    Raises StorageError if the disk is full: what the run saved before stays, and it can be resumed.
+    Raises StorageError if the disk is full: what the run saved before stays.
     """
     total = len(training.plan)
     watch = Watch(training.parameters, config.patience)
@@ -71,8 +70,6 @@ def run_training(
                 run.save_checkpoint(training, watch, steps, labels)
         except KeyboardInterrupt:
             at_once = True
-        except StorageError as error:
-            raise StorageError(f"{error}; then go on with: rankwise train --resume {run.path}") from None
     complete = not at_once and (training.done == total or watch.gave_up)
     if complete and watch.best:
         watch.take_best()

@@ -12,7 +12,7 @@ from filelock import FileLock, Timeout
 from torch import nn
 
 from rankwise import atomic
-from rankwise.errors import ConfigError, listing
+from rankwise.errors import ConfigError, StorageError, listing
 from rankwise.lora.checkpoint import save_adapter
 from rankwise.models.adapted import LABELS_FILE
 from rankwise.train.checkpoints import Checkpoints
@@ -56,11 +56,17 @@ class RunFolder:
         try:
             self._check_resumable() if self.resume else self._check_empty()
         except BaseException:
-            self.__exit__()
+            self._leave()
             raise
         return self
 
-    def __exit__(self, *_: Any) -> None:
+    def __exit__(self, _kind: Any, error: BaseException | None, _trace: Any) -> None:
+        """Raises StorageError with the command to go on with, if a StorageError ended the run."""
+        self._leave()
+        if isinstance(error, StorageError) and (self.path / SETTINGS_FILE).is_file():
+            raise StorageError(f"{error}: rankwise train --resume {self.path}") from None
+
+    def _leave(self) -> None:
         try:
             if [entry.name for entry in self.path.glob("*")] == [LOCK_FILE]:
                 (self.path / LOCK_FILE).unlink()

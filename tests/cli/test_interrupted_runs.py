@@ -148,7 +148,7 @@ def test_a_run_that_is_killed_and_then_out_of_room_gives_the_same_bytes(options,
         rest = process.stderr.read()
     assert process.returncode == 2
     assert "File too large; raise the limit on a file's size" in rest
-    assert f"then go on with: rankwise train --resume {run}" in rest
+    assert f"and try again: rankwise train --resume {run}" in rest
     assert "Traceback" not in rest
     assert main(["train", "--resume", str(run)]) == 0
     assert outcome(run) == whole

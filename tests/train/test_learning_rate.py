@@ -69,7 +69,7 @@ def test_the_check_takes_the_rate_with_the_lowest_loss_and_leaves_no_trace(held_
 def test_the_check_fails_only_if_no_rate_gives_a_finite_loss():
     run = engine()
     run.model.lm_head.weight.data[:] = float("inf")
-    with pytest.raises(RankwiseError, match="no learning rate of 0.0005, 0.0015, 0.0045 gives a finite loss"):
+    with pytest.raises(RankwiseError, match=r"no learning rate of 0\.0005, 0\.0015, 0\.0045 gives"):
         best_rate(run, EXAMPLES, [], settings(lr="auto"))
 
 
