@@ -67,8 +67,7 @@ def finetune(config: TrainConfig, reporter: Reporter | None = None) -> dict[str,
     engine = engine_for(config.task, model, pad_id(tokenizer), data.train)
     reporter.say(report.summary())
     reporter.say(_describe(data, engine))
-
-    plan = forecast(data.train, config, lora, len(labels), engine.packs)
+    predicted = forecast(data.train, config, lora, len(labels), engine.packs)
 
     sha_before = base_sha256(model)
     before = _evaluate(engine, tokenizer, data, reporter, "evaluating before")
@@ -91,8 +90,7 @@ def finetune(config: TrainConfig, reporter: Reporter | None = None) -> dict[str,
         "useful_tokens": sum(step.tokens for step in steps),
         "useful_tokens_per_second": sum(step.tokens for step in steps) / steps[-1].seconds if steps else None,
         "peak_memory_bytes": peak_memory_bytes(),
-        "predicted_seconds": plan and plan.adapter.seconds and plan.adapter.seconds.total,
-        "predicted_peak_memory_bytes": plan and plan.adapter.memory and plan.adapter.memory.peak,
+        **predicted,
         "packed": engine.packs,
         "base_sha256_before": sha_before,
         "base_sha256_after": base_sha256(model),
