@@ -39,7 +39,7 @@ class PlanConfig(TrainConfig):
     labels: int = 2
     """Classes (seq_cls), where there is no --data."""
     time: bool = True
-    """--no-time leaves the time out. Otherwise this machine is measured once, which takes about ten seconds."""
+    """--no-time leaves the time out. Otherwise this machine is measured once, in about ten seconds."""
     recalibrate: bool = False
     """Measure this machine again."""
     json: bool = False
