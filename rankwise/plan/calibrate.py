@@ -1,4 +1,4 @@
-"""Measures how fast this machine computes. The only file of this folder that needs torch, which it imports when called."""
+"""Measures how fast this machine computes. The only file of this folder that imports torch, and only when called."""
 
 import subprocess
 import sys
