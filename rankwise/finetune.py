@@ -60,8 +60,9 @@ def finetune(config: TrainConfig, reporter: Reporter | None = None, resume: bool
         return _finetune(config, run, reporter or Reporter())
 
 
-def _finetune(config: TrainConfig, run: RunFolder, reporter: Reporter) -> dict[str, Any]:
-    lora = LoraConfig(
+def lora_config(config: TrainConfig) -> LoraConfig:
+    """The adapter's settings of a run."""
+    return LoraConfig(
         task_type=TASK_TYPES[config.task],
         r=config.r,
         lora_alpha=config.lora_alpha,
@@ -72,6 +73,10 @@ def _finetune(config: TrainConfig, run: RunFolder, reporter: Reporter) -> dict[s
         use_dora=config.use_dora,
         base_model_name_or_path=config.model,
     )
+
+
+def _finetune(config: TrainConfig, run: RunFolder, reporter: Reporter) -> dict[str, Any]:
+    lora = lora_config(config)
     train_rows, held_out_rows = read_data(config, reporter.say)
     torch.manual_seed(config.seed)
 
@@ -85,14 +90,8 @@ def _finetune(config: TrainConfig, run: RunFolder, reporter: Reporter) -> dict[s
     reporter.say(report.summary())
     reporter.say(_describe(data, engine, len(train_rows) - len(data.train)))
 
-    first = [batch for step in planned_steps(data.train, config)[:START_STEPS] for batch in step]
-    if config.explain_engine:
-        reporter.say(explain(engine, first))
-    if config.init_lora_weights in FROM_DATA:
-        with reporter.stage("starting the adapter from the first batches"):
-            start_from_data_(model, first, engine.loss)
-
-    plan = forecast(data.train, config, lora, len(labels), engine.packs)
+    _prepare(engine, data, config, reporter)
+    predicted = forecast(data.train, config, lora, len(labels), engine.packs)
     start, training = _start(engine, tokenizer, data, config, run, reporter)
     outcome = run_training(training, data.held_out, labels, config, run, reporter)
     steps, interrupted = outcome.steps, outcome.interrupted
@@ -117,14 +116,23 @@ def _finetune(config: TrainConfig, run: RunFolder, reporter: Reporter) -> dict[s
         "useful_tokens": sum(step.tokens for step in steps),
         "useful_tokens_per_second": sum(step.tokens for step in steps) / steps[-1].seconds if steps else None,
         "peak_memory_bytes": peak_memory_bytes(),
-        "predicted_seconds": plan and plan.adapter.seconds and plan.adapter.seconds.total,
-        "predicted_peak_memory_bytes": plan and plan.adapter.memory and plan.adapter.memory.peak,
+        **predicted,
         "packed": engine.packs,
         "base_sha256_before": start.base_sha256,
         "base_sha256_after": base_sha256(model),
     }
     run.finish(result, render_report(config.as_dict(), result, steps, str(report)))
     return result
+
+
+def _prepare(engine: Engine[Any], data: Dataset, config: TrainConfig, reporter: Reporter) -> None:
+    """What the first batches are needed for: an explanation of the engine, a start of the adapter from data."""
+    first = [batch for step in planned_steps(data.train, config)[:START_STEPS] for batch in step]
+    if config.explain_engine:
+        reporter.say(explain(engine, first))
+    if config.init_lora_weights in FROM_DATA:
+        with reporter.stage("starting the adapter from the first batches"):
+            start_from_data_(engine.model, first, engine.loss)
 
 
 def _start(

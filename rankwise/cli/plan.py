@@ -26,7 +26,7 @@ class PlanConfig(TrainConfig):
     model: str
     """As in train; or a config.json (also as --config FILE.json), or a published shape: gpt3-175b, llama-2-7b,
     roberta-base."""
-    data: Path | None = None  # pyright: ignore[reportIncompatibleVariableOverride]
+    data: tuple[Path, ...] = ()
     """As in train; its rows are tokenised. Without it --rows and --tokens-per-row say how much there is."""
     out: Path | None = None  # pyright: ignore[reportIncompatibleVariableOverride]
     """Not used."""
@@ -39,7 +39,7 @@ class PlanConfig(TrainConfig):
     labels: int = 2
     """Classes (seq_cls), where there is no --data."""
     time: bool = True
-    """--no-time leaves the time out. Otherwise this machine is measured once, which takes about ten seconds."""
+    """--no-time leaves the time out. Otherwise this machine is measured once, in about ten seconds."""
     recalibrate: bool = False
     """Measure this machine again."""
     json: bool = False
@@ -49,7 +49,7 @@ class PlanConfig(TrainConfig):
         yield from super()._problems()
         if (self.rows is None) != (self.tokens_per_row is None):
             yield "--rows and --tokens-per-row go together"
-        if self.data is not None and self.rows is not None:
+        if self.data and self.rows is not None:
             yield "give --data, or --rows and --tokens-per-row, not both"
         for name, least in (("rows", 1), ("tokens_per_row", 2), ("trained_per_row", 1), ("labels", 2)):
             if getattr(self, name) is not None and getattr(self, name) < least:
@@ -102,13 +102,10 @@ def _source(model: str) -> Path | str:
 def _examples(config: PlanConfig) -> tuple[list[Any], int]:
     """The rows that would train, tokenised, and the number of labels."""
     from rankwise.data.examples import examples_for
-    from rankwise.data.rows import read_rows, split_rows
+    from rankwise.finetune import read_data
     from rankwise.models.load import load_tokenizer
 
-    assert config.data is not None
-    rows = read_rows(config.data, config.task)
-    if config.eval_data is None and config.eval_fraction:
-        rows, _ = split_rows(rows, config.eval_fraction, config.seed)
+    rows, _ = read_data(config)
     labels = sorted({str(row.fields["label"]) for row in rows}) if config.task == "seq_cls" else []
     source = config.model
     if source in PUBLISHED or Path(source).suffix == ".json":
@@ -116,7 +113,7 @@ def _examples(config: PlanConfig) -> tuple[list[Any], int]:
     tokenizer = load_tokenizer(source)
     limit = read_shape(_source(source), config.task, len(labels)).positions
     length = min(config.max_length, limit)
-    return examples_for(config.task, rows, tokenizer, labels, length, config.long_rows), len(labels)
+    return examples_for(config.task, rows, tokenizer, labels, length, config.long_rows, config.train_on), len(labels)
 
 
 def _batches(config: PlanConfig, shape: ModelShape, examples: list[Any]) -> list[Batch]:

@@ -11,6 +11,7 @@ from math import log
 from pathlib import Path
 
 from rankwise import atomic
+from rankwise.models.gguf import cache_folder
 
 FORMAT = 1
 """Raised when what is measured changes, so that older files are measured again."""
@@ -62,10 +63,8 @@ def _between(pairs: tuple[tuple[int, float], ...], size: int) -> float:
 
 def cache_file() -> Path:
     """Where the rates of this machine, this torch and this number of threads are kept."""
-    own = os.environ.get("RANKWISE_CACHE")
-    folder = Path(own) if own else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "rankwise"
     key = "\n".join([_processor(), str(os.cpu_count()), os.environ.get("OMP_NUM_THREADS", ""), _torch_version()])
-    return folder / "machine" / f"{hashlib.sha256(key.encode()).hexdigest()[:16]}.json"
+    return cache_folder() / "machine" / f"{hashlib.sha256(key.encode()).hexdigest()[:16]}.json"
 
 
 def read_machine() -> Machine | None:

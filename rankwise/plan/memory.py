@@ -42,13 +42,8 @@ class Memory:
     """Lost between the pieces that the allocator hands out."""
 
     @property
-    def static(self) -> float:
-        """What does not depend on the batch, without the process itself."""
-        return self.frozen + self.trained
-
-    @property
     def peak(self) -> float:
-        return self.process + self.static + self.activations + self.working + self.slack
+        return sum(vars(self).values())
 
 
 def lora_memory(shape: ModelShape, report: InjectReport, batch: Batch, process_bytes: float) -> Memory:

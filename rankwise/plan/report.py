@@ -1,7 +1,10 @@
 """A plan as text."""
 
+from collections.abc import Callable
+
+from rankwise.plan.flops import Flops
 from rankwise.plan.memory import FLOAT, TRAINED
-from rankwise.plan.plan import Plan
+from rankwise.plan.plan import Cost, Plan
 
 
 def plan_text(plan: Plan) -> str:
@@ -31,9 +34,8 @@ def _totals(plan: Plan) -> list[str]:
         f"{_bytes(plan.adapter.static_bytes)}: {static:.1f} times less",
     ]
     if plan.steps:
-        shared = (
-            "" if plan.computed_tokens == plan.useful_tokens else f", {plan.computed_tokens:,} run through the model"
-        )
+        computed = plan.computed_tokens
+        shared = f", {computed:,} run through the model" if computed != plan.useful_tokens else ""
         counted = "texts" if plan.shape.classifies else "trained tokens"
         lines.append(
             f"work: {plan.steps:,} steps over {plan.useful_tokens:,} tokens{shared}; "
@@ -43,49 +45,35 @@ def _totals(plan: Plan) -> list[str]:
 
 
 def _costs(plan: Plan) -> list[str]:
-    rows = [("", "adapter", "full fine-tuning", "how")]
-    rows.append(_row(plan, "trained numbers", lambda c: f"{c.trained:,}", "N = Σ r·(d + k); P"))
-    how = f"{FLOAT}·P + {TRAINED}·N; {TRAINED}·P"
-    rows.append(_row(plan, "static memory", lambda c: _bytes(c.static_bytes), how))
-    rows.append(_row(plan, "saved file", lambda c: _bytes(c.file_bytes), f"{FLOAT}·N; {FLOAT}·P"))
+    """A table: what is counted, with the adapter, with full fine-tuning, and how it comes about."""
+    rows = [("", "adapter", "full fine-tuning", "")]
+
+    def add(name: str, text: Callable[[Cost], str], how: str = "") -> None:
+        rows.append((name, text(plan.adapter), text(plan.full), how))
+
+    add("trained numbers", lambda cost: f"{cost.trained:,}", "N = Σ r·(d + k); P")
+    add("static memory", lambda cost: _bytes(cost.static_bytes), f"{FLOAT}·P + {TRAINED}·N; {TRAINED}·P")
+    add("saved file", lambda cost: _bytes(cost.file_bytes), f"{FLOAT}·N; {FLOAT}·P")
     if plan.steps:
-        tokens = plan.computed_tokens
-        rows.append(
-            _row(
-                plan,
-                "FLOPs a token",
-                lambda c: _flops(c.flops.total / tokens) if c.flops else "",
-                "4·d·k + 6·r·(d + k); 6·d·k; head, attention",
-            )
-        )
-        rows.append(_row(plan, "FLOPs in total", lambda c: _flops(c.flops.total) if c.flops else "", ""))
-        rows.append(
-            _row(
-                plan,
-                "peak memory",
-                lambda c: _bytes(c.memory.peak) if c.memory else "",
-                "process + static + kept activations + logits + slack",
-            )
-        )
+        parts = "4·d·k + 6·r·(d + k); 6·d·k; attention, head"
+        add("FLOPs a token", lambda cost: _flops(cost.flops, plan.computed_tokens), parts)
+        add("FLOPs in total", lambda cost: _flops(cost.flops, 1))
+        parts = "process + static + kept activations + working + slack"
+        add("peak memory", lambda cost: _bytes(cost.memory.peak) if cost.memory else "", parts)
     if plan.adapter.seconds:
-        rows.append(_row(plan, "time", lambda c: _time(c.seconds.total) if c.seconds else "", "measured rates"))
+        add("time", lambda cost: _time(cost.seconds.total) if cost.seconds else "", "at the measured rates")
     widths = [max(len(row[column]) for row in rows) for column in range(3)]
     lines = [f"{row[0]:<{widths[0]}}  {row[1]:>{widths[1]}}  {row[2]:>{widths[2]}}  {row[3]}".rstrip() for row in rows]
-    return (
-        lines if plan.steps else [*lines, "", "FLOPs, peak memory and time need --data, or --rows and --tokens-per-row"]
-    )
-
-
-def _row(plan: Plan, name: str, text, how: str) -> tuple[str, str, str, str]:
-    return name, text(plan.adapter), text(plan.full), how
+    missing = "FLOPs, peak memory and time need --data, or --rows and --tokens-per-row"
+    return lines if plan.steps else [*lines, "", missing]
 
 
 def _bytes(count: float) -> str:
     return _with_unit(count, "B")
 
 
-def _flops(count: float) -> str:
-    return _with_unit(count, "FLOP")
+def _flops(flops: Flops | None, shared_by: int) -> str:
+    return _with_unit(flops.total / shared_by, "FLOP") if flops else ""
 
 
 def _with_unit(count: float, unit: str) -> str:

@@ -12,7 +12,7 @@ from rankwise.lora.config import LoraConfig
 from rankwise.models import local_path
 from rankwise.plan.architectures import read_shape
 from rankwise.plan.machine import read_machine
-from rankwise.plan.plan import Plan, make_plan
+from rankwise.plan.plan import make_plan
 from rankwise.plan.workload import Batch, packed_batch, padded_batch
 from rankwise.train.batches import planned_steps
 from rankwise.train.config import TrainConfig
@@ -34,13 +34,20 @@ def _counted(examples: Sequence[Any], packs: bool) -> Batch:
     return packed_batch(sum(lengths), len(stream.targets), packing.lengths, packing.before, len(examples))
 
 
-def forecast(examples: Sequence[Any], config: TrainConfig, lora: LoraConfig, labels: int, packs: bool) -> Plan | None:
-    """The plan of a run that is about to begin, or None for a model or targets that a plan does not know.
+def forecast(
+    examples: Sequence[Any], config: TrainConfig, lora: LoraConfig, labels: int, packs: bool
+) -> dict[str, Any]:
+    """What a plan says of a run that is about to begin, for result.json.
 
-    Its time is there only if this machine was measured before (`rankwise plan` does that).
+    None stands for a model or targets that a plan does not know. The time is None, too, unless this machine was
+    measured before (`rankwise plan` does that).
     """
     try:
         shape = read_shape(local_path(config.model), config.task, labels)
-        return make_plan(shape, lora, counted_batches(examples, config, packs), read_machine())
+        cost = make_plan(shape, lora, counted_batches(examples, config, packs), read_machine()).adapter
     except RankwiseError:
-        return None
+        return {"predicted_seconds": None, "predicted_peak_memory_bytes": None}
+    return {
+        "predicted_seconds": cost.seconds and cost.seconds.total,
+        "predicted_peak_memory_bytes": cost.memory and cost.memory.peak,
+    }
