@@ -50,6 +50,8 @@ if TYPE_CHECKING:
     from rankwise.lora.merge import unmerge_ as unmerge_
     from rankwise.lora.report import InjectReport as InjectReport
     from rankwise.lora.start import start_from_data_ as start_from_data_
+    from rankwise.rank.inspect import inspect_adapter as inspect_adapter
+    from rankwise.rank.shrink import shrink_ as shrink_
     from rankwise.train.config import TrainConfig as TrainConfig
 
 __version__ = "0.1.0"
@@ -71,12 +73,14 @@ _HOMES = {
     "delete_adapter_": "rankwise.lora.adapters",
     "eject_": "rankwise.lora.inject",
     "inject_": "rankwise.lora.inject",
+    "inspect_adapter": "rankwise.rank.inspect",
     "load_adapter_": "rankwise.lora.checkpoint",
     "merge_": "rankwise.lora.merge",
     "merge_and_remove_": "rankwise.lora.merge",
     "read_adapter": "rankwise.lora.checkpoint",
     "register_layer": "rankwise.lora.kinds",
     "save_adapter": "rankwise.lora.checkpoint",
+    "shrink_": "rankwise.rank.shrink",
     "start_from_data_": "rankwise.lora.start",
     "trainable_parameters": "rankwise.lora.inject",
     "unmerge_": "rankwise.lora.merge",

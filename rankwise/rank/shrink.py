@@ -34,8 +34,6 @@ _FINE = 2 ** (-1 / 8)
 """Ratio of the ladder's rungs once halving has gone too far."""
 _OBSERVED_AT_ONCE = 4
 """Rows in one forward and backward pass on the calibration part."""
-_CONFIRMED = 3
-"""The smallest accepted rungs that are tested on the confirmation part."""
 
 Part = Literal["choice", "confirmation"]
 
@@ -292,7 +290,7 @@ class Ladder:
 
         Raises DataError if the rows for confirmation confirm none of the accepted ones.
         """
-        candidates = self._accepted()[-_CONFIRMED:]
+        candidates = self._accepted()
         confirmed = None
         for total in candidates:
             comparison = self._test("confirmation", total)

@@ -107,12 +107,21 @@ def test_the_ladder_finds_the_smallest_total_rank_within_one_rung():
 
         total, _, _ = Ladder(test, largest=200, least=1, delta=0.1).descend()
         assert needed <= total <= max(needed + 1, needed * 2 ** (1 / 8) + 1)
-        assert len(tried) <= 20
+        assert len(tried) <= 32
 
 
 def test_what_the_confirmation_part_refutes_is_not_promised():
     def test(part, total):
         bound = 0.05 if part == "choice" or total > 100 else 1.0
+        return Comparison(bound, bound, 0.1, 60)
+
+    total, at_most, _ = Ladder(test, largest=200, least=1, delta=0.1).descend()
+    assert (total, at_most) == (200, 0.1)
+
+
+def test_if_nothing_is_confirmed_the_reason_is_said():
+    def test(part, total):
+        bound = 0.05 if part == "choice" else 1.0
         return Comparison(bound, bound, 0.1, 60)
 
     with pytest.raises(DataError, match="on 60 confirmation rows"):
