@@ -123,8 +123,8 @@ class Contest:
         full = {part: measure(engine, getattr(self.held_out, part)) for part in ("choice", "confirmation")}
 
         def test(part: str, ranks: Mapping[str, int]) -> dict[str, Any]:
+            from rankwise.rank.cut import set_updates_
             from rankwise.rank.paired import compare
-            from rankwise.rank.shrink import set_updates_
 
             cut = {name: parts[name].truncated(rank) for name, rank in ranks.items()}
             set_updates_(engine.model, layers, cut, "default", "vllm")

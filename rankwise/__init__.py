@@ -52,6 +52,8 @@ if TYPE_CHECKING:
     from rankwise.lora.report import InjectReport as InjectReport
     from rankwise.lora.start import start_from_data_ as start_from_data_
     from rankwise.lora.start import start_from_original_ as start_from_original_
+    from rankwise.rank.inspect import inspect_adapter as inspect_adapter
+    from rankwise.rank.shrink import shrink_ as shrink_
     from rankwise.train.config import TrainConfig as TrainConfig
     from rankwise.train.optimizer import lora_optimizer as lora_optimizer
 
@@ -74,6 +76,7 @@ _HOMES = {
     "delete_adapter_": "rankwise.lora.adapters",
     "eject_": "rankwise.lora.inject",
     "inject_": "rankwise.lora.inject",
+    "inspect_adapter": "rankwise.rank.inspect",
     "load_adapter_": "rankwise.lora.checkpoint",
     "lora_optimizer": "rankwise.train.optimizer",
     "merge_": "rankwise.lora.merge",
@@ -81,6 +84,7 @@ _HOMES = {
     "read_adapter": "rankwise.lora.checkpoint",
     "register_layer": "rankwise.lora.kinds",
     "save_adapter": "rankwise.lora.checkpoint",
+    "shrink_": "rankwise.rank.shrink",
     "start_from_data_": "rankwise.lora.start",
     "start_from_original_": "rankwise.lora.start",
     "swap_adapter_": "rankwise.lora.checkpoint",

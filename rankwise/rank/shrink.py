@@ -1,30 +1,27 @@
 """P2, after training: the smallest ranks whose held-out loss is shown to be at most δ worse than the full adapter's.
 
-Held-out rows are cut into three parts. On the calibration part the layers' inputs are observed, which says how much
-each direction of each ΔW does. On the choice part the total rank goes down a ladder, directions of all layers in one
-order, and a paired test after each rung decides whether it goes on. What was found there is tested once more on the
+Held-out rows are cut into three parts. On the calibration part the layers' inputs are observed, which say how much each
+direction of each ΔW does, and the gradients of their outputs, which say how much that matters. On the choice part the
+total rank goes down a ladder, directions of all layers in one order (what they spare the loss, by the numbers that they
+cost), and a paired test after each rung decides whether it goes on. What was found there is tested once more on the
 confirmation part, which no decision has seen; what is promised comes from there alone.
 """
 
 import math
-import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field, replace
+from contextlib import ExitStack
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from torch import nn
+from torch import Tensor, nn
 
 from rankwise.data.rows import Row, split_rows
 from rankwise.engine.engine import Engine
-from rankwise.errors import ConfigError, DataError, listing
-from rankwise.lora.config import LoraConfig
-from rankwise.lora.convolution import LoraConv
-from rankwise.lora.embedding import LoraEmbedding
-from rankwise.lora.inject import DEFAULT, adapters_off, injection, set_active
-from rankwise.lora.layers import LoraLayer, named_lora_layers, named_wrappers
-from rankwise.lora.linear import LoraLinear
+from rankwise.errors import ConfigError, DataError
+from rankwise.lora.inject import DEFAULT, adapters_off, injection, set_adapter_training
+from rankwise.lora.layers import LoraLayer, named_wrappers
 from rankwise.lora.low_rank import LowRank
+from rankwise.rank.cut import Reader, cuttable_layers, put_back_on_error, set_updates_
 from rankwise.rank.paired import Comparison, ExampleLosses, compare, measure
 from rankwise.rank.spectrum import Directions, directions, observe, spread
 
@@ -35,11 +32,10 @@ _LEAST_ROWS = 30
 """Rows in each part that is tested: with fewer, the distribution of a mean is too far from the assumed one."""
 _FINE = 2 ** (-1 / 8)
 """Ratio of the ladder's rungs once halving has gone too far."""
-_CONFIRMED = 3
-"""The smallest accepted rungs that are tested on the confirmation part."""
+_OBSERVED_AT_ONCE = 4
+"""Rows in one forward and backward pass on the calibration part."""
 
 Part = Literal["choice", "confirmation"]
-Reader = Literal["vllm", "llama.cpp"]
 
 
 @dataclass(frozen=True)
@@ -136,9 +132,7 @@ def shrink_(
     """Cut an adapter of the engine's model to the smallest ranks that the held-out examples allow, in place.
 
     The cut adapter's held-out loss is at most `delta` nats worse, with 95 % confidence; without `delta`, 5 % of what
-    the low-rank updates gain. `reader`: PEFT reads what is saved afterwards in either form, but vLLM applies one factor
-    to all modules, and llama.cpp divides lora_alpha by each module's own rank; where ranks differ, a file suits one of
-    them.
+    the low-rank updates gain. PEFT reads what is saved afterwards, whatever the `reader`.
 
     Several rungs are tested at 5 % each without a correction, because they are tested in a fixed order, from the
     largest down, and the first failure ends it (fixed-sequence testing: Maurer, Hothorn and Lehmacher 1995; Westfall
@@ -153,7 +147,7 @@ def shrink_(
     def measured(part: str, what: str) -> ExampleLosses:
         return measure(engine, getattr(held_out, part), lambda done: on_progress(f"{what}: {done}"))
 
-    cutter = _cutter(engine.model, adapter, reader, lambda: measured("calibration", "the layers' inputs"))
+    cutter = _cutter(engine, adapter, reader, held_out.calibration, on_progress)
     full = {part: measured(part, "the full adapter") for part in ("choice", "confirmation")}
     gain = _gain(cutter, full["choice"], lambda: measured("choice", "without its updates"))
 
@@ -164,7 +158,7 @@ def shrink_(
     allowed = delta if delta is not None else SHARE_OF_GAIN * gain
     ladder = Ladder(test, cutter.largest, cutter.smallest, allowed)
     before = cutter.updates()
-    with _put_back_on_error(cutter):
+    with put_back_on_error(cutter.model, cutter.layers, adapter):
         total, lost_at_most, confirmed = ladder.descend()
         if total >= sum(update.rank for update in before.values()):
             raise DataError("no smaller adapter can be shown to be good enough: " + ladder.stopped_because)
@@ -193,6 +187,8 @@ class _Cutter:
     adapter: str
     layers: Mapping[str, LoraLayer]
     parts: Mapping[str, Directions]
+    worth: Mapping[str, Tensor]
+    """What each direction spares the loss, by how many numbers it costs."""
     reader: Reader
     least: int
     """The least rank of each layer."""
@@ -200,7 +196,7 @@ class _Cutter:
     @property
     def largest(self) -> int:
         """The total rank from which nothing is cut."""
-        return sum(int((own.sizes > 0).sum()) for own in self.parts.values())
+        return sum(int((own > 0).sum()) for own in self.worth.values())
 
     @property
     def smallest(self) -> int:
@@ -213,46 +209,40 @@ class _Cutter:
 
     def cut(self, total: int) -> dict[str, int]:
         """Returns the rank of each layer."""
-        ranks = spread({name: own.sizes for name, own in self.parts.items()}, total, self.least)
+        ranks = spread(self.worth, total, self.least)
         updates = {name: self.parts[name].truncated(rank) for name, rank in ranks.items() if rank}
         set_updates_(self.model, self.layers, updates, self.adapter, self.reader)
         return ranks
 
 
-def _cutter(model: nn.Module, adapter: str, reader: Reader, run: Callable[[], object]) -> _Cutter:
-    """Splits the updates by what they do while `run` runs the model."""
-    layers = _cuttable_layers(model, adapter)
-    hidden = observe(layers, adapter, run)
-    parts = {name: directions(layer.update(adapter).low_rank(), hidden[name]) for name, layer in layers.items()}
+def _cutter(
+    engine: Engine[Any], adapter: str, reader: Reader, examples: Sequence[Any], on_progress: Callable[[str], None]
+) -> _Cutter:
+    """Splits the updates by what they do on `examples`."""
+    model = engine.model
+    layers = cuttable_layers(model, adapter)
+    set_adapter_training(model, False)
+    seen = observe(layers, adapter, _losses(engine, examples, on_progress))
+    updates = {name: layer.update(adapter).low_rank() for name, layer in layers.items()}
+    parts = {name: directions(update, seen[name].hidden) for name, update in updates.items()}
+    worth = {
+        name: parts[name].sizes.square() * seen[name].sensitivity / sum(update.shape)
+        for name, update in updates.items()
+    }
     # A bias that trains with the adapted layers has no place in the file without the layer.
     least = int(injection(model).configs[adapter].bias == "lora_only")
-    return _Cutter(model, adapter, layers, parts, reader, least)
+    return _Cutter(model, adapter, layers, parts, worth, reader, least)
+
+
+def _losses(engine: Engine[Any], examples: Sequence[Any], on_progress: Callable[[str], None]) -> Iterator[Tensor]:
+    """The summed loss of one small batch after the other; a backward pass follows, so activations are kept."""
+    for start in range(0, len(examples), _OBSERVED_AT_ONCE):
+        on_progress(f"what the layers do: {start}/{len(examples)}")
+        yield engine.example_losses(examples[start : start + _OBSERVED_AT_ONCE])[0].sum()
 
 
 def _numbers(updates: Mapping[str, LowRank]) -> int:
     return sum(update.A.numel() + update.B.numel() for update in updates.values())
-
-
-def _cuttable_layers(model: nn.Module, adapter: str) -> dict[str, LoraLayer]:
-    """The layers with an update of this adapter. Raises ConfigError, with all reasons, if one cannot be cut."""
-    layers = {name: layer for name, layer in named_lora_layers(model) if adapter in layer.shares}
-    problems = []
-    for name, layer in layers.items():
-        update = layer.update(adapter)
-        if update.magnitude is not None:
-            problems.append(f"{name}: DoRA's magnitudes belong to the full ΔW; merge it, or train plain LoRA")
-        if update.lora_bias is not None:
-            problems.append(f"{name}: B has a bias (lora_bias), which is no part of a rank")
-        if not isinstance(layer, LoraLinear | LoraEmbedding | LoraConv):
-            kind = type(layer).__name__
-            problems.append(f"{name}: a {kind} cannot be cut; linear layers, embeddings and convolutions can")
-        elif layer.groups > 1:
-            problems.append(f"{name}: a convolution with {layer.groups} groups shares its rank among them")
-    if not layers:
-        problems.append("it has no low-rank update")
-    if problems:
-        raise ConfigError("this adapter cannot be shrunk:\n" + listing(problems))
-    return layers
 
 
 def _gain(cutter: _Cutter, full: ExampleLosses, measured: Callable[[], ExampleLosses]) -> float:
@@ -300,7 +290,7 @@ class Ladder:
 
         Raises DataError if the rows for confirmation confirm none of the accepted ones.
         """
-        candidates = self._accepted()[-_CONFIRMED:]
+        candidates = self._accepted()
         confirmed = None
         for total in candidates:
             comparison = self._test("confirmation", total)
@@ -349,47 +339,3 @@ def _why(part: Part, total: int, comparison: Comparison, delta: float) -> str:
         return found
     everywhere = math.ceil(max(needed, comparison.rows + 1) / _PARTS[part])
     return f"{found}; these rows can't tell, and about {everywhere:,} held-out rows in all would"
-
-
-def set_updates_(
-    model: nn.Module, layers: Mapping[str, LoraLayer], updates: Mapping[str, LowRank], adapter: str, reader: Reader
-) -> None:
-    """Let these be the low-rank updates of an adapter, in place; layers without one lose theirs."""
-    injected = injection(model)
-    active = dict(injected.active)
-    r = max(update.rank for update in updates.values())
-    own = {re.escape(name): update.rank for name, update in updates.items() if update.rank != r}
-    config: LoraConfig = replace(
-        injected.configs[adapter],
-        r=r,
-        lora_alpha=r,
-        rank_pattern=own,
-        alpha_pattern=own if reader == "vllm" else {},
-        use_rslora=False,
-        init_lora_weights=True,
-    )
-    for name, layer in layers.items():
-        layer.remove(adapter)
-        if name in updates:
-            layer.add(adapter, config, name, draw=False)
-            update, low_rank = layer.update(adapter), updates[name]
-            root = math.sqrt(low_rank.scale / update.scale)
-            layer.set_row_factors(update, low_rank.A * root, low_rank.B * root)
-    injected.configs[adapter] = config
-    set_active(model, active)
-
-
-@contextmanager
-def _put_back_on_error(cutter: _Cutter) -> Iterator[None]:
-    injected, adapter = injection(cutter.model), cutter.adapter
-    config, active = injected.configs[adapter], dict(injected.active)
-    shares = {name: layer.shares[adapter] for name, layer in cutter.layers.items()}
-    try:
-        yield
-    except BaseException:
-        for name, layer in cutter.layers.items():
-            layer.remove(adapter)
-            layer.shares[adapter] = shares[name]
-        injected.configs[adapter] = config
-        set_active(cutter.model, active)
-        raise

@@ -1,6 +1,6 @@
 """The singular values of ΔW, and its nearest update of a lower rank, from the factors alone."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 
@@ -79,32 +79,55 @@ def directions(update: LowRank, hidden: Tensor) -> Directions:
     return Directions(sizes, Q @ vectors, vectors.T @ inner @ update.A.double())
 
 
-def observe(layers: Mapping[str, LoraLayer], adapter: str, run: Callable[[], object]) -> dict[str, Tensor]:
-    """E[(A·x)(A·x)ᵀ] [r, r] of each layer, over all places where it is applied while `run` runs the model, in fp64.
+@dataclass(frozen=True)
+class Observed:
+    """What passes through an adapted layer on calibration data."""
 
-    Raises ConfigError for layers that are not called.
+    hidden: Tensor
+    """E[(A·x)(A·x)ᵀ] [r, r] over all places where the layer was applied, in fp64."""
+    sensitivity: float
+    """Σ‖g‖² / d over the places, g [d] the gradient of the loss by the layer's output there.
+
+    A small change c of the outputs raises the loss by about ½·Σ(g·c)² (Fisher information in the place of the Hessian),
+    which is ½·sensitivity·E‖c‖² if gradients point in all directions alike.
     """
-    sums = {name: torch.zeros((), dtype=torch.float64) for name in layers}
-    places = dict.fromkeys(layers, 0)
+
+
+def observe(layers: Mapping[str, LoraLayer], adapter: str, losses: Iterable[Tensor]) -> dict[str, Observed]:
+    """Watch the layers while `losses` runs the model, batch by batch, each loss a sum over all that is counted.
+
+    No parameter's gradient is touched. Raises ConfigError for layers that the model does not call.
+    """
+    hidden = {name: torch.zeros((), dtype=torch.float64) for name in layers}
+    sensitivity, places = dict.fromkeys(layers, 0.0), dict.fromkeys(layers, 0)
+    outputs: list[tuple[str, Tensor]] = []
 
     def note(name: str) -> Callable[..., None]:
-        def before_forward(layer: LoraLayer, inputs: tuple[Tensor, ...]) -> None:
-            h = _hidden(layer, adapter, inputs[0]).flatten(0, -2).double()
-            sums[name] = sums[name].to(h.device) + h.T @ h
+        def after_forward(layer: LoraLayer, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+            h = _hidden(layer, adapter, inputs[0]).detach().flatten(0, -2).double()
+            hidden[name] = hidden[name].to(h.device) + h.T @ h
             places[name] += len(h)
+            # In a frozen model nothing else would let gradients flow.
+            outputs.append((name, output if output.requires_grad else output.requires_grad_()))
 
-        return before_forward
+        return after_forward
 
-    with ExitStack() as stack, torch.no_grad():
+    with ExitStack() as stack, torch.enable_grad():
         for name, layer in layers.items():
-            stack.callback(layer.register_forward_pre_hook(note(name)).remove)
-        run()
+            stack.callback(layer.register_forward_hook(note(name)).remove)
+        for loss in losses:
+            gradients = torch.autograd.grad(loss, [output for _, output in outputs], allow_unused=True)
+            for (name, output), gradient in zip(outputs, gradients, strict=True):
+                if gradient is not None:
+                    d = output.shape[layers[name].output_dim]
+                    sensitivity[name] += gradient.double().square().sum().item() / d
+            outputs.clear()
     if unreached := [name for name, count in places.items() if not count]:
         raise ConfigError(
             "the model computes without calling these layers, so what their updates do cannot be observed: "
             + ", ".join(unreached[:5])
         )
-    return {name: sums[name] / places[name] for name in layers}
+    return {name: Observed(hidden[name] / places[name], sensitivity[name]) for name in layers}
 
 
 def _hidden(layer: LoraLayer, adapter: str, x: Tensor) -> Tensor:
@@ -117,12 +140,14 @@ def _hidden(layer: LoraLayer, adapter: str, x: Tensor) -> Tensor:
     return F.linear(x.to(A.dtype), A)
 
 
-def spread(sizes: Mapping[str, Tensor], budget: int, least: int = 0) -> dict[str, int]:
-    """The rank of each layer if the `budget` largest sizes of all layers are kept, and at least `least` of each."""
-    floor = sum(min(least, len(own)) for own in sizes.values())
-    ranks = {name: min(least, len(own)) for name, own in sizes.items()}
-    rest = [(size, name) for name, own in sizes.items() for size in own[ranks[name] :].tolist() if size > 0]
-    for _, name in sorted(rest, key=lambda pair: -pair[0])[: max(0, budget - floor)]:
+def spread(worth: Mapping[str, Tensor], budget: int, least: int = 0) -> dict[str, int]:
+    """The rank of each layer if the `budget` most worthy directions of all layers are kept, and `least` of each.
+
+    worth: for each layer the worth of its directions, falling; 0 is never kept beyond `least`.
+    """
+    ranks = {name: min(least, len(own)) for name, own in worth.items()}
+    rest = [(value, name) for name, own in worth.items() for value in own[ranks[name] :].tolist() if value > 0]
+    for _, name in sorted(rest, key=lambda pair: -pair[0])[: max(0, budget - sum(ranks.values()))]:
         ranks[name] += 1
     return ranks
 

@@ -102,7 +102,7 @@ def test_a_rank_above_vllms_default_is_a_note_and_no_refusal(tmp_path):
 
 @pytest.mark.parametrize("reader", ["vllm", "llama.cpp"])
 def test_an_adapter_shrunk_for_a_reader_loads_there(reader, tmp_path):
-    from rankwise.rank.shrink import set_updates_
+    from rankwise.rank.cut import set_updates_
 
     model, _ = saved(tmp_path)
     layers = dict(named_lora_layers(model))

@@ -107,12 +107,21 @@ def test_the_ladder_finds_the_smallest_total_rank_within_one_rung():
 
         total, _, _ = Ladder(test, largest=200, least=1, delta=0.1).descend()
         assert needed <= total <= max(needed + 1, needed * 2 ** (1 / 8) + 1)
-        assert len(tried) <= 20
+        assert len(tried) <= 32
 
 
 def test_what_the_confirmation_part_refutes_is_not_promised():
     def test(part, total):
         bound = 0.05 if part == "choice" or total > 100 else 1.0
+        return Comparison(bound, bound, 0.1, 60)
+
+    total, at_most, _ = Ladder(test, largest=200, least=1, delta=0.1).descend()
+    assert (total, at_most) == (200, 0.1)
+
+
+def test_if_nothing_is_confirmed_the_reason_is_said():
+    def test(part, total):
+        bound = 0.05 if part == "choice" else 1.0
         return Comparison(bound, bound, 0.1, 60)
 
     with pytest.raises(DataError, match="on 60 confirmation rows"):
@@ -218,6 +227,8 @@ PLANTED = {
     "model.layers.1.self_attn.o_proj": 4,
     "model.layers.1.mlp.up_proj": 6,
 }
+PRECISE = 0.004
+"""Nats; less than any of the planted directions spares the loss."""
 STORED = LoraConfig(task_type="CAUSAL_LM", r=32, rank_pattern={"k_proj": 16, "v_proj": 16})
 
 
@@ -234,7 +245,7 @@ def shrunk(request):
     model = planted()
     examples = spoken_by(model, 400)
     engine, held_out = LanguageEngine(model, 2, examples), parts_of(examples)
-    return model, shrink_(engine, held_out, reader=request.param), held_out, request.param
+    return model, shrink_(engine, held_out, PRECISE, request.param), held_out, request.param
 
 
 def test_planted_ranks_are_found_with_a_loss_within_delta(shrunk):
@@ -243,7 +254,7 @@ def test_planted_ranks_are_found_with_a_loss_within_delta(shrunk):
     assert sum(report.ranks_before.values()) == 384
     assert total <= sum(report.ranks_after.values()) <= 1.1 * total
     assert all(report.ranks_after[name] >= rank for name, rank in PLANTED.items())
-    assert report.lost_at_most <= report.delta == pytest.approx(0.05 * report.gain)
+    assert report.lost_at_most <= report.delta == PRECISE
     fresh = spoken_by(planted(), 100, seed=9)
     full, cut = (measure(LanguageEngine(each, 2, fresh), fresh).mean for each in (planted(), model))
     assert cut - full < report.delta
@@ -315,6 +326,7 @@ def test_adapters_of_every_plain_kind_shrink_and_keep_what_is_no_update(config, 
     engine = LanguageEngine(again, 2, examples)
     report = shrink_(engine, parts_of(examples))
     small = read_adapter(save_adapter(again, tmp_path / "small"))
+    assert report.lost_at_most <= report.delta == pytest.approx(0.05 * report.gain)
     assert sum(report.ranks_after.values()) < sum(report.ranks_before.values())
     assert {name: update.rank for name, update in small.low_rank.items()} == {
         name: rank for name, rank in report.ranks_after.items() if rank

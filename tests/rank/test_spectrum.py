@@ -105,26 +105,40 @@ class Net(nn.Module):
 
 
 def observed_net(targets):
+    """(model, its layers, inputs, the gradient of the loss by the output, what was observed)"""
     torch.manual_seed(0)
     model = Net().double()
     inject_(model, LoraConfig(r=4, target_modules=targets, init_lora_weights=False))
     layers = dict(named_lora_layers(model))
-    ids = torch.randint(11, (3, 10))
-    return model, layers, ids, observe(layers, "default", lambda: model(ids))
+    batches = torch.randint(11, (2, 3, 10))
+    slope = torch.randn(5, dtype=torch.float64)
+    return model, layers, batches, slope, observe(layers, "default", ((model(ids) @ slope).sum() for ids in batches))
 
 
 @pytest.mark.parametrize("name", ["embed", "conv", "linear"])
 def test_sizes_are_how_far_each_direction_moves_the_output_of_every_kind_of_layer(name):
-    model, layers, ids, hidden = observed_net(["embed", "conv", "linear"])
+    model, layers, batches, _, seen = observed_net(["embed", "conv", "linear"])
     layer = layers[name]
-    parts = directions(layer.update("default").low_rank(), hidden[name])
+    parts = directions(layer.update("default").low_rank(), seen[name].hidden)
     inputs = []
     handle = layer.register_forward_pre_hook(lambda _, args: inputs.append(args[0]))
-    model(ids)
+    for ids in batches:
+        model(ids)
     handle.remove()
-    change = layer.product(layer.update("default"), inputs[0]).movedim(layer.output_dim, -1).flatten(0, -2)
+    change = layer.product(layer.update("default"), torch.cat(inputs)).movedim(layer.output_dim, -1).flatten(0, -2)
     moved = (change @ parts.outputs).square().mean(0).sqrt()
     torch.testing.assert_close(moved, parts.sizes, rtol=1e-6, atol=1e-9)
+
+
+def test_sensitivity_is_the_sum_of_squared_gradients_by_the_outputs():
+    _, _, _, slope, seen = observed_net(["linear"])
+    # 2 batches of 3 rows with 5 places each.
+    assert seen["linear"].sensitivity == pytest.approx(30 * slope.square().sum().item() / 5)
+
+
+def test_observing_touches_no_gradient():
+    model, *_ = observed_net(["embed", "conv", "linear"])
+    assert all(parameter.grad is None for parameter in model.parameters())
 
 
 def test_a_layer_that_the_model_does_not_call_is_refused():
@@ -132,7 +146,7 @@ def test_a_layer_that_the_model_does_not_call_is_refused():
         observed_net(["linear", "idle"])
 
 
-def test_spread_keeps_the_largest_of_all_layers_and_the_least_of_each():
+def test_spread_keeps_the_most_worthy_of_all_layers_and_the_least_of_each():
     sizes = {"a": torch.tensor([9.0, 8.0, 1.0]), "b": torch.tensor([3.0, 2.0, 0.0]), "c": torch.tensor([0.5])}
     assert spread(sizes, 3) == {"a": 2, "b": 1, "c": 0}
     assert spread(sizes, 3, least=1) == {"a": 1, "b": 1, "c": 1}
