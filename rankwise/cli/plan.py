@@ -4,7 +4,7 @@ import json
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from rankwise.cli.arguments import parse
 from rankwise.errors import ConfigError
@@ -22,6 +22,8 @@ from rankwise.train.config import TrainConfig
 @dataclass(frozen=True, kw_only=True)
 class PlanConfig(TrainConfig):
     """Say what `rankwise train` with the same flags would train, hold and take, before any weight is loaded."""
+
+    needs_data: ClassVar[bool] = False
 
     model: str
     """As in train; or a config.json (also as --config FILE.json), or a published shape: gpt3-175b, llama-2-7b,

@@ -235,7 +235,7 @@ def _encoder(s: Settings, kind: str, labels: int) -> ModelShape:
     distil, bert = kind == "distilbert", kind == "bert"
     d, heads = s.number("hidden_size", "dim"), s.number("num_attention_heads", "n_heads")
     f = s.number("intermediate_size", "hidden_dim")
-    attention: Attention = "packed" if bert else "padded"
+    attention: Attention = "padded" if distil else "packed"
     names = tuple(f"attention.self.{part}" for part in ("query", "key", "value"))
     names = (*names, "attention.output.dense", "intermediate.dense", "output.dense")
     if distil:

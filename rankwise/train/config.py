@@ -2,7 +2,7 @@
 
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from rankwise.data.shapes import Format
 from rankwise.data.transcripts import TrainOn
@@ -31,6 +31,8 @@ class TrainConfig:
 
     --resume RUN goes on with an interrupted run, with the settings in its run.yaml and no others.
     """
+
+    needs_data: ClassVar[bool] = True
 
     model: str
     """Base model: smollm2-135m, minilm-l6, a Hugging Face folder, a .gguf file or a hub id."""
@@ -122,7 +124,7 @@ class TrainConfig:
             raise ConfigError("these settings cannot be:\n" + listing(problems))
 
     def _problems(self):
-        if not self.data:
+        if self.needs_data and not self.data:
             yield "--data must name at least one file, folder or hub data set"
         if not 0 <= self.eval_fraction < 1:
             yield f"--eval-fraction must lie in [0, 1), found {self.eval_fraction}"
