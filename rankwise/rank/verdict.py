@@ -13,11 +13,11 @@ SCOPE = (
 def verdict(sweep: Sweep) -> str:
     """Which rank to take and how sure that is, or that the data cannot tell and what could, in one or two sentences."""
     c = sweep.comparisons
-    if c.gain.lower <= 0:
-        more = _more(needed(c.gain, abs(c.gain.mean)))
+    if not learned(sweep):
         return (
-            f"These data cannot tell any rank: rank {c.reference} has not lowered the held-out loss beyond chance "
-            f"(by {c.gain.mean:.4f} nats, 90 % interval {c.gain.lower:.4f} to {c.gain.upper:.4f}); {more}."
+            f"These data cannot tell any rank: r = {c.reference} has not lowered the held-out loss beyond chance "
+            f"(by {c.gain.mean:.4f} nats, 90 % interval {c.gain.lower:.4f} to {c.gain.upper:.4f}). "
+            "Train longer, or with another --lr."
         )
     below = c.below
     if c.sufficient != c.reference:
@@ -38,6 +38,11 @@ def verdict(sweep: Sweep) -> str:
         f"{below.difference:.4f} nats, 90 % interval {below.lower:.4f} to {below.upper:.4f}, and the margin is "
         f"{c.margin:.4f}; {_more_for(below)}."
     )
+
+
+def learned(sweep: Sweep) -> bool:
+    """Whether the largest rank lowered the loss at all, with 95 % confidence; if not, nothing can be said on ranks."""
+    return sweep.comparisons.gain.lower > 0
 
 
 def _above(bound: float) -> str:
@@ -61,17 +66,12 @@ def _why_not_less(below: Comparison | None) -> str:
 
 def _more_for(comparison: Comparison) -> str:
     over = comparison.beyond_margin
-    return _more(needed(over, abs(over.mean)), over.seeds, over.examples)
-
-
-def _more(enough: tuple[int | None, int | None], seeds: int = 0, examples: int = 0) -> str:
-    more_seeds, more_examples = enough
+    seeds, examples = needed(over, abs(over.mean))
     ways = []
-    if more_seeds:
-        ways.append(f"about {max(1, more_seeds - seeds)} more seeds" if seeds else f"about {more_seeds} seeds")
-    if more_examples:
-        count = max(1, more_examples - examples) if examples else more_examples
-        ways.append(f"about {count:,} {'more ' if examples else ''}held-out examples")
+    if seeds:
+        ways.append(f"about {max(1, seeds - over.seeds)} more seeds")
+    if examples:
+        ways.append(f"about {max(1, examples - over.examples):,} more held-out examples")
     return f"{' or '.join(ways)} would" if ways else "neither more seeds nor more examples within reason would"
 
 
@@ -101,9 +101,12 @@ def notes(sweep: Sweep) -> list[str]:
     """What a reader must know beside the verdict."""
     c = sweep.comparisons
     lines = [f"{margin_rule(sweep)}; {len(sweep.seeds)} seeds, {len(sweep.counts):,} held-out examples."]
-    power = achieved_power(sweep)
-    weak = "" if power >= POWER else f" Below {POWER:.0%}, an open question is no sign that a rank is worse."
-    lines.append(f"A rank exactly as good as r = {c.reference} would have passed in {power:.0%} of such sweeps.{weak}")
+    if learned(sweep):
+        power = achieved_power(sweep)
+        weak = "" if power >= POWER else f" Below {POWER:.0%}, an open question is no sign that a rank is worse."
+        lines.append(
+            f"A rank exactly as good as r = {c.reference} would have passed in {power:.0%} of such sweeps.{weak}"
+        )
     for check in sweep.rate_checks:
         if check.best != 1:
             name = _name(check.rank)
@@ -111,7 +114,7 @@ def notes(sweep: Sweep) -> list[str]:
             lines.append(f"Learning rate: × {check.best:.2g} was better at {name} and is used there{beyond}.")
     if sweep.rate_checks and all(check.best == 1 for check in sweep.rate_checks):
         tried = ", ".join(str(check.rank) for check in sweep.rate_checks if check.rank > 0)
-        lines.append(f"Learning rate: a third and three times of it were both worse at r = {tried}.")
+        lines.append(f"Learning rate: neither a third nor three times of it was better at r = {tried}.")
     full = sweep.against_full
     if full is not None:
         passes = full.upper < c.margin

@@ -67,6 +67,18 @@ def test_the_search_for_a_rate_goes_on_while_it_gets_better_and_each_rank_trains
     assert any("× 9 was better at r = 4" in note for note in notes(found))
 
 
+def test_rates_that_do_equally_well_leave_the_rate_as_it_is():
+    run, asked = made_up()
+
+    def indifferent(rank, seed, factor):
+        result = run(rank, seed, 1.0)
+        return RunResult(result.losses - 0.002 * np.log(factor), result.counts, 1.0, result.parameters)
+
+    found = sweep(indifferent, [1, 2, 4], range(2))
+    assert set(found.factors.values()) == {1.0}
+    assert len(asked) == 2 * 4 + 3 * 2
+
+
 def test_a_rate_that_diverges_is_passed_over_but_not_that_of_the_settings():
     run, _ = made_up()
 
