@@ -88,33 +88,26 @@ def margin_rule(sweep: Sweep) -> str:
 
 
 def achieved_power(sweep: Sweep) -> float:
-    """How often this sweep would have passed a rank that is exactly as good as the largest, by the variances found.
+    """How often this sweep would have passed a rank that is exactly as good as the largest.
 
-    The least over the ranks above the base.
+    By the variances found at the next smaller rank, which is the nearest to being as good.
     """
     c = sweep.comparisons
-    powers = [r.beyond_margin.components.power(c.margin, len(sweep.seeds), len(sweep.counts)) for r in c.ranks]
-    return min(powers)
+    return c.ranks[-1].beyond_margin.components.power(c.margin, len(sweep.seeds), len(sweep.counts))
 
 
 def notes(sweep: Sweep) -> list[str]:
     """What a reader must know beside the verdict."""
     c = sweep.comparisons
-    lines = [f"{margin_rule(sweep)}; {len(sweep.seeds)} seeds, {len(sweep.counts):,} held-out examples."]
+    lines = [f"{len(sweep.seeds)} seeds, {len(sweep.counts):,} held-out examples."]
     if learned(sweep):
         power = achieved_power(sweep)
         weak = "" if power >= POWER else f" Below {POWER:.0%}, an open question is no sign that a rank is worse."
+        lines[0] = f"{margin_rule(sweep)}; {lines[0]}"
         lines.append(
             f"A rank exactly as good as r = {c.reference} would have passed in {power:.0%} of such sweeps.{weak}"
         )
-    for check in sweep.rate_checks:
-        if check.best != 1:
-            name = _name(check.rank)
-            beyond = "; the best may lie beyond, so repeat with that --lr" if check.at_the_edge else ""
-            lines.append(f"Learning rate: × {check.best:.2g} was better at {name} and is used there{beyond}.")
-    if sweep.rate_checks and all(check.best == 1 for check in sweep.rate_checks):
-        tried = ", ".join(str(check.rank) for check in sweep.rate_checks if check.rank > 0)
-        lines.append(f"Learning rate: neither a third nor three times of it was better at r = {tried}.")
+    lines += _rates(sweep)
     full = sweep.against_full
     if full is not None:
         passes = full.upper < c.margin
@@ -123,3 +116,17 @@ def notes(sweep: Sweep) -> list[str]:
             f"{full.upper:+.4f}; no loss of quality beyond δ is {'shown (95 %)' if passes else 'not shown'}."
         )
     return [*lines, SCOPE]
+
+
+def _rates(sweep: Sweep) -> list[str]:
+    """What the check of the learning rate found."""
+    lines = []
+    for factor in sorted({check.best for check in sweep.rate_checks}):
+        checks = [check for check in sweep.rate_checks if check.best == factor]
+        names = ", ".join(_name(check.rank) for check in checks)
+        if factor == 1:
+            lines.append(f"Learning rate: neither a third nor three times of it was better at {names}.")
+        else:
+            beyond = "; the best may lie beyond" if any(check.at_the_edge for check in checks) else ""
+            lines.append(f"Learning rate: × {factor:.2g} was better at {names} and is used there{beyond}.")
+    return lines
