@@ -1,7 +1,7 @@
 """Do the sweep's statistics keep what they promise, over many shapes of noise?
 
 Simulated losses of S seeds × N examples, with noise of the seed, of the example and of both, in several proportions,
-each scaled so that a rank as good as the largest passes with the power of 0.8 to 0.95 that a sensible sweep has:
+each scaled so that a rank as good as the largest passes with a power of 0.9:
     level       a rank that is worse by exactly δ passes (to be at most 5 %)
     family      four such ranks, and any of them passes (to be at most 5 %)
     equivalent  a rank as good as the largest is declared equivalent, with twice the data of the plan (at least 95 %)
@@ -18,7 +18,7 @@ import json
 from dataclasses import dataclass
 
 import numpy as np
-from scipy import stats
+from scipy import optimize, stats
 
 from rankwise.rank.compare import compare
 from rankwise.rank.crossed import Array, Components
@@ -47,17 +47,14 @@ class Noise:
 
 def scaled(shares: tuple[float, float, float], seeds: int, examples: int) -> Noise:
     """Noise whose parts have these shares in the variance of a mean, so large that the power is POWER."""
-    low, high = 1e-3, 10.0
-    noise = Noise(0, 0, 0)
-    for _ in range(60):
-        size = (low * high) ** 0.5
-        noise = Noise(
-            size * (shares[0] * seeds) ** 0.5,
-            size * (shares[1] * examples) ** 0.5,
-            size * (shares[2] * seeds * examples) ** 0.5,
-        )
-        low, high = (low, size) if noise.of_difference.power(MARGIN, seeds, examples) < POWER else (size, high)
-    return noise
+
+    def of_size(size: float) -> Noise:
+        """Noise whose mean over all has the standard deviation `size`."""
+        of_one_mean = size * np.array(shares) ** 0.5
+        return Noise(*(of_one_mean * np.array([seeds, examples, seeds * examples]) ** 0.5).tolist())
+
+    size = optimize.brentq(lambda size: of_size(size).of_difference.power(MARGIN, seeds, examples) - POWER, 1e-3, 10)
+    return of_size(float(size))
 
 
 def simulate(

@@ -25,7 +25,7 @@ class SweepConfig(TrainConfig):
     delta: float | None = None
     """How much worse a rank may be than the largest, in nats; without it, 5 % of the largest rank's gain."""
     check_rates: bool = True
-    """Try other learning rates at three ranks (about seven runs more); each rank trains with its best."""
+    """Try other learning rates at three ranks (about seven runs more), at all ranks if the three do not agree."""
     with_full: bool = False
     """Also train all of the model with every seed (its rate is a tenth, checked too), to compare with."""
     r: tyro.conf.Suppress[int] = 8

@@ -7,7 +7,7 @@ from jinja2 import Environment, PackageLoader
 
 from rankwise.rank.crossed import estimate
 from rankwise.rank.sweep import BASE, FULL, Sweep
-from rankwise.rank.verdict import achieved_power, margin_rule, notes, verdict
+from rankwise.rank.verdict import achieved_power, learned, margin_rule, notes, verdict
 
 WIDTH, HEIGHT, LEFT = 640, 260, 60
 """Of the plot, in the drawing's own units; LEFT is the room for the axis."""
@@ -39,7 +39,7 @@ def lines(sweep: Sweep) -> list[Line]:
         if rank in compared:
             r = compared[rank]
             bounds = r.difference, r.lower, r.upper
-            result.append(Line(str(rank), *cost, loss, *bounds, r.outcome))
+            result.append(Line(str(rank), *cost, loss, *bounds, r.outcome if learned(sweep) else ""))
         elif rank == FULL:
             full = estimate(sweep.losses[FULL] - sweep.losses[c.reference], sweep.counts)
             result.append(Line("full", *cost, loss, full.mean, full.lower, full.upper, ""))
@@ -75,7 +75,7 @@ def as_dict(sweep: Sweep) -> dict[str, Any]:
     return {
         "verdict": verdict(sweep),
         "notes": notes(sweep),
-        "sufficient_rank": c.sufficient if c.gain.lower > 0 else None,
+        "sufficient_rank": c.sufficient if learned(sweep) else None,
         "reference_rank": c.reference,
         "margin": c.margin,
         "margin_rule": margin_rule(sweep),

@@ -4,8 +4,8 @@ What the runs of one seed share makes them pairs: the rows in the same order, th
 (rank r begins with the first r rows of the largest rank's A). lora_alpha is the same for all ranks and the scale is
 lora_alpha / r, with which the best learning rate hardly depends on the rank (Schulman 2025, "LoRA Without Regret").
 That is checked and not assumed: at the smallest, a middle and the largest rank the first seed is also trained with a
-third of the rate and with three times the rate (and further that way while it gets better), and each rank trains with
-what was best at the nearest of the three.
+third of the rate and with three times the rate, and further that way while it gets better. If the three agree, all
+ranks train with that rate; else every rank is checked and trains with its own best.
 """
 
 import math
@@ -27,6 +27,9 @@ STEP = 3.0
 """Between the learning rates of the check."""
 WIDEST = 27.0
 """The check goes no further than this factor and its inverse."""
+TOLERANCE = 0.01
+"""A rate must lower the loss by this share of the gain over the base to count as better, a fifth of the usual margin:
+less cannot decide on a rank, and a choice among equals by noise would end at extreme rates."""
 
 Run = Callable[[int, int, float], RunResult]
 """run(rank, seed, factor): train with `factor` times the learning rate, and measure on the held-out examples."""
@@ -39,10 +42,15 @@ class RateCheck:
     rank: int
     losses: dict[float, float]
     """Held-out loss by factor."""
+    tolerance: float
+    """Losses that differ by less count as equal."""
 
     @property
     def best(self) -> float:
-        return min(self.losses, key=lambda factor: self.losses[factor])
+        """The factor nearest to 1 among those whose losses equal the lowest."""
+        enough = min(self.losses.values()) + self.tolerance
+        good = [factor for factor, loss in self.losses.items() if loss <= enough]
+        return min(good, key=lambda factor: abs(math.log(factor)))
 
     @property
     def at_the_edge(self) -> bool:
@@ -106,7 +114,7 @@ def sweep(
     )
     compared = [BASE, *ranks, *([FULL] if with_full else [])]
     checks = _check_rates(runs, ranks, with_full, seeds[0]) if check_rates else []
-    factors = {rank: _nearest(checks, rank) for rank in compared}
+    factors = {rank: _factor(checks, rank) for rank in compared}
     results: dict[int, list[RunResult]] = {rank: [] for rank in compared}
     for seed in seeds:
         for rank in compared:
@@ -137,9 +145,13 @@ class _Doing:
         if result is None:
             result = self._run(key.rank, key.seed, key.factor)
             self._runs.add(key, result)
-            loss = result.losses.sum() / result.counts.sum()
-            self._say(f"{_name(key.rank)}, seed {key.seed}, rate × {key.factor:.3g}: held-out loss {loss:.4f}")
+            loss = f"held-out loss {self.loss(key):.4f}"
+            self._say(f"{_name(key.rank)}, seed {key.seed}, rate × {key.factor:.3g}: {loss}")
         return result
+
+    def loss(self, key: Key) -> float:
+        result = self.result(key)
+        return float(result.losses.sum() / result.counts.sum())
 
     def finite_result(self, key: Key) -> RunResult:
         """Raises RankwiseError if the training diverged."""
@@ -154,33 +166,38 @@ def _name(rank: int) -> str:
 
 
 def _check_rates(runs: _Doing, ranks: list[int], with_full: bool, seed: int) -> list[RateCheck]:
-    """Where something is trained: the base's head, three of the ranks, everything."""
-    trains_head = runs.result(Key(BASE, seed)).parameters > 0
+    """At three ranks, or at all of them where the three do not agree; and of a head alone and of full fine-tuning."""
+    base, head = runs.loss(Key(BASE, seed)), []
+    if runs.result(Key(BASE, seed)).parameters > 0:
+        head = [_check_rate(runs, BASE, seed, base)]
+        base = head[0].losses[head[0].best]
     three = sorted({ranks[0], ranks[len(ranks) // 2], ranks[-1]})
-    checked = [*([BASE] if trains_head else []), *three, *([FULL] if with_full else [])]
-    return [_check_rate(runs, rank, seed) for rank in checked]
+    checks = [_check_rate(runs, rank, seed, base) for rank in three]
+    if len({check.best for check in checks}) > 1:
+        checks = [_check_rate(runs, rank, seed, base) for rank in ranks]
+    return [*head, *checks, *([_check_rate(runs, FULL, seed, base)] if with_full else [])]
 
 
-def _check_rate(runs: _Doing, rank: int, seed: int) -> RateCheck:
+def _check_rate(runs: _Doing, rank: int, seed: int, base: float) -> RateCheck:
     losses: dict[float, float] = {}
     wanted = [1.0, 1 / STEP, STEP]
     while True:
         for factor in wanted:
-            result = runs.result(Key(rank, seed, factor))
-            losses[factor] = float(result.losses.sum() / result.counts.sum())
-        check = RateCheck(rank, losses)
+            losses[factor] = runs.loss(Key(rank, seed, factor))
+        # A head alone starts from no other loss than its own.
+        gain = base if rank == BASE else base - min(losses.values())
+        check = RateCheck(rank, losses, TOLERANCE * max(gain, 0.0))
         further = check.best * (STEP if check.best > 1 else 1 / STEP)
         if not check.at_the_edge or not 1 / WIDEST <= further <= WIDEST:
             return check
         wanted = [further]
 
 
-def _nearest(checks: Sequence[RateCheck], rank: int) -> float:
-    """The best factor at the checked rank that is nearest on a logarithmic scale."""
-    own = [check for check in checks if check.rank == rank]
-    others = [check for check in checks if check.rank > 0] if rank > 0 else []
-    nearest = own or sorted(others, key=lambda check: abs(math.log(check.rank / rank)))
-    return nearest[0].best if nearest else 1.0
+def _factor(checks: Sequence[RateCheck], rank: int) -> float:
+    """The best at a checked rank, what the checked ranks agree on at another."""
+    best = {check.rank: check.best for check in checks}
+    agreed = [factor for checked, factor in best.items() if checked > 0]
+    return best.get(rank, agreed[0] if agreed and rank > 0 else 1.0)
 
 
 def _checked(ranks: Sequence[int], seeds: Sequence[int], margin: float | None) -> list[int]:

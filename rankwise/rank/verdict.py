@@ -13,11 +13,11 @@ SCOPE = (
 def verdict(sweep: Sweep) -> str:
     """Which rank to take and how sure that is, or that the data cannot tell and what could, in one or two sentences."""
     c = sweep.comparisons
-    if c.gain.lower <= 0:
-        more = _more(needed(c.gain, abs(c.gain.mean)))
+    if not learned(sweep):
         return (
-            f"These data cannot tell any rank: rank {c.reference} has not lowered the held-out loss beyond chance "
-            f"(by {c.gain.mean:.4f} nats, 90 % interval {c.gain.lower:.4f} to {c.gain.upper:.4f}); {more}."
+            f"These data cannot tell any rank: r = {c.reference} has not lowered the held-out loss beyond chance "
+            f"(by {c.gain.mean:.4f} nats, 90 % interval {c.gain.lower:.4f} to {c.gain.upper:.4f}). "
+            "Train longer, or with another --lr."
         )
     below = c.below
     if c.sufficient != c.reference:
@@ -38,6 +38,11 @@ def verdict(sweep: Sweep) -> str:
         f"{below.difference:.4f} nats, 90 % interval {below.lower:.4f} to {below.upper:.4f}, and the margin is "
         f"{c.margin:.4f}; {_more_for(below)}."
     )
+
+
+def learned(sweep: Sweep) -> bool:
+    """Whether the largest rank lowered the loss at all, with 95 % confidence; if not, nothing can be said on ranks."""
+    return sweep.comparisons.gain.lower > 0
 
 
 def _above(bound: float) -> str:
@@ -61,17 +66,12 @@ def _why_not_less(below: Comparison | None) -> str:
 
 def _more_for(comparison: Comparison) -> str:
     over = comparison.beyond_margin
-    return _more(needed(over, abs(over.mean)), over.seeds, over.examples)
-
-
-def _more(enough: tuple[int | None, int | None], seeds: int = 0, examples: int = 0) -> str:
-    more_seeds, more_examples = enough
+    seeds, examples = needed(over, abs(over.mean))
     ways = []
-    if more_seeds:
-        ways.append(f"about {max(1, more_seeds - seeds)} more seeds" if seeds else f"about {more_seeds} seeds")
-    if more_examples:
-        count = max(1, more_examples - examples) if examples else more_examples
-        ways.append(f"about {count:,} {'more ' if examples else ''}held-out examples")
+    if seeds:
+        ways.append(f"about {max(1, seeds - over.seeds)} more seeds")
+    if examples:
+        ways.append(f"about {max(1, examples - over.examples):,} more held-out examples")
     return f"{' or '.join(ways)} would" if ways else "neither more seeds nor more examples within reason would"
 
 
@@ -88,30 +88,26 @@ def margin_rule(sweep: Sweep) -> str:
 
 
 def achieved_power(sweep: Sweep) -> float:
-    """How often this sweep would have passed a rank that is exactly as good as the largest, by the variances found.
+    """How often this sweep would have passed a rank that is exactly as good as the largest.
 
-    The least over the ranks above the base.
+    By the variances found at the next smaller rank, which is the nearest to being as good.
     """
     c = sweep.comparisons
-    powers = [r.beyond_margin.components.power(c.margin, len(sweep.seeds), len(sweep.counts)) for r in c.ranks]
-    return min(powers)
+    return c.ranks[-1].beyond_margin.components.power(c.margin, len(sweep.seeds), len(sweep.counts))
 
 
 def notes(sweep: Sweep) -> list[str]:
     """What a reader must know beside the verdict."""
     c = sweep.comparisons
-    lines = [f"{margin_rule(sweep)}; {len(sweep.seeds)} seeds, {len(sweep.counts):,} held-out examples."]
-    power = achieved_power(sweep)
-    weak = "" if power >= POWER else f" Below {POWER:.0%}, an open question is no sign that a rank is worse."
-    lines.append(f"A rank exactly as good as r = {c.reference} would have passed in {power:.0%} of such sweeps.{weak}")
-    for check in sweep.rate_checks:
-        if check.best != 1:
-            name = _name(check.rank)
-            beyond = "; the best may lie beyond, so repeat with that --lr" if check.at_the_edge else ""
-            lines.append(f"Learning rate: × {check.best:.2g} was better at {name} and is used there{beyond}.")
-    if sweep.rate_checks and all(check.best == 1 for check in sweep.rate_checks):
-        tried = ", ".join(str(check.rank) for check in sweep.rate_checks if check.rank > 0)
-        lines.append(f"Learning rate: a third and three times of it were both worse at r = {tried}.")
+    lines = [f"{len(sweep.seeds)} seeds, {len(sweep.counts):,} held-out examples."]
+    if learned(sweep):
+        power = achieved_power(sweep)
+        weak = "" if power >= POWER else f" Below {POWER:.0%}, an open question is no sign that a rank is worse."
+        lines[0] = f"{margin_rule(sweep)}; {lines[0]}"
+        lines.append(
+            f"A rank exactly as good as r = {c.reference} would have passed in {power:.0%} of such sweeps.{weak}"
+        )
+    lines += _rates(sweep)
     full = sweep.against_full
     if full is not None:
         passes = full.upper < c.margin
@@ -120,3 +116,17 @@ def notes(sweep: Sweep) -> list[str]:
             f"{full.upper:+.4f}; no loss of quality beyond δ is {'shown (95 %)' if passes else 'not shown'}."
         )
     return [*lines, SCOPE]
+
+
+def _rates(sweep: Sweep) -> list[str]:
+    """What the check of the learning rate found."""
+    lines = []
+    for factor in sorted({check.best for check in sweep.rate_checks}):
+        checks = [check for check in sweep.rate_checks if check.best == factor]
+        names = ", ".join(_name(check.rank) for check in checks)
+        if factor == 1:
+            lines.append(f"Learning rate: neither a third nor three times of it was better at {names}.")
+        else:
+            beyond = "; the best may lie beyond" if any(check.at_the_edge for check in checks) else ""
+            lines.append(f"Learning rate: × {factor:.2g} was better at {names} and is used there{beyond}.")
+    return lines

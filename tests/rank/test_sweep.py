@@ -1,6 +1,7 @@
 """The sweep itself: what it asks to be trained, what it keeps, what it says; on made-up runs and on tiny trainings."""
 
 import json
+import re
 
 import numpy as np
 import pytest
@@ -13,7 +14,7 @@ from rankwise.cli.main import main
 from rankwise.errors import ConfigError, RankwiseError
 from rankwise.lora.inject import DEFAULT
 from rankwise.lora.layers import named_lora_layers
-from rankwise.rank.report import as_dict, page, table
+from rankwise.rank.report import HEIGHT, LEFT, WIDTH, as_dict, page, table
 from rankwise.rank.runs import RunResult
 from rankwise.rank.start import inject_nested_
 from rankwise.rank.sweep import FULL, sweep
@@ -64,7 +65,19 @@ def test_the_search_for_a_rate_goes_on_while_it_gets_better_and_each_rank_trains
     assert set(found.factors.values()) == {1.0, 9.0}
     assert {rank for rank, factor in found.factors.items() if factor == 1} == {0}
     assert {factor for rank, seed, factor in asked if rank == 2 and seed == 1} == {9.0}
-    assert any("× 9 was better at r = 4" in note for note in notes(found))
+    assert any("× 9 was better at r = 1, r = 2, r = 4 and" in note for note in notes(found))
+
+
+def test_rates_that_do_equally_well_leave_the_rate_as_it_is():
+    run, asked = made_up()
+
+    def indifferent(rank, seed, factor):
+        result = run(rank, seed, 1.0)
+        return RunResult(result.losses - 0.002 * np.log(factor), result.counts, 1.0, result.parameters)
+
+    found = sweep(indifferent, [1, 2, 4], range(2))
+    assert set(found.factors.values()) == {1.0}
+    assert len(asked) == 2 * 4 + 3 * 2
 
 
 def test_a_rate_that_diverges_is_passed_over_but_not_that_of_the_settings():
@@ -153,6 +166,9 @@ def test_the_page_needs_no_other_file_and_begins_with_the_verdict():
     html = page(found, {"model": "<m>", "data": "d"})
     assert len(html) < 1_000_000
     assert not any(word in html for word in ("http", "<script", "src=", "<m>"))
+    places = [(float(x), float(y)) for x, y in re.findall(r'cx="([\d.]+)" cy="([\d.-]+)"', html)]
+    assert len(places) == 4 * 3 + 1
+    assert all(LEFT < x < LEFT + WIDTH and 0 < y < HEIGHT for x, y in places)
     assert html.index("Take r = 4") < html.index("<svg") < html.index("<h2>Settings")
 
 
