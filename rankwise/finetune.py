@@ -18,6 +18,7 @@ from rankwise.lora.inject import inject_
 from rankwise.lora.start import FROM_DATA, start_from_data_
 from rankwise.models.adapted import TASK_TYPES
 from rankwise.models.load import base_sha256, load_model, load_tokenizer, longest_input, pad_id
+from rankwise.rank.shrink import HeldOut, ShrinkReport, shrink_, split_held_out
 from rankwise.train.batches import planned_steps
 from rankwise.train.config import TrainConfig
 from rankwise.train.evaluate import Evaluation, evaluate
@@ -64,7 +65,7 @@ def lora_config(config: TrainConfig) -> LoraConfig:
     """The adapter's settings of a run."""
     return LoraConfig(
         task_type=TASK_TYPES[config.task],
-        r=config.r,
+        r=config.trained_rank,
         lora_alpha=config.lora_alpha,
         lora_dropout=config.lora_dropout,
         target_modules=config.targets,
@@ -96,6 +97,9 @@ def _finetune(config: TrainConfig, run: RunFolder, reporter: Reporter) -> dict[s
     outcome = run_training(training, data.held_out, labels, config, run, reporter)
     steps, interrupted = outcome.steps, outcome.interrupted
     run.save_adapter(model, labels)
+    shrunk = None
+    if config.r == "auto" and not interrupted:
+        shrunk = _shrink(engine, tokenizer, labels, held_out_rows, config, run, reporter)
     after = None
     try:
         if not interrupted:
@@ -117,6 +121,7 @@ def _finetune(config: TrainConfig, run: RunFolder, reporter: Reporter) -> dict[s
         "useful_tokens_per_second": sum(step.tokens for step in steps) / steps[-1].seconds if steps else None,
         "peak_memory_bytes": peak_memory_bytes(),
         **predicted,
+        "shrunk": shrunk and asdict(shrunk),
         "packed": engine.packs,
         "base_sha256_before": start.base_sha256,
         "base_sha256_after": base_sha256(model),
@@ -186,6 +191,39 @@ def _tokenise(
     ]
     questions = held_out[: config.eval_answers] if config.task == "causal_lm" else []
     return Dataset(sides[0], sides[1], [asked(row, tokenizer) for row in questions], labels)
+
+
+def _shrink(
+    engine: Engine[Any],
+    tokenizer: Any,
+    labels: list[str],
+    rows: list[Row],
+    config: TrainConfig,
+    run: RunFolder,
+    reporter: Reporter,
+) -> ShrinkReport | None:
+    """Cut the trained adapter to the ranks that the held-out rows show to be enough, and save both.
+
+    None, and the adapter stays as it is, where the rows cannot tell.
+    """
+    length = min(config.max_length, longest_input(engine.model))
+    try:
+        parts = split_held_out(rows, config.seed)
+        held_out = HeldOut(
+            *(
+                examples_for(config.task, part, tokenizer, labels, length, config.long_rows, config.train_on)
+                for part in (parts.calibration, parts.choice, parts.confirmation)
+            )
+        )
+        with reporter.stage("shrinking") as stage:
+            report = shrink_(engine, held_out, on_progress=stage.update)
+    except DataError as error:
+        reporter.say(f"the adapter keeps rank {config.trained_rank}: {error}")
+        return None
+    run.keep_full_adapter()
+    run.save_adapter(engine.model, labels)
+    reporter.say(str(report))
+    return report
 
 
 def _evaluate(engine: Engine[Any], tokenizer: Any, data: Dataset, reporter: Reporter, name: str) -> Evaluation | None:

@@ -71,7 +71,7 @@ def main(options: list[str]) -> int:
     batches = _batches(config, shape, examples)
     lora = LoraConfig(
         task_type="SEQ_CLS" if config.task == "seq_cls" else "CAUSAL_LM",
-        r=config.r,
+        r=config.trained_rank,
         target_modules=config.targets,
     )
     plan = make_plan(shape, lora, batches, _machine(config) if config.time and batches else None)

@@ -9,6 +9,8 @@ from rankwise.data.transcripts import TrainOn
 from rankwise.errors import ConfigError, listing
 
 Start = Literal["default", "gaussian", "orthogonal", "pissa", "olora", "eva", "corda", "lora_ga"]
+AUTO_RANK = 32
+"""The rank that trains where the rank is to be found: most tasks need less."""
 LEAST = {
     "batch_size": 1,
     "batch_tokens": 1,
@@ -55,8 +57,9 @@ class TrainConfig:
     """Share of the training data to hold out when there is no --eval-data; 0: no evaluation."""
     eval_answers: int = 100
     """At most so many held-out prompts are answered to count exact matches (causal_lm)."""
-    r: int = 8
-    """Rank of the adapter."""
+    r: int | Literal["auto"] = 8
+    """Rank of the adapter. auto: trains at rank 32, then cuts each module to the smallest rank that the held-out rows
+    show to be as good (rankwise shrink); where they cannot tell, the adapter stays as it is."""
     lora_alpha: float = 32
     """The adapter is scaled by lora_alpha / r."""
     lora_dropout: float = 0.0
@@ -140,8 +143,15 @@ class TrainConfig:
                 yield f"--{name.replace('_', '-')} must be at least {least}, found {value}"
         if self.eval_steps and self.eval_data is None and not self.eval_fraction:
             yield "--eval-steps needs held-out data; give --eval-data, or an --eval-fraction above 0"
+        if self.r == "auto" and self.eval_data is None and not self.eval_fraction:
+            yield "--r auto needs held-out data to choose by; give --eval-data, or an --eval-fraction above 0"
         if self.batches == "alike" and self.task != "causal_lm":
             yield "--batches alike needs --task causal_lm; a classifier's rows share nothing"
+
+    @property
+    def trained_rank(self) -> int:
+        """The rank that trains."""
+        return AUTO_RANK if self.r == "auto" else self.r
 
     @property
     def targets(self) -> tuple[str, ...] | str:

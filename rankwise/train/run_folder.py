@@ -138,6 +138,10 @@ class RunFolder:
         """Write adapter/, and for a classifier the labels' names beside it (the format has no place for them)."""
         _save(model, labels, self.adapter)
 
+    def keep_full_adapter(self) -> None:
+        """Move adapter/ to adapter-full/, before a smaller one takes its place."""
+        self.adapter.replace(self.path / "adapter-full")
+
     def save_checkpoint(self, training: Training, watch: Watch, steps: Sequence[Step], labels: list[str]) -> None:
         """Write checkpoints/step-…/: an adapter folder, with the state of the run and its metrics so far beside it."""
 
