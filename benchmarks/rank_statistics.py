@@ -16,7 +16,6 @@ The last line is JSON.
 import argparse
 import json
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 from scipy import optimize, stats
@@ -54,10 +53,10 @@ def scaled(shares: tuple[float, float, float], seeds: int, examples: int) -> Noi
         of_one_mean = size * np.array(shares) ** 0.5
         return Noise(*(of_one_mean * np.array([seeds, examples, seeds * examples]) ** 0.5).tolist())
 
-    size: Any = optimize.brentq(
-        lambda size: of_size(size).of_difference.power(MARGIN, seeds, examples) - POWER, 1e-3, 10
-    )
-    return of_size(float(size))
+    def missing(size: float) -> float:
+        return of_size(size).of_difference.power(MARGIN, seeds, examples) - POWER
+
+    return of_size(float(optimize.root_scalar(missing, bracket=(1e-3, 10)).root))
 
 
 def simulate(

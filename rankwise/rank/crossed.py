@@ -134,5 +134,5 @@ def largest_deviation(seeds: int) -> float:
     one times the margin would leave the question open more often than once in five times.
     """
     quantile = stats.t.ppf(CONFIDENCE, seeds - 1)
-    shift = optimize.brentq(lambda nc: float(stats.nct.sf(quantile, seeds - 1, nc)) - POWER, 0.5, 50)
-    return float(np.sqrt(seeds) / shift)
+    found = optimize.root_scalar(lambda nc: stats.nct.sf(quantile, seeds - 1, nc) - POWER, bracket=(0.5, 50))
+    return float(np.sqrt(seeds) / found.root)
