@@ -71,7 +71,7 @@ def run(
     begin = time.perf_counter()
     report = rankwise.inject_(model, config)
     engine: Engine[Any] = engine_for("seq_cls", model, pad_id(tokenizer), examples)
-    plan = TrainConfig(model="", data=(), out=Path(), task="seq_cls", batch_size=BATCH, seed=seed)
+    plan = TrainConfig(model="", data=(Path(),), out=Path(), task="seq_cls", batch_size=BATCH, seed=seed)
     batches = [batch for step in planned_steps(examples, plan) for batch in step]
     if config.init_lora_weights in ("eva", "corda", "lora_ga"):
         rankwise.start_from_data_(model, batches[:8], engine.loss)
