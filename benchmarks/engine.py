@@ -140,7 +140,14 @@ def run_rankwise(task: Task, name: str, steps: int) -> Result:
     engine = engine_for(task.kind, model, pad_id(task.tokenizer), task.train)
     batches: Any = "alike" if name == "rankwise-alike" else "random"
     config = TrainConfig(
-        model="", data=(Path(),), out=Path(), task=task.kind, batch_size=BATCH, lr=RATE, max_steps=steps, batches=batches
+        model="",
+        data=(Path(),),
+        out=Path(),
+        task=task.kind,
+        batch_size=BATCH,
+        lr=RATE,
+        max_steps=steps,
+        batches=batches,
     )
     done = list(training_steps(engine, task.train, config))
     ends = [0.0, *(step.seconds for step in done)]
