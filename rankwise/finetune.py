@@ -132,6 +132,8 @@ def _finetune(config: TrainConfig, run: RunFolder, reporter: Reporter) -> dict[s
 
 def _prepare(engine: Engine[Any], data: Dataset, config: TrainConfig, reporter: Reporter) -> None:
     """What the first batches are needed for: an explanation of the engine, a start of the adapter from data."""
+    if not config.explain_engine and config.init_lora_weights not in FROM_DATA:
+        return
     first = [batch for step in planned_steps(data.train, config)[:START_STEPS] for batch in step]
     if config.explain_engine:
         reporter.say(explain(engine, first))

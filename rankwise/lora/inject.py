@@ -48,7 +48,9 @@ def check_free(model: nn.Module, adapter: str) -> None:
         raise ConfigError(f"{adapter!r} cannot name an adapter; take letters, digits, - and _, and no method's name")
 
 
-def _plan(model: nn.Module, config: LoraConfig, adapter: str) -> tuple[InjectReport, dict[str, tuple[int, ...]]]:
+def _plan(
+    model: nn.Module, config: LoraConfig, adapter: str, drawn: bool = True
+) -> tuple[InjectReport, dict[str, tuple[int, ...]]]:
     """What `inject_` would do: the report, and the tokens to train by the name of their embedding."""
     check_free(model, adapter)
     present = getattr(model, ATTRIBUTE, None)
@@ -66,6 +68,7 @@ def _plan(model: nn.Module, config: LoraConfig, adapter: str) -> tuple[InjectRep
         full_name = f"{name}.{parameter}"
         matrices += (AdaptedMatrix(full_name, d, k, config.rank_of(full_name), count),)
     _check_patterns(matrices, config)
+    _check_ranks(matrices, modules, drawn)
     counts = {name: sum(p.numel() for p in modules[name].parameters()) for name in heads}
     # Parameters of adapters that are already there do not count as the base's.
     base = {id(p): p.numel() for module in modules.values() for p in module.parameters(recurse=False)}
@@ -73,7 +76,7 @@ def _plan(model: nn.Module, config: LoraConfig, adapter: str) -> tuple[InjectRep
     return report, tokens
 
 
-def _check_ranks(matrices: tuple[AdaptedMatrix, ...], modules: dict[str, nn.Module], drawn: bool = True) -> None:
+def _check_ranks(matrices: tuple[AdaptedMatrix, ...], modules: dict[str, nn.Module], drawn: bool) -> None:
     # PEFT also writes ranks that no update can have, for a gate of 1 × k; it is a bound on memory too.
     limit = min if drawn else max
     problems = [
@@ -142,7 +145,6 @@ def inject_(
     that do not fit or a name that is taken; the model is then unchanged.
     """
     report, tokens = _plan(model, config, adapter)
-    _check_ranks(report.matrices, dict(named_base_modules(model)))
     _put_in(model, config, adapter, report, tokens, generator)
     return report
 
@@ -152,8 +154,7 @@ def inject_unset_(model: nn.Module, config: LoraConfig, adapter: str) -> InjectR
 
     Start values are not drawn, and r may be above min(d, k).
     """
-    report, tokens = _plan(model, config, adapter)
-    _check_ranks(report.matrices, dict(named_base_modules(model)), drawn=False)
+    report, tokens = _plan(model, config, adapter, drawn=False)
     _put_in(model, config, adapter, report, tokens, None, draw=False)
     return report
 

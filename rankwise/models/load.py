@@ -67,7 +67,7 @@ def pad_id(tokenizer: Any) -> int:
 
 def longest_input(model: Any) -> int:
     """The most tokens that the model's positions allow."""
-    return getattr(model.config, "max_position_embeddings", None) or 10**9
+    return _positions(model.config)
 
 
 def longest_input_of(name: str) -> int:
@@ -80,6 +80,10 @@ def longest_input_of(name: str) -> int:
             config = AutoConfig.from_pretrained(folder, local_files_only=True)
         except Exception as error:
             raise ModelError(f"the configuration of {name} cannot be loaded: {error}") from error
+    return _positions(config)
+
+
+def _positions(config: Any) -> int:
     return getattr(config, "max_position_embeddings", None) or 10**9
 
 
