@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from rankwise.lora.frozen_product import PreparedWeight
 from rankwise.lora.layers import LoraLayer
 from rankwise.lora.linear_function import LinearWithUpdate
 from rankwise.lora.update import Update
@@ -13,6 +14,9 @@ from rankwise.lora.update import Update
 
 class LoraLinear(LoraLayer):
     """A linear layer (nn.Linear, transformers' Conv1D, a quantised one, or any that computes like them)."""
+
+    prepared: PreparedWeight | None = None
+    """Copies of the base's weight that training computes with (prepared_weights)."""
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """x: [..., k] → [..., d]"""
@@ -24,7 +28,10 @@ class LoraLinear(LoraLayer):
         dropped = update.dropout > 0 and update.training
         # The autograd function is there for its backward pass, and costs more than a token's arithmetic to call.
         if torch.is_grad_enabled() and not dropped and self._is_matrix_product(x):
-            return LinearWithUpdate.apply(x, self.base.weight, self.base.bias, A, B, update.scale)
+            weight, prepared = self.base.weight, self.prepared
+            if prepared is not None and prepared.source is not weight:
+                prepared = None
+            return LinearWithUpdate.apply(x, weight, self.base.bias, A, B, update.scale, prepared)
         result = self.base(x)
         if result.dtype != A.dtype:
             return result + self.product(update, x).to(result.dtype)

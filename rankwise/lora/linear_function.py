@@ -11,21 +11,33 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
+from rankwise.lora.frozen_product import PreparedWeight, frozen_linear
+
 
 class LinearWithUpdate(torch.autograd.Function):
-    """apply(x [..., k], W, bias or None, A, B, s) → [..., d]. W and bias are frozen: they get no gradient."""
+    """apply(x [..., k], W, bias or None, A, B, s, prepared copies of W or None) → [..., d].
+
+    W and bias are frozen: they get no gradient.
+    """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, A: Tensor, B: Tensor, scale: float) -> Tensor:
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        A: Tensor,
+        B: Tensor,
+        scale: float,
+        prepared: PreparedWeight | None = None,
+    ) -> Tensor:
         rows = x.reshape(-1, x.shape[-1])
         hidden = F.linear(rows, A)
         # The result must not be a view: models divide or activate it in place, which autograd forbids for a view.
-        result = x.new_empty(*x.shape[:-1], weight.shape[0])
-        flat = result.view(-1, weight.shape[0])
-        torch.mm(rows, weight.T, out=flat) if bias is None else torch.addmm(bias, rows, weight.T, out=flat)
-        flat.addmm_(hidden, B.T, alpha=scale)
+        result = frozen_linear(x, prepared.forward if prepared else weight, bias)
+        result.view(-1, weight.shape[0]).addmm_(hidden, B.T, alpha=scale)
         ctx.save_for_backward(x, hidden, weight, A, B)
-        ctx.scale = scale
+        ctx.scale, ctx.prepared = scale, prepared
         return result
 
     @staticmethod
@@ -39,5 +51,6 @@ class LinearWithUpdate(torch.autograd.Function):
         of_B = (hidden.T @ rows).mul_(ctx.scale).T if ctx.needs_input_grad[4] else None
         of_x = None
         if ctx.needs_input_grad[0]:
-            of_x = (rows @ weight).addmm_(of_hidden, A).view(x.shape)
-        return of_x, None, None, of_A, of_B, None
+            of_x = frozen_linear(rows, ctx.prepared.backward) if ctx.prepared else rows @ weight
+            of_x = of_x.addmm_(of_hidden, A).view(x.shape)
+        return of_x, None, None, of_A, of_B, None, None

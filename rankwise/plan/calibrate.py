@@ -70,9 +70,14 @@ def _products(rows: int) -> Job:
     """x·Wᵀ and g·W, as in a forward and a backward pass."""
     import torch
 
+    from rankwise.lora.frozen_product import frozen_linear, prepare, runs_in_onednn
+
     (d, k), weight = MATRIX, torch.randn(MATRIX)
     x, gradient = torch.randn(rows, k), torch.randn(rows, d)
-    return lambda: (torch.mm(x, weight.T), torch.mm(gradient, weight))
+    if not runs_in_onednn(weight):
+        return lambda: (torch.mm(x, weight.T), torch.mm(gradient, weight))
+    prepared = prepare(weight)
+    return lambda: (frozen_linear(x, prepared.forward), frozen_linear(gradient, prepared.backward))
 
 
 def _thin_products(r: int) -> Job:

@@ -13,7 +13,7 @@ from pathlib import Path
 from rankwise import atomic
 from rankwise.models.gguf import cache_folder
 
-FORMAT = 1
+FORMAT = 2
 """Raised when what is measured changes, so that older files are measured again."""
 
 

@@ -4,6 +4,7 @@ Everything is fp32. A frozen number takes 4 bytes; one that trains takes 16: its
 To that comes what the forward pass keeps for the backward pass; at the turn from one to the other all of it is held.
 """
 
+import os
 from dataclasses import dataclass
 
 from rankwise.lora.report import InjectReport
@@ -23,6 +24,19 @@ SLACK = 0.55
 LOGITS_AT_ONCE = 3
 """At the start of the backward pass: log-probabilities, their gradient, and that of the logits."""
 
+COPIES = 2
+"""Copies of the adapted weights that a run prepares for faster products (lora/prepared.py) …"""
+COPIES_SHARE = 1 / 8
+"""… if they take no larger a share of the machine's memory than this."""
+
+
+def most_bytes_of_copies() -> float:
+    """Bytes that the prepared copies of weights may take; above that it does without them."""
+    try:
+        return COPIES_SHARE * os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (AttributeError, ValueError):  # Windows has no sysconf
+        return 0.0
+
 
 @dataclass(frozen=True)
 class Memory:
@@ -31,7 +45,7 @@ class Memory:
     process: float
     """Python, torch, transformers, tokenizer."""
     frozen: float
-    """Weights that do not train."""
+    """Weights that do not train, and prepared copies of those that are adapted."""
     trained: float
     """Numbers that train, with gradients and AdamW's state."""
     activations: float
@@ -49,7 +63,8 @@ class Memory:
 def lora_memory(shape: ModelShape, report: InjectReport, batch: Batch, process_bytes: float) -> Memory:
     """Of a run whose largest batch is `batch`."""
     ranks = {matrix.name: matrix.r for matrix in report.matrices}
-    frozen = FLOAT * report.total_parameters
+    copies = COPIES * FLOAT * sum(matrix.d * matrix.k for matrix in report.matrices)
+    frozen = FLOAT * report.total_parameters + (copies if copies <= most_bytes_of_copies() else 0)
     return _memory(shape, ranks, batch, process_bytes, frozen, TRAINED * report.trainable_parameters)
 
 

@@ -10,8 +10,11 @@ from torch import Tensor, nn
 from torch.optim import AdamW
 
 from rankwise.engine.engine import Engine
+from rankwise.engine.heap import keep_freed_memory
 from rankwise.errors import ConfigError, RankwiseError
 from rankwise.lora.inject import set_adapter_training, trainable_parameters
+from rankwise.lora.prepared import prepared_weights
+from rankwise.plan.memory import most_bytes_of_copies
 from rankwise.train.batches import planned_steps
 from rankwise.train.config import TrainConfig
 from rankwise.train.learning_rate import default_rate, schedule_for
@@ -78,8 +81,14 @@ class Training:
 
         Raises RankwiseError when the loss is no longer finite; the adapter then keeps its values from before that step.
         """
+        begin = time.perf_counter()
+        keep_freed_memory()
+        with prepared_weights(self.engine.model, most_bytes_of_copies()):
+            yield from self._steps(begin, stopped)
+        set_adapter_training(self.engine.model, False)
+
+    def _steps(self, begin: float, stopped: Callable[[], bool]) -> Iterator[Step]:
         for batches in self.plan[self.done :]:
-            begin = time.perf_counter()
             set_adapter_training(self.engine.model, True)
             loss = self._backward(batches)
             norm = nn.utils.clip_grad_norm_(self.parameters, LARGEST_GRADIENT)
@@ -97,8 +106,8 @@ class Training:
             self.seconds += time.perf_counter() - begin
             yield Step(self.done, len(self.plan), loss.item(), rate, norm.item(), tokens, self.seconds)
             if stopped():
-                break
-        set_adapter_training(self.engine.model, False)
+                return
+            begin = time.perf_counter()
 
     def _backward(self, batches: Sequence[Sequence[Any]]) -> Tensor:
         """The mean loss over all trained tokens of a step; its gradient is added up batch by batch."""
