@@ -8,7 +8,8 @@ from torch.nn import functional as F
 
 from rankwise.lora.frozen_product import PreparedWeight
 from rankwise.lora.layers import LoraLayer
-from rankwise.lora.linear_function import LinearWithUpdate
+from rankwise.lora.linear_function import Term, linear_with_update
+from rankwise.lora.shared_input import SharedInput
 from rankwise.lora.update import Update
 
 
@@ -16,7 +17,9 @@ class LoraLinear(LoraLayer):
     """A linear layer (nn.Linear, transformers' Conv1D, a quantised one, or any that computes like them)."""
 
     prepared: PreparedWeight | None = None
-    """Copies of the base's weight that training computes with (prepared_weights)."""
+    """Copies of the base's weight that training computes with (lora/prepared.py)."""
+    shared_input: SharedInput | None = None
+    """The layers that are called with the same input as this one, this one included."""
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """x: [..., k] → [..., d]"""
@@ -28,16 +31,28 @@ class LoraLinear(LoraLayer):
         dropped = update.dropout > 0 and update.training
         # The autograd function is there for its backward pass, and costs more than a token's arithmetic to call.
         if torch.is_grad_enabled() and not dropped and self._is_matrix_product(x):
-            weight, prepared = self.base.weight, self.prepared
-            if prepared is not None and prepared.source is not weight:
-                prepared = None
-            return LinearWithUpdate.apply(x, weight, self.base.bias, A, B, update.scale, prepared)
+            if self.shared_input is not None:
+                return self.shared_input.result(self, x)
+            return linear_with_update(x, [self._term(A, B, update.scale)])[0]
         result = self.base(x)
         if result.dtype != A.dtype:
             return result + self.product(update, x).to(result.dtype)
         # Few and cheap calls: for one token they are what an adapter costs.
         hidden = F.linear(F.dropout(x, update.dropout) if dropped else x, A)
         return torch.add(result, F.linear(hidden, B), alpha=update.scale)
+
+    def term(self, x: Tensor) -> Term | None:
+        """The layer as linear_function computes it on this input; None where it is more than that."""
+        update = self._only_plain_update()
+        if update is None or (update.dropout and update.training) or not self._is_matrix_product(x):
+            return None
+        return self._term(*update.factors(x.dtype), update.scale)
+
+    def _term(self, A: Tensor, B: Tensor, scale: float) -> Term:
+        weight, prepared = self.base.weight, self.prepared
+        if prepared is not None and prepared.source is not weight:
+            prepared = None
+        return Term(weight, self.base.bias, A, B, scale, prepared)
 
     def has_own_backward(self, dtype: torch.dtype) -> bool:
         """Whether training on inputs of this type takes the hand-written backward pass (linear_function)."""

@@ -13,7 +13,7 @@ from rankwise.engine.engine import Engine
 from rankwise.engine.heap import keep_freed_memory
 from rankwise.errors import ConfigError, RankwiseError
 from rankwise.lora.inject import set_adapter_training, trainable_parameters
-from rankwise.lora.prepared import prepared_weights
+from rankwise.lora.prepared import prepared_weights, shared_inputs
 from rankwise.plan.memory import most_bytes_of_copies
 from rankwise.train.batches import planned_steps
 from rankwise.train.config import TrainConfig
@@ -83,9 +83,13 @@ class Training:
         """
         begin = time.perf_counter()
         keep_freed_memory()
-        with prepared_weights(self.engine.model, most_bytes_of_copies()):
+        model = self.engine.model
+        with prepared_weights(model, most_bytes_of_copies()), shared_inputs(model, self._run_once):
             yield from self._steps(begin, stopped)
-        set_adapter_training(self.engine.model, False)
+        set_adapter_training(model, False)
+
+    def _run_once(self) -> None:
+        self.engine.logits([self.plan[0][0][0].short()])
 
     def _steps(self, begin: float, stopped: Callable[[], bool]) -> Iterator[Step]:
         for batches in self.plan[self.done :]:

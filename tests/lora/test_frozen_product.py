@@ -7,7 +7,7 @@ from torch import nn
 
 from rankwise import LoraConfig, inject_
 from rankwise.lora.frozen_product import frozen_linear, prepare, runs_in_onednn
-from rankwise.lora.prepared import preparable, prepared_weights
+from rankwise.lora.prepared import preparable, prepared_weights, shared_inputs
 
 needs_onednn = pytest.mark.skipif(not runs_in_onednn(torch.empty(2, 2)), reason="torch has no oneDNN here")
 
@@ -80,3 +80,25 @@ def test_copies_that_take_more_than_may_be_are_not_made():
     model = adapted()
     with prepared_weights(model, 100):
         assert all(layer.prepared is None for layer in preparable(model))
+
+
+def test_layers_with_the_same_input_compute_together_with_the_same_gradients():
+    model = adapted()
+    expected = gradients(model)
+    with shared_inputs(model, lambda: model(input_ids=torch.arange(9)[None])):
+        together = {layer.shared_input for layer in preparable(model) if layer.shared_input is not None}
+        blocks = model.config.num_hidden_layers
+        assert sorted(len(shared.layers) for shared in together) == [2] * blocks + [3] * blocks
+        ours = gradients(model)
+    assert (ours - expected).abs().max() <= 1e-5 * expected.abs().max()
+    assert all(layer.shared_input is None for layer in preparable(model))
+
+
+def test_an_input_that_is_changed_in_place_between_two_calls_counts_as_another():
+    model = adapted()
+    first, second = preparable(model)[:2]
+    with shared_inputs(model, lambda: model(input_ids=torch.arange(9)[None])):
+        x = torch.randn(1, 4, first.base.in_features)
+        first(x)
+        x *= 2
+        torch.testing.assert_close(second(x), second.with_changes(x, second.base(x)))

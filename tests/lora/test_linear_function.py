@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from rankwise.lora.linear_function import LinearWithUpdate
+from rankwise.lora.linear_function import Term, linear_with_update
 
 
 @pytest.mark.parametrize("trained", ["x A B", "A B", "x B", "x A", "x"])
@@ -15,7 +15,7 @@ def test_result_and_gradients_are_those_of_the_formula(shape, bias, trained):
     base = nn.Linear(11, 5, bias=bias, dtype=torch.float64).requires_grad_(False)
     given = {"x": torch.randn(*shape, 11), "A": torch.randn(3, 11), "B": torch.randn(5, 3)}
     x, A, B = (value.double().requires_grad_(name in trained) for name, value in given.items())
-    ours = LinearWithUpdate.apply(x, base.weight, base.bias, A, B, 0.7)
+    ours = linear_with_update(x, [Term(base.weight, base.bias, A, B, 0.7)])[0]
     theirs = base(x) + 0.7 * (x @ A.T @ B.T)
     torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
     wanted = [value for value in (x, A, B) if value.requires_grad]
@@ -30,11 +30,30 @@ def test_the_result_may_be_changed_in_place():
     x = torch.randn(2, 3, 11, dtype=torch.float64)
     base = nn.Linear(11, 5, dtype=torch.float64).requires_grad_(False)
     A, B = (torch.randn(shape, dtype=torch.float64, requires_grad=True) for shape in ((3, 11), (5, 3)))
-    ours = LinearWithUpdate.apply(x, base.weight, base.bias, A, B, 0.7)
+    ours = linear_with_update(x, [Term(base.weight, base.bias, A, B, 0.7)])[0]
     ours /= 2
     theirs = (base(x) + 0.7 * (x @ A.T @ B.T)) / 2
     torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
     for one, other in zip(
         torch.autograd.grad(ours.sum(), [A, B]), torch.autograd.grad(theirs.sum(), [A, B]), strict=True
     ):
+        torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-12)
+
+
+def test_several_terms_of_one_input_have_the_gradients_of_their_sum_also_where_a_result_goes_unused():
+    torch.manual_seed(0)
+    x = torch.randn(2, 6, 11, dtype=torch.float64, requires_grad=True)
+    bases = [nn.Linear(11, d, dtype=torch.float64).requires_grad_(False) for d in (5, 4, 3)]
+    A = [torch.randn(r, 11, dtype=torch.float64, requires_grad=True) for r in (2, 3, 1)]
+    B = [torch.randn(d, r, dtype=torch.float64, requires_grad=True) for d, r in ((5, 2), (4, 3), (3, 1))]
+    scales = (0.7, 2.0, -1.0)
+    terms = [Term(base.weight, base.bias, a, b, s) for base, a, b, s in zip(bases, A, B, scales, strict=True)]
+    ours = linear_with_update(x, terms)
+    theirs = [base(x) + s * (x @ a.T @ b.T) for base, a, b, s in zip(bases, A, B, scales, strict=True)]
+    for one, other in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-12)
+    wanted = [x, A[0], A[2], B[0], B[2]]
+    of_ours = torch.autograd.grad(ours[0].sin().sum() + ours[2].sin().sum(), wanted)
+    of_theirs = torch.autograd.grad(theirs[0].sin().sum() + theirs[2].sin().sum(), wanted)
+    for one, other in zip(of_ours, of_theirs, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-12)
