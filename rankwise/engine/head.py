@@ -121,13 +121,14 @@ def _loss_of_chunk(
 
 
 def why_not_plain(model: Any) -> str | None:
-    """Why the model's output head is more than a frozen product with nothing attached to it; None if it is just that."""
+    """Why the model's output head is more than a product with nothing attached to it, and frozen where gradients are
+    asked for; None if it is just that."""
     head = model.get_output_embeddings()
     if head is None:
         return "the model names no output head"
     if type(head) is not nn.Linear:
         return f"the output head is a {type(head).__name__}, not a plain linear layer"
-    if any(parameter.requires_grad for parameter in head.parameters()):
+    if torch.is_grad_enabled() and any(parameter.requires_grad for parameter in head.parameters()):
         return "the output head is trained"
     attached = {"the model": model, "the output head": head}
     return next((f"{name} carries hooks or another forward" for name, m in attached.items() if _is_watched(m)), None)

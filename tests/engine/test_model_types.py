@@ -80,6 +80,7 @@ def test_loss_and_gradients_of_conversations_are_those_of_each_by_itself(kind):
         examples = conversations(5, common, seed)
         engine = LanguageEngine(model, 0, examples)
         assert engine.packs or (kind not in PACKED and engine.padded_because), engine.padded_because
+        assert engine.head_unchunked_because is None, engine.head_unchunked_because
         assert_same(engine, examples, reference_loss(model, examples))
 
 
