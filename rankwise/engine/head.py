@@ -3,9 +3,9 @@
 n tokens with hidden states x [n, k] and targets t [n]; W [V, k] and b [V] the frozen head; z = f(x·Wᵀ + b) [n, V] the
 logits, where f multiplies by a scale and may cap softly, c·tanh(· / c); ε the label smoothing. For each token
     loss = log Σ_v exp z_v - (1 - ε)·z_t - ε/V·Σ_v z_v
-    ∂loss/∂x = (f′·(softmax z - (1 - ε)·1_t - ε/V))·W
+    ∂loss/∂x = (df·(softmax z - (1 - ε)·1_t - ε/V))·W      df: the derivative of f
 As W gets no gradient, a chunk's logits are turned into their gradient in place, that into the gradient of x, and are
-gone before the next chunk: n·k numbers are kept for the backward pass and never n·V (as in Liger Kernel, Hsu et al. 2024).
+gone before the next chunk: n·k numbers are kept for the backward pass and never n·V (Hsu et al. 2024, Liger Kernel).
 """
 
 from collections.abc import Iterator
@@ -18,8 +18,8 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 CHUNK_BYTES = 30 * 2**20
-"""Of a chunk's logits: less reads W more often for fewer products; a piece of 32 MB and more glibc asks of the system
-anew each time."""
+"""Of a chunk's logits. Smaller chunks read W more often; a piece of 32 MiB and more glibc asks of the system anew each
+time."""
 
 _SCALES = ("logits_scaling", "logit_scale", "lm_head_multiplier")
 """Fields of configs by which models multiply or divide their logits (Granite, Cohere, Falcon-H1)."""
@@ -42,9 +42,7 @@ class OutputHead:
         logits = _product(hidden, self.linear.weight, bias)
         return logits if self.cap is None else logits.tanh_().mul_(self.cap)
 
-    def losses(
-        self, hidden: Tensor, targets: Tensor, label_smoothing: float = 0.0, rows: int | None = None
-    ) -> Tensor:
+    def losses(self, hidden: Tensor, targets: Tensor, label_smoothing: float = 0.0, rows: int | None = None) -> Tensor:
         """[n] cross-entropies in nats, in fp32 at least; `rows` a chunk at most, by default what CHUNK_BYTES hold.
 
         The head gets no gradient, which is exact only while it is frozen.

@@ -120,7 +120,13 @@ def test_by_default_a_chunk_of_logits_has_the_bytes_that_are_said():
 
 
 def test_the_projection_that_opt_has_before_its_head_is_kept():
-    sizes = {"vocab_size": 96, "hidden_size": 32, "ffn_dim": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+    sizes: dict[str, Any] = {
+        "vocab_size": 96,
+        "hidden_size": 32,
+        "ffn_dim": 48,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+    }
     torch.manual_seed(0)
     model = OPTForCausalLM(OPTConfig(**sizes, word_embed_proj_dim=16, max_position_embeddings=64)).double().eval()
     inject_(model, LoraConfig(r=2))
@@ -189,12 +195,19 @@ def test_a_model_that_does_something_else_to_its_logits_takes_the_ordinary_path(
 @pytest.mark.parametrize("cap", [0.5, 30.0])
 def test_a_soft_cap_is_found_and_its_absence_noticed(cap):
     torch.manual_seed(0)
-    sizes = {"vocab_size": 96, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "head_dim": 8}
-    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "final_logit_softcapping": cap}
+    sizes: dict[str, Any] = {
+        "vocab_size": 96,
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 2,
+        "head_dim": 8,
+    }
+    heads: dict[str, Any] = {"num_attention_heads": 4, "num_key_value_heads": 2, "final_logit_softcapping": cap}
     model, examples = Gemma2ForCausalLM(Gemma2Config(**sizes, **heads)).eval(), conversations(3, 0)
     model.lm_head.weight.data *= 20
     engine = LanguageEngine(model, 2, examples)
-    assert engine.head is not None and engine.head.cap == cap
+    assert engine.head is not None
+    assert engine.head.cap == cap
 
     class Uncapped(type(model)):
         def forward(self, *args: Any, **kwargs: Any) -> Any:
