@@ -12,9 +12,12 @@ from torch.nn import functional as F
 from rankwise.data.examples import E, LabelExample, TextExample
 from rankwise.engine.attention import PACKED
 from rankwise.engine.batch import Stream, pack, pack_texts, pad
+from rankwise.engine.head import OutputHead, head_that_gives, why_not_plain
 
 # Packing changes the order of sums and nothing else; fp32 logits of real models then differ by less than this share.
 _SAME = 1e-3
+# What a model raises whose parts do not work as the engine expects.
+_FAILURES = (TypeError, ValueError, RuntimeError, AttributeError, IndexError)
 
 
 class Engine(ABC, Generic[E]):
@@ -41,15 +44,19 @@ class Engine(ABC, Generic[E]):
         logits, targets = self._packed(examples) if self.packs else self._padded(examples)
         return logits.to(torch.promote_types(logits.dtype, torch.float32)), targets
 
-    def loss(self, examples: Sequence[E]) -> Tensor:
+    def loss(self, examples: Sequence[E], label_smoothing: float = 0.0) -> Tensor:
         """The mean cross-entropy, in nats, over all that the batch's loss counts."""
-        return F.cross_entropy(*self.logits(examples))
+        return self._losses(examples, label_smoothing).mean()
 
     def example_losses(self, examples: Sequence[E]) -> tuple[Tensor, Tensor]:
         """([B] cross-entropy in nats summed over all that is counted, [B] how much that is), example by example."""
         counts = [example.counted for example in examples]
-        losses = F.cross_entropy(*self.logits(examples), reduction="none")
+        losses = self._losses(examples)
         return torch.stack([part.sum() for part in losses.split(counts)]), torch.tensor(counts, device=losses.device)
+
+    def _losses(self, examples: Sequence[E], label_smoothing: float = 0.0) -> Tensor:
+        """[n] cross-entropies in nats, in the order of `logits`."""
+        return F.cross_entropy(*self.logits(examples), reduction="none", label_smoothing=label_smoothing)
 
     @property
     def _device(self) -> torch.device:
@@ -77,7 +84,7 @@ class Engine(ABC, Generic[E]):
         short: list[E] = [example.short() for example in sample[:3]]
         try:
             packed = self._packed(short)[0]
-        except (TypeError, ValueError, RuntimeError, AttributeError, IndexError) as error:
+        except _FAILURES as error:
             return f"packing failed: {str(error).splitlines()[0]}"
         padded = self._padded(short)[0]
         difference = (packed - padded).abs().max().item() / max(padded.abs().max().item(), 1.0)
@@ -85,7 +92,50 @@ class Engine(ABC, Generic[E]):
 
 
 class LanguageEngine(Engine[TextExample]):
-    """For causal language models: the loss counts trained tokens."""
+    """For causal language models: the loss counts trained tokens.
+
+    The loss goes from the model's last hidden states through its head in chunks (engine/head.py), if that gives the
+    model's own logits, which is checked on the sample too; if not, `head_unchunked_because` says why.
+    """
+
+    def __init__(self, model: Any, pad_id: int, sample: Sequence[TextExample]) -> None:
+        super().__init__(model, pad_id, sample)
+        self.head: OutputHead | None = None
+        self._no_head_because = self._find_head(sample)
+
+    @property
+    def head_unchunked_because(self) -> str | None:
+        """Asked at every loss, as a head may be adapted or set to train after the engine was made."""
+        return self._no_head_because or why_not_plain(self.model)
+
+    @torch.no_grad()
+    def _find_head(self, sample: Sequence[TextExample]) -> str | None:
+        reason = why_not_plain(self.model)
+        if reason is not None:
+            return reason
+        short = [example.short() for example in sample[:3]]
+        try:
+            hidden = self._hidden(short)[0]
+            self.head = head_that_gives(self.logits(short)[0], hidden, self.model)
+        except _FAILURES as error:
+            return f"the head cannot be taken apart from the model: {str(error).splitlines()[0]}"
+        return None if self.head else "the model does more to its logits than scale or cap them"
+
+    def _losses(self, examples: Sequence[TextExample], label_smoothing: float = 0.0) -> Tensor:
+        if self.head is None or self.head_unchunked_because is not None:
+            return super()._losses(examples, label_smoothing)
+        return self.head.losses(*self._hidden(examples), label_smoothing)
+
+    def _hidden(self, examples: Sequence[TextExample]) -> tuple[Tensor, Tensor]:
+        """([n, k] what the head makes logits of, [n] targets)."""
+        if not self.packs:
+            ids, mask, trained = self._pad(examples)
+            hidden = self.model.base_model(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state
+            return hidden[:, :-1][trained], ids[:, 1:][trained]
+        stream = pack(examples, self._device)
+        with self._packed_attention():
+            hidden = self.model.base_model(**_inputs(stream), use_cache=False).last_hidden_state
+        return hidden[0, stream.predictors], stream.targets
 
     def _packed(self, examples: Sequence[TextExample]) -> tuple[Tensor, Tensor]:
         stream = pack(examples, self._device)
@@ -94,10 +144,15 @@ class LanguageEngine(Engine[TextExample]):
         return output.logits[0], stream.targets
 
     def _padded(self, examples: Sequence[TextExample]) -> tuple[Tensor, Tensor]:
-        ids, mask = pad([example.ids for example in examples], self.pad_id, self._device)
-        trained = pad([example.trained for example in examples], False, self._device)[0][:, 1:].bool()
+        ids, mask, trained = self._pad(examples)
         logits = self.model(input_ids=ids, attention_mask=mask, use_cache=False).logits
         return logits[:, :-1][trained], ids[:, 1:][trained]
+
+    def _pad(self, examples: Sequence[TextExample]) -> tuple[Tensor, Tensor, Tensor]:
+        """ids and attention mask [B, T]; [B, T - 1], which positions predict a trained token."""
+        ids, mask = pad([example.ids for example in examples], self.pad_id, self._device)
+        trained = pad([example.trained for example in examples], False, self._device)[0][:, 1:].bool()
+        return ids, mask, trained
 
 
 class ClassifierEngine(Engine[LabelExample]):

@@ -5,7 +5,7 @@ from typing import Any
 
 from rankwise.data.examples import TextExample
 from rankwise.engine.batch import pack
-from rankwise.engine.engine import Engine
+from rankwise.engine.engine import Engine, LanguageEngine
 from rankwise.lora.layers import named_lora_layers
 from rankwise.lora.linear import LoraLinear
 
@@ -20,15 +20,16 @@ def explain(engine: Engine[Any], batches: Sequence[Sequence[Any]]) -> str:
         lines.append(f"packed streams: no, because {engine.padded_because}; {padded - useful:,} tokens of padding")
     else:
         lines.append(f"packed streams: yes, {padded - useful:,} tokens of padding saved ({1 - useful / padded:.0%})")
-    if isinstance(rows[0], TextExample):
-        lines += _of_text(engine, batches, useful)
+    if isinstance(engine, LanguageEngine):
+        lines += [*_of_text(engine, batches, useful), _of_head(engine)]
     return "\n  ".join([*lines, *_of_layers(engine)])
 
 
-def _of_text(engine: Engine[Any], batches: Sequence[Sequence[TextExample]], useful: int) -> list[str]:
+def _of_text(engine: LanguageEngine, batches: Sequence[Sequence[TextExample]], useful: int) -> list[str]:
     trained = sum(sum(row.trained) for batch in batches for row in batch)
     if not engine.packs:
-        return ["shared beginnings: no, they need packed streams", "output head at trained tokens only: no, as before"]
+        at = "yes" if engine.head_unchunked_because is None else "no, it needs packed streams, or chunks"
+        return ["shared beginnings: no, they need packed streams", f"output head at trained tokens only: {at}"]
     streams = [pack(batch, engine.model.device) for batch in batches]
     computed = sum(stream.ids.shape[1] for stream in streams)
     segments = sum(len(stream.packing.lengths) for stream in streams)
@@ -39,6 +40,13 @@ def _of_text(engine: Engine[Any], batches: Sequence[Sequence[TextExample]], usef
         f"shared beginnings: {shared}; {segments / len(streams):.1f} segments a batch",
         f"output head at trained tokens only: yes, {trained:,} of {computed:,} positions ({trained / computed:.0%})",
     ]
+
+
+def _of_head(engine: LanguageEngine) -> str:
+    reason = engine.head_unchunked_because
+    if reason is not None or engine.head is None:
+        return f"output head in chunks: no, because {reason}; all logits of a batch's trained tokens are kept"
+    return f"output head in chunks: yes, of {engine.head.rows_at_once:,} tokens, with the gradient in the forward pass"
 
 
 def _of_layers(engine: Engine[Any]) -> list[str]:

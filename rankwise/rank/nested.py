@@ -40,9 +40,9 @@ class NestedEngine:
         self.model, self._engine, self._ranks = engine.model, engine, list(ranks)
         self._draw = random.Random(seed)
 
-    def loss(self, examples: Sequence[Any]) -> Tensor:
+    def loss(self, examples: Sequence[Any], label_smoothing: float = 0.0) -> Tensor:
         cut_(self.model, self._draw.choice(self._ranks))
-        return self._engine.loss(examples)
+        return self._engine.loss(examples, label_smoothing)
 
 
 def cut_(model: nn.Module, rank: int | None) -> None:

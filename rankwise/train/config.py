@@ -100,6 +100,9 @@ class TrainConfig:
     """Share of the steps, in [0, 1], in which the learning rate rises to its highest."""
     weight_decay: float = 0.0
     """Decoupled decay of the adapter's factors A and B: each step multiplies them by 1 - rate · weight_decay."""
+    label_smoothing: float = 0.0
+    """Share in [0, 1) of a target's probability that training spreads over all tokens (labels). Held-out losses are
+    those without."""
     lora_plus_ratio: float = 1.0
     """The factor B learns so many times faster than A (LoRA+)."""
     preconditioned: bool = False
@@ -133,6 +136,8 @@ class TrainConfig:
             yield f"--eval-fraction must lie in [0, 1), found {self.eval_fraction}"
         if not 0 <= self.warmup <= 1:
             yield f"--warmup must lie in [0, 1], found {self.warmup}"
+        if not 0 <= self.label_smoothing < 1:
+            yield f"--label-smoothing must lie in [0, 1), found {self.label_smoothing}"
         for name in ("epochs", "lr", "lora_plus_ratio"):
             value = getattr(self, name)
             if value not in (None, "auto") and not value > 0:

@@ -1,6 +1,6 @@
 """Held-out loss and the task's metric, of the base model or with an adapter."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -41,34 +41,43 @@ def evaluate(
     An answer matches if it equals the reference but for blanks at both ends. An answer may be one token longer than
     the longest reference, which no match needs.
     """
-    loss, right = _loss_and_right(engine, examples, on_progress)
     if isinstance(examples[0], LabelExample):
-        return Evaluation(loss, "accuracy", right, len(examples))
+        loss, accuracy = _loss_and_accuracy(engine, examples, on_progress)
+        return Evaluation(loss, "accuracy", accuracy, len(examples))
+    loss = held_out_loss(engine, examples, on_progress)
     metric = _exact_match(engine, tokenizer, prompts, on_progress)
     return Evaluation(loss, "exact_match", metric, len(examples))
 
 
-def held_out_loss(engine: Engine[E], examples: Sequence[E]) -> float:
-    """The loss of `evaluate` alone."""
-    return _loss_and_right(engine, examples)[0]
-
-
-def _loss_and_right(
+@torch.no_grad()
+def held_out_loss(
     engine: Engine[E], examples: Sequence[E], on_progress: Callable[[str], None] = lambda text: None
+) -> float:
+    """The loss of `evaluate` alone."""
+    parts = [engine.example_losses(batch) for batch in _batches(engine, examples, on_progress)]
+    return sum(losses.sum().item() for losses, _ in parts) / sum(int(counts.sum()) for _, counts in parts)
+
+
+@torch.no_grad()
+def _loss_and_accuracy(
+    engine: Engine[E], examples: Sequence[E], on_progress: Callable[[str], None]
 ) -> tuple[float, float]:
-    """The mean loss, and the share of the most likely tokens (labels) that are right."""
+    """The mean loss of texts, and the share of the most likely labels that are right."""
+    loss, right = 0.0, 0
+    for batch in _batches(engine, examples, on_progress):
+        logits, targets = engine.logits(batch)
+        loss += F.cross_entropy(logits, targets, reduction="sum").item()
+        right += int((logits.argmax(-1) == targets).sum())
+    return loss / len(examples), right / len(examples)
+
+
+def _batches(engine: Engine[E], examples: Sequence[E], on_progress: Callable[[str], None]) -> Iterator[Sequence[E]]:
     set_adapter_training(engine.model, False)
     # Packed rows share what they begin with; padded ones should be equally long.
     ordered = sorted(examples, key=lambda example: example.ids if engine.packs else (len(example.ids),))
-    loss, counted, right = 0.0, 0, 0
     for start in range(0, len(ordered), BATCH):
         on_progress(f"held-out loss {start}/{len(ordered)}")
-        with torch.no_grad():
-            logits, targets = engine.logits(ordered[start : start + BATCH])
-        loss += F.cross_entropy(logits, targets, reduction="sum").item()
-        counted += len(targets)
-        right += int((logits.argmax(-1) == targets).sum())
-    return loss / counted, right / counted
+        yield ordered[start : start + BATCH]
 
 
 def _exact_match(

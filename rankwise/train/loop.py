@@ -32,7 +32,7 @@ class Step:
     """From 1."""
     of: int
     loss: float
-    """Mean over the step's trained tokens (texts for classification), in nats, before the step."""
+    """What is trained: the mean over the step's trained tokens (texts for classification), in nats, before the step."""
     learning_rate: float
     gradient_norm: float
     tokens: int
@@ -57,6 +57,7 @@ class Training:
 
         Raises ConfigError if the plan cannot be, or if the learning rate is yet to be found ("auto")."""
         self.engine = engine
+        self.label_smoothing = config.label_smoothing
         self.plan = planned_steps(examples, config)
         rate = default_rate(len(self.plan)) if config.lr is None else config.lr
         if isinstance(rate, str):
@@ -118,7 +119,7 @@ class Training:
         counts = [sum(example.counted for example in batch) for batch in batches]
         parts = []
         for batch, count in zip(batches, counts, strict=True):
-            part = self.engine.loss(batch) * (count / sum(counts))
+            part = self.engine.loss(batch, self.label_smoothing) * (count / sum(counts))
             part.backward()
             parts.append(part.detach())
         return torch.stack(parts).sum()

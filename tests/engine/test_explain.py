@@ -29,6 +29,7 @@ def test_the_counts_are_those_of_the_batches():
     assert "0 tokens of padding saved" in text
     assert "40 tokens computed once instead of again" in text
     assert "8 of 35 positions" in text
+    assert "output head in chunks: yes, of 81,920 tokens" in text
     assert re.search(r"by hand: 14 of 14 adapted layers\n", text)
     assert "lowest adapter: model.layers.0.self_attn.q_proj" in text
 
@@ -40,6 +41,8 @@ def test_what_is_not_used_is_said_with_its_reason():
     padded = engine()
     padded.packs, padded.padded_because = False, "its scores are soft-capped"
     assert "packed streams: no, because its scores are soft-capped" in explain(padded, rows())
+    adapted = explain(engine(target_modules=["lm_head"]), rows())
+    assert "output head in chunks: no, because the output head is a LoraLinear" in adapted
 
 
 def test_a_classifier_has_no_head_at_tokens():

@@ -80,6 +80,7 @@ def test_loss_and_gradients_of_conversations_are_those_of_each_by_itself(kind):
         examples = conversations(5, common, seed)
         engine = LanguageEngine(model, 0, examples)
         assert engine.packs or (kind not in PACKED and engine.padded_because), engine.padded_because
+        assert engine.head_unchunked_because is None, engine.head_unchunked_because
         assert_same(engine, examples, reference_loss(model, examples))
 
 
@@ -93,5 +94,7 @@ def test_loss_and_gradients_of_texts_are_those_of_each_by_itself(kind):
     ]
     engine = ClassifierEngine(model, 0, texts)
     assert engine.packs or (kind not in PACKED and engine.padded_because), engine.padded_because
-    logits = torch.cat([model(torch.tensor([text.ids])).logits for text in texts])
-    assert_same(engine, texts, F.cross_entropy(logits, torch.tensor([text.label for text in texts])))
+    logits, labels = torch.cat([model(torch.tensor([text.ids])).logits for text in texts]), [t.label for t in texts]
+    assert_same(engine, texts, F.cross_entropy(logits, torch.tensor(labels)))
+    smoothed = F.cross_entropy(logits, torch.tensor(labels), label_smoothing=0.1)
+    torch.testing.assert_close(engine.loss(texts, 0.1), smoothed, rtol=1e-10, atol=0)

@@ -81,10 +81,10 @@ def test_a_step_trains_one_drawn_rank_with_one_pass_and_no_direction_beyond_it()
     class Counting:
         model = whole.model
 
-        def loss(self, examples):
+        def loss(self, examples, label_smoothing):
             nonlocal count
             count += 1
-            return whole.loss(examples)
+            return whole.loss(examples, label_smoothing)
 
     nested = NestedEngine(Counting(), RANKS, seed=0)
     for _ in range(12):

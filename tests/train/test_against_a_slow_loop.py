@@ -7,7 +7,6 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import tiny
-from torch.nn import functional as F
 
 from rankwise import LoraConfig, TrainConfig, inject_, trainable_parameters
 from rankwise.data.examples import TextExample
@@ -48,7 +47,7 @@ def settings(out="o", **changes):
     return TrainConfig(model="m", data=Path("d"), out=Path(out), **{**plain, **changes})
 
 
-def loss_sum(model, batch):
+def loss_sum(model, batch, smoothing=0.0):
     """(summed loss, number of trained tokens) from the padded forward pass of transformers."""
     longest = max(len(row.ids) for row in batch)
     ids = torch.tensor([[*row.ids, *[0] * (longest - len(row.ids))] for row in batch])
@@ -58,7 +57,8 @@ def loss_sum(model, batch):
     for index, row in enumerate(batch):
         for place in range(1, len(row.ids)):
             if row.trained[place]:
-                total = total + F.cross_entropy(logits[index, place - 1][None], torch.tensor([row.ids[place]]))
+                log_shares = logits[index, place - 1].log_softmax(-1)
+                total = total - (1 - smoothing) * log_shares[row.ids[place]] - smoothing * log_shares.mean()
                 count += 1
     return total, count
 
@@ -83,7 +83,7 @@ def slow_loop(model, config):
             course = {"linear": left, "cosine": (1 + cos(pi * (1 - left))) / 2, "constant": 1.0}[config.lr_schedule]
             for group in optimizer.param_groups:
                 group["lr"] = config.lr * ((step + 1) / warm_up if step < warm_up else course)
-            summed, count = loss_sum(model, order[start : start + size])
+            summed, count = loss_sum(model, order[start : start + size], config.label_smoothing)
             optimizer.zero_grad()
             (summed / count).backward()
             torch.nn.utils.clip_grad_norm_(parameters, 1.0)
@@ -114,6 +114,7 @@ def slow_loop(model, config):
         {"epochs": 3, "accumulate": 3, "batch_size": 1, "lr_schedule": "cosine", "warmup": 0.3},
         {"max_steps": 7, "lr_schedule": "constant", "warmup": 0, "weight_decay": 0.5},
         {"max_steps": 12, "warmup": 1},
+        {"epochs": 3, "eval_steps": 4, "label_smoothing": 0.1},
         {"epochs": 4, "eval_steps": 2, "patience": 0},
         {"epochs": 6, "eval_steps": 2, "patience": 2, "lr": 0.05},
     ],

@@ -83,8 +83,12 @@ def test_a_classifier_has_no_alike_batches():
 
 def test_settings_that_cannot_be_are_all_named_at_once():
     with pytest.raises(ConfigError) as error:
-        settings(lr=0, epochs=-1, batch_size=0, max_length=1, eval_fraction=1.0, max_steps=0, warmup=2, accumulate=0)
-    for name in ("lr", "epochs", "batch-size", "max-length", "eval-fraction", "max-steps", "warmup", "accumulate"):
+        settings(
+            lr=0, epochs=-1, batch_size=0, max_length=1, eval_fraction=1.0, max_steps=0, warmup=2, accumulate=0,
+            label_smoothing=1.0,
+        )  # fmt: skip
+    wrong = ("lr", "epochs", "batch-size", "max-length", "eval-fraction", "max-steps", "warmup", "accumulate")
+    for name in (*wrong, "label-smoothing"):
         assert f"--{name} must" in str(error.value)
 
 
