@@ -73,14 +73,14 @@ class Engine(ABC, Generic[E]):
         return block is not None and read <= self._cuts_up_to * tokens and not is_watched(block)
 
     @contextmanager
-    def _packed_attention(self, packing: Packing, rows: Tensor) -> Iterator[Tensor]:
-        """Gives where the tokens that are read, `rows` [n] of the stream, lie in what the model's blocks put out."""
-        block = self._last_block if self.cuts_last_block(len(rows), sum(packing.lengths)) else None
+    def _packed_attention(self, packing: Packing, read: Tensor) -> Iterator[None]:
+        """Let the model attend within `packing`; of what it puts out, only the tokens at `read` [n] may be used."""
+        block = self._last_block if self.cuts_last_block(len(read), sum(packing.lengths)) else None
         before = self.model.config._attn_implementation
         self.model.set_attn_implementation(PACKED)
         try:
-            with only_at(rows, block) if block else nullcontext():
-                yield torch.arange(len(rows), device=rows.device) if block else rows
+            with only_at(read, block, packing) if block else nullcontext():
+                yield
         finally:
             self.model.set_attn_implementation(before)
 
@@ -101,6 +101,8 @@ class Engine(ABC, Generic[E]):
             return "there are hooks in it"
         if getattr(self.model, "is_gradient_checkpointing", False):
             return "the model recomputes its activations"
+        if getattr(self.model.config, "layerdrop", 0):
+            return "the model leaves out blocks at random"
         short: list[E] = [example.short() for example in sample[:3]]
         whole = self._packed(short)[0]
         self._cuts_up_to = 1.0
@@ -112,6 +114,8 @@ class Engine(ABC, Generic[E]):
             logits = self._packed(examples)[0]
         except (TypeError, ValueError, RuntimeError, AttributeError, IndexError) as error:
             return f"{technique} failed: {str(error).splitlines()[0]}"
+        if logits.shape != expected.shape:
+            return f"{technique} would give logits of shape {[*logits.shape]} in place of {[*expected.shape]}"
         difference = (logits - expected).abs().max().item() / max(expected.abs().max().item(), 1.0)
         return None if difference < _SAME else f"{technique} would change its logits by {difference:.1e}"
 
@@ -121,8 +125,8 @@ class LanguageEngine(Engine[TextExample]):
 
     def _packed(self, examples: Sequence[TextExample]) -> tuple[Tensor, Tensor]:
         stream = pack(examples, self._device)
-        with self._packed_attention(stream.packing, stream.predictors) as rows:
-            output = self.model(**_inputs(stream), logits_to_keep=rows, use_cache=False)
+        with self._packed_attention(stream.packing, stream.predictors):
+            output = self.model(**_inputs(stream), logits_to_keep=stream.predictors, use_cache=False)
         return output.logits[0], stream.targets
 
     def _padded(self, examples: Sequence[TextExample]) -> tuple[Tensor, Tensor]:
@@ -153,9 +157,9 @@ class ClassifierEngine(Engine[LabelExample]):
         if self._reads_last:
             inputs["use_cache"] = False
             read = read + torch.tensor(stream.packing.lengths, device=read.device) - 1
-        with self._packed_attention(stream.packing, read) as rows:
+        with self._packed_attention(stream.packing, read):
             hidden = self.model.base_model(**inputs).last_hidden_state[0]
-        return self._classify(hidden[rows]), stream.targets
+        return self._classify(hidden[read]), stream.targets
 
     def _padded(self, examples: Sequence[LabelExample]) -> tuple[Tensor, Tensor]:
         ids, mask = pad([example.ids for example in examples], self.pad_id, self._device)

@@ -38,32 +38,36 @@ def is_watched(block: nn.Module) -> bool:
 
 
 @contextmanager
-def only_at(rows: Tensor, block: nn.Module) -> Iterator[None]:
-    """While this lasts, `block` puts out [1, n, d], the tokens at `rows` [n] of the stream, in the order of `rows`.
+def only_at(rows: Tensor, block: nn.Module, packing: Packing) -> Iterator[None]:
+    """While this lasts, `block` computes the tokens at `rows` [n] of the stream and puts out zeros for all others.
 
-    Raises RuntimeError, from the model's forward pass, for a block that does not call packed attention exactly once.
+    Raises RuntimeError for a block that the model does not call, or that does not call packed attention exactly once.
     """
+    tokens, calls = sum(packing.lengths), 0
 
     def cut(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        packing = kwargs.get("packing")
-        if not isinstance(packing, Packing):
-            raise RuntimeError("the model does not hand on to its last block how its stream is packed")
+        nonlocal calls
+        calls += 1
         try:
             block.forward(*args, **kwargs | {"packing": _UpToAttention(packing.lengths, packing.before)})
         except _Reached as reached:
             taken = [(reached.key, reached.value)]
         else:
             raise RuntimeError("its last block does not call the attention that was exchanged")
-        args, named = _at(rows, sum(packing.lengths), (args, tuple(kwargs.values())))
-        return args, dict(zip(kwargs, named, strict=True)) | {
-            "packing": _AtRows(packing.lengths, packing.before, rows, taken)
-        }
+        args, values = _at(rows, tokens, (args, tuple(kwargs.values())))
+        kwargs = dict(zip(kwargs, values, strict=True))
+        return args, kwargs | {"packing": _AtRows(packing.lengths, packing.before, rows, taken)}
 
-    handle = block.register_forward_pre_hook(cut, with_kwargs=True)
-    try:
+    def put_back(_block: nn.Module, _args: tuple[Any, ...], output: Any) -> Any:
+        if isinstance(output, tuple):
+            return (put_back(_block, _args, output[0]), *output[1:])
+        # The model goes on with as many tokens as it began with, and may insist on that.
+        return output.new_zeros(1, tokens, output.shape[2]).index_copy(1, rows, output)
+
+    with block.register_forward_pre_hook(cut, with_kwargs=True), block.register_forward_hook(put_back):
         yield
-    finally:
-        handle.remove()
+    if calls != 1:
+        raise RuntimeError(f"the model calls its last block {calls} times")
 
 
 class _Reached(Exception):
