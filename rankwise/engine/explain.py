@@ -4,8 +4,9 @@ from collections.abc import Sequence
 from typing import Any
 
 from rankwise.data.examples import TextExample
-from rankwise.engine.batch import pack
+from rankwise.engine.batch import Stream, pack, pack_texts
 from rankwise.engine.engine import Engine
+from rankwise.engine.last_block import PAYS_UP_TO
 from rankwise.lora.layers import named_lora_layers
 from rankwise.lora.linear import LoraLinear
 
@@ -20,16 +21,16 @@ def explain(engine: Engine[Any], batches: Sequence[Sequence[Any]]) -> str:
         lines.append(f"packed streams: no, because {engine.padded_because}; {padded - useful:,} tokens of padding")
     else:
         lines.append(f"packed streams: yes, {padded - useful:,} tokens of padding saved ({1 - useful / padded:.0%})")
-    if isinstance(rows[0], TextExample):
-        lines += _of_text(engine, batches, useful)
-    return "\n  ".join([*lines, *_of_layers(engine)])
+    of_text = isinstance(rows[0], TextExample)
+    streams = [(pack if of_text else pack_texts)(batch, engine.model.device) for batch in batches]
+    if of_text:
+        lines += _of_text(engine, streams, useful, sum(sum(row.trained) for row in rows))
+    return "\n  ".join([*lines, _of_last_block(engine, streams), *_of_layers(engine)])
 
 
-def _of_text(engine: Engine[Any], batches: Sequence[Sequence[TextExample]], useful: int) -> list[str]:
-    trained = sum(sum(row.trained) for batch in batches for row in batch)
+def _of_text(engine: Engine[Any], streams: Sequence[Stream], useful: int, trained: int) -> list[str]:
     if not engine.packs:
         return ["shared beginnings: no, they need packed streams", "output head at trained tokens only: no, as before"]
-    streams = [pack(batch, engine.model.device) for batch in batches]
     computed = sum(stream.ids.shape[1] for stream in streams)
     segments = sum(len(stream.packing.lengths) for stream in streams)
     shared = f"yes, {useful - computed:,} tokens computed once instead of again ({1 - computed / useful:.0%})"
@@ -39,6 +40,19 @@ def _of_text(engine: Engine[Any], batches: Sequence[Sequence[TextExample]], usef
         f"shared beginnings: {shared}; {segments / len(streams):.1f} segments a batch",
         f"output head at trained tokens only: yes, {trained:,} of {computed:,} positions ({trained / computed:.0%})",
     ]
+
+
+def _of_last_block(engine: Engine[Any], streams: Sequence[Stream]) -> str:
+    line = "last block at trained tokens only: "
+    if engine.whole_last_block_because is not None:
+        return f"{line}no, because {engine.whole_last_block_because}"
+    counts = [(len(stream.targets), stream.ids.shape[1]) for stream in streams]
+    cut = [(read, tokens) for read, tokens in counts if engine.cuts_last_block(read, tokens)]
+    if not cut:
+        return f"{line}nothing to gain, more than {PAYS_UP_TO:.0%} of the tokens train"
+    read, tokens = (sum(column) for column in zip(*cut, strict=True))
+    where = f"in {len(cut)} of {len(counts)} batches, {read:,} of {tokens:,} positions ({read / tokens:.0%})"
+    return f"{line}yes, {where}; keys and values at all"
 
 
 def _of_layers(engine: Engine[Any]) -> list[str]:
