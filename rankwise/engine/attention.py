@@ -53,7 +53,7 @@ class Packing:
         return [segment] if before is None else [*self.path(before), segment]
 
     def along(self, segment: int, parts: Sequence[Tensor]) -> Tensor:
-        """What leads to a segment, and the segment: parts are [1, G, t, D], one a segment, joined to [1, G, P + t, D]."""
+        """What leads to a segment, and the segment: parts [1, G, t, D], one a segment, → [1, G, P + t, D]."""
         path = self.path(segment)
         return torch.cat([parts[index] for index in path], dim=2) if path[1:] else parts[segment]
 
