@@ -1,8 +1,8 @@
 """The last block for the tokens that the loss reads, and for no others: queries, attention output and MLP.
 
 What comes after the last block works token by token, so of its outputs only the read ones count; keys and values must
-be there for all tokens. A hook before the block lets it run twice: on all tokens as far as its attention, which takes the
-keys and values, and then from its beginning to its end on the read tokens alone, whose queries meet what was taken.
+be there for all tokens. A hook before the block lets it run twice: on all tokens as far as its attention, which takes
+the keys and values, and then from its beginning to its end on the read tokens alone, whose queries meet what was taken.
 It is the block's own forward both times, so norms, adapters, joint projections and parallel MLPs are as the model has
 them. Symbols: T tokens in the stream, n that are read, d width.
 """
