@@ -6,9 +6,9 @@ stream: what follows it attends to it and to itself, and autograd sums its gradi
 Symbols: T tokens in the stream, H query heads, G key/value heads, D head width, t tokens of a segment, P before it.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +16,18 @@ from torch.nn import functional as F
 from transformers import AttentionInterface, AttentionMaskInterface
 
 PACKED = "rankwise_packed"
+
+
+class Segment(NamedTuple):
+    """What attention computes at once: t queries and the keys and values that they may see."""
+
+    query: Tensor
+    """[1, H, t, D]"""
+    key: Tensor
+    """[1, G, P + t, D], as the values"""
+    value: Tensor
+    places: Tensor | None
+    """[t], for each query which of the keys is its own; None: the last t, in their order."""
 
 
 @dataclass(frozen=True)
@@ -40,6 +52,21 @@ class Packing:
         before = self.before[segment]
         return [segment] if before is None else [*self.path(before), segment]
 
+    def along(self, segment: int, parts: Sequence[Tensor]) -> Tensor:
+        """What leads to a segment, and the segment: parts [1, G, t, D], one a segment, → [1, G, P + t, D]."""
+        path = self.path(segment)
+        return torch.cat([parts[index] for index in path], dim=2) if path[1:] else parts[segment]
+
+    def segments(self, query: Tensor, key: Tensor, value: Tensor) -> Iterator[Segment]:
+        """Cut query [1, H, T, D], key and value [1, G, T, D].
+
+        split and cat copy once each way; a slice per segment would fill a zero tensor of the whole stream for each of
+        them in the backward pass.
+        """
+        queries, keys, values = (x.split(self.lengths, dim=2) for x in (query, key, value))
+        for segment, q in enumerate(queries):
+            yield Segment(q, self.along(segment, keys), self.along(segment, values), None)
+
 
 def packed_attention(
     module: nn.Module,
@@ -55,29 +82,24 @@ def packed_attention(
     packing: Packing | None = None,
     **_: Any,
 ) -> tuple[Tensor, None]:
-    """query [1, H, T, D], key and value [1, G, T, D] → output [1, T, H, D]; exact, segment by segment.
-
-    split and cat copy once each way; a slice per segment would fill a zero tensor of the whole stream for each of them
-    in the backward pass.
-    """
+    """query [1, H, T, D], key and value [1, G, T, D] → output [1, T, H, D]; exact, segment by segment."""
     if packing is None:
         raise ValueError("the model does not hand on how its stream is packed")
     causal = is_causal if is_causal is not None else getattr(module, "is_causal", True)
-    queries, keys, values = (x.split(packing.lengths, dim=2) for x in (query, key, value))
     outputs = []
-    for segment, q in enumerate(queries):
-        path = packing.path(segment)
-        k, v = (torch.cat([x[i] for i in path], dim=2) if path[1:] else x[segment] for x in (keys, values))
-        plain = q.shape[2] == k.shape[2] and not (sliding_window and k.shape[2] > sliding_window)
+    for q, k, v, places in packing.segments(query, key, value):
         if softcap is not None:
-            outputs.append(_soft_capped(q, k, v, _mask(q, k, causal, sliding_window), softcap, scaling, dropout))
+            seen = _mask(q, k, places, causal, sliding_window)
+            outputs.append(_soft_capped(q, k, v, seen, softcap, scaling, dropout))
             continue
+        square = places is None and q.shape[2] == k.shape[2]
+        plain = (square or not causal) and not (sliding_window and k.shape[2] > sliding_window)
         outputs.append(
             F.scaled_dot_product_attention(
                 q,
                 k,
                 v,
-                attn_mask=None if plain else _mask(q, k, causal, sliding_window),
+                attn_mask=None if plain else _mask(q, k, places, causal, sliding_window),
                 is_causal=causal and plain,
                 dropout_p=dropout,
                 scale=scaling,
@@ -98,10 +120,11 @@ def _soft_capped(
     return F.dropout(scores.softmax(-1), dropout) @ value
 
 
-def _mask(query: Tensor, key: Tensor, causal: bool, window: int | None) -> Tensor:
-    """[t, P + t]: which keys a query sees, for a segment behind others or one that is longer than the window."""
+def _mask(query: Tensor, key: Tensor, places: Tensor | None, causal: bool, window: int | None) -> Tensor:
+    """[t, P + t]: which keys a query sees, if not all of its segment or all up to its own."""
     keys = torch.arange(key.shape[2], device=key.device)
-    distance = keys[key.shape[2] - query.shape[2] :, None] - keys[None, :]
+    own = keys[key.shape[2] - query.shape[2] :] if places is None else places
+    distance = own[:, None] - keys[None, :]
     seen = distance >= 0 if causal else torch.ones_like(distance, dtype=torch.bool)
     return seen & (distance.abs() < window) if window else seen
 

@@ -2,7 +2,7 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any, Generic
 
 import torch
@@ -10,9 +10,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from rankwise.data.examples import E, LabelExample, TextExample
-from rankwise.engine.attention import PACKED
+from rankwise.engine.attention import PACKED, Packing
 from rankwise.engine.batch import Stream, pack, pack_texts, pad
 from rankwise.engine.head import OutputHead, head_that_gives, why_not_plain
+from rankwise.engine.last_block import PAYS_UP_TO, is_watched, last_block, only_at
 
 # Packing changes the order of sums and nothing else; fp32 logits of real models then differ by less than this share.
 _SAME = 1e-3
@@ -23,18 +24,23 @@ _FAILURES = (TypeError, ValueError, RuntimeError, AttributeError, IndexError)
 class Engine(ABC, Generic[E]):
     """Runs a transformers model on examples.
 
-    The packed path (no padding; a beginning that causal examples share computed once; the output head at trained
-    tokens only) gives the loss and the gradients of the plain padded path up to rounding. At construction both are
-    compared on short pieces of `sample`; a model that packing cannot serve takes the padded path, and `padded_because`
-    says why.
+    The packed path (no padding; a beginning that causal examples share computed once; the last block and the output
+    head at trained tokens only) gives the loss and the gradients of the plain padded path up to rounding. At
+    construction both are compared on short pieces of `sample`; a model that packing cannot serve takes the padded path,
+    and `padded_because` says why; one whose last block cannot be cut runs it whole, and `whole_last_block_because` says
+    why.
     """
 
     def __init__(self, model: Any, pad_id: int, sample: Sequence[E]) -> None:
         self.model = model
         self.pad_id = pad_id
         self.packs = True
+        self._last_block = last_block(model)
+        self._cuts_up_to = 0.0
         self.padded_because = self._why_not_packed(sample)
         self.packs = self.padded_because is None
+        self.whole_last_block_because = self._why_not_cut(sample)
+        self._cuts_up_to = PAYS_UP_TO if self.whole_last_block_because is None else 0.0
 
     def logits(self, examples: Sequence[E]) -> tuple[Tensor, Tensor]:
         """([n, classes] logits, [n] targets) of all that the loss counts, example by example.
@@ -68,12 +74,20 @@ class Engine(ABC, Generic[E]):
     @abstractmethod
     def _padded(self, examples: Sequence[E]) -> tuple[Tensor, Tensor]: ...
 
+    def cuts_last_block(self, read: int, tokens: int) -> bool:
+        """Whether the last block runs only on the tokens that the loss reads, `read` of a stream of `tokens`."""
+        block = self._last_block
+        return block is not None and read <= self._cuts_up_to * tokens and not is_watched(block)
+
     @contextmanager
-    def _packed_attention(self) -> Iterator[None]:
+    def _packed_attention(self, packing: Packing, read: Tensor) -> Iterator[None]:
+        """Let the model attend within `packing`; of what it puts out, only the tokens at `read` [n] may be used."""
+        block = self._last_block if self.cuts_last_block(len(read), sum(packing.lengths)) else None
         before = self.model.config._attn_implementation
         self.model.set_attn_implementation(PACKED)
         try:
-            yield
+            with only_at(read, block, packing) if block else nullcontext():
+                yield
         finally:
             self.model.set_attn_implementation(before)
 
@@ -82,13 +96,35 @@ class Engine(ABC, Generic[E]):
         if not getattr(self.model, "_supports_attention_backend", False):
             return "its attention cannot be exchanged in transformers"
         short: list[E] = [example.short() for example in sample[:3]]
+        return self._why_not("packing", short, self._padded(short)[0])
+
+    @torch.no_grad()
+    def _why_not_cut(self, sample: Sequence[E]) -> str | None:
+        if not self.packs:
+            return "it needs packed streams"
+        if self._last_block is None:
+            return "no list of blocks was found in the model"
+        if is_watched(self._last_block):
+            return "there are hooks in it"
+        if getattr(self.model, "is_gradient_checkpointing", False):
+            return "the model recomputes its activations"
+        if getattr(self.model.config, "layerdrop", 0):
+            return "the model leaves out blocks at random"
+        short: list[E] = [example.short() for example in sample[:3]]
+        whole = self._packed(short)[0]
+        self._cuts_up_to = 1.0
+        return self._why_not("cutting it", short, whole)
+
+    def _why_not(self, technique: str, examples: Sequence[E], expected: Tensor) -> str | None:
+        """Why the packed path, as it is set, does not give the `expected` logits; None if it does."""
         try:
-            packed = self._packed(short)[0]
+            logits = self._packed(examples)[0]
         except _FAILURES as error:
-            return f"packing failed: {str(error).splitlines()[0]}"
-        padded = self._padded(short)[0]
-        difference = (packed - padded).abs().max().item() / max(padded.abs().max().item(), 1.0)
-        return None if difference < _SAME else f"packing would change its logits by {difference:.1e}"
+            return f"{technique} failed: {str(error).splitlines()[0]}"
+        if logits.shape != expected.shape:
+            return f"{technique} would give logits of shape {[*logits.shape]} in place of {[*expected.shape]}"
+        difference = (logits - expected).abs().max().item() / max(expected.abs().max().item(), 1.0)
+        return None if difference < _SAME else f"{technique} would change its logits by {difference:.1e}"
 
 
 class LanguageEngine(Engine[TextExample]):
@@ -133,13 +169,13 @@ class LanguageEngine(Engine[TextExample]):
             hidden = self.model.base_model(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state
             return hidden[:, :-1][trained], ids[:, 1:][trained]
         stream = pack(examples, self._device)
-        with self._packed_attention():
+        with self._packed_attention(stream.packing, stream.predictors):
             hidden = self.model.base_model(**_inputs(stream), use_cache=False).last_hidden_state
         return hidden[0, stream.predictors], stream.targets
 
     def _packed(self, examples: Sequence[TextExample]) -> tuple[Tensor, Tensor]:
         stream = pack(examples, self._device)
-        with self._packed_attention():
+        with self._packed_attention(stream.packing, stream.predictors):
             output = self.model(**_inputs(stream), logits_to_keep=stream.predictors, use_cache=False)
         return output.logits[0], stream.targets
 
@@ -172,24 +208,30 @@ class ClassifierEngine(Engine[LabelExample]):
         stream = pack_texts(examples, self._device)
         inputs = _inputs(stream)
         inputs["position_ids"] = stream.positions + self._first_position
-        with self._packed_attention():
+        read = stream.predictors
+        if self._reads_last:
+            inputs["use_cache"] = False
+            read = read + torch.tensor(stream.packing.lengths, device=read.device) - 1
+        with self._packed_attention(stream.packing, read):
             hidden = self.model.base_model(**inputs).last_hidden_state[0]
-        return self._classify(hidden, stream), stream.targets
+        return self._classify(hidden[read]), stream.targets
 
     def _padded(self, examples: Sequence[LabelExample]) -> tuple[Tensor, Tensor]:
         ids, mask = pad([example.ids for example in examples], self.pad_id, self._device)
         targets = torch.tensor([example.label for example in examples], device=self._device)
         return self.model(input_ids=ids, attention_mask=mask).logits, targets
 
-    def _classify(self, hidden: Tensor, stream: Stream) -> Tensor:
-        """The model's own head on the position it reads: BERT's pooler and RoBERTa's head the first token, `score` the
-        last one."""
-        if hasattr(self.model, "score"):
-            lasts = stream.predictors + torch.tensor(stream.packing.lengths, device=hidden.device) - 1
-            return self.model.score(hidden[lasts])
-        firsts = hidden[stream.predictors, None]
+    @property
+    def _reads_last(self) -> bool:
+        """Whether the model's head reads the last token of a text, as decoders' `score` does, or the first one."""
+        return hasattr(self.model, "score")
+
+    def _classify(self, hidden: Tensor) -> Tensor:
+        """The model's own head, BERT's pooler included, on the tokens that it reads: hidden [B, d] → [B, classes]."""
+        if self._reads_last:
+            return self.model.score(hidden)
         pooler = getattr(self.model.base_model, "pooler", None)
-        return self.model.classifier(pooler(firsts) if pooler is not None else firsts)
+        return self.model.classifier(hidden[:, None] if pooler is None else pooler(hidden[:, None]))
 
 
 def engine_for(task: str, model: Any, pad_id: int, sample: Sequence[Any]) -> Engine[Any]:

@@ -3,9 +3,9 @@
 from collections.abc import Sequence
 from typing import Any
 
-from rankwise.data.examples import TextExample
-from rankwise.engine.batch import pack
+from rankwise.engine.batch import Stream, pack, pack_texts
 from rankwise.engine.engine import Engine, LanguageEngine
+from rankwise.engine.last_block import PAYS_UP_TO
 from rankwise.lora.layers import named_lora_layers
 from rankwise.lora.linear import LoraLinear
 
@@ -20,17 +20,17 @@ def explain(engine: Engine[Any], batches: Sequence[Sequence[Any]]) -> str:
         lines.append(f"packed streams: no, because {engine.padded_because}; {padded - useful:,} tokens of padding")
     else:
         lines.append(f"packed streams: yes, {padded - useful:,} tokens of padding saved ({1 - useful / padded:.0%})")
-    if isinstance(engine, LanguageEngine):
-        lines += [*_of_text(engine, batches, useful), _of_head(engine)]
-    return "\n  ".join([*lines, *_of_layers(engine)])
+    of_text = isinstance(engine, LanguageEngine)
+    streams = [(pack if of_text else pack_texts)(batch, engine.model.device) for batch in batches]
+    if of_text:
+        lines += [*_of_text(engine, streams, useful, sum(sum(row.trained) for row in rows)), _of_head(engine)]
+    return "\n  ".join([*lines, _of_last_block(engine, streams), *_of_layers(engine)])
 
 
-def _of_text(engine: LanguageEngine, batches: Sequence[Sequence[TextExample]], useful: int) -> list[str]:
-    trained = sum(sum(row.trained) for batch in batches for row in batch)
+def _of_text(engine: LanguageEngine, streams: Sequence[Stream], useful: int, trained: int) -> list[str]:
     if not engine.packs:
         at = "yes" if engine.head_unchunked_because is None else "no, it needs packed streams, or chunks"
         return ["shared beginnings: no, they need packed streams", f"output head at trained tokens only: {at}"]
-    streams = [pack(batch, engine.model.device) for batch in batches]
     computed = sum(stream.ids.shape[1] for stream in streams)
     segments = sum(len(stream.packing.lengths) for stream in streams)
     shared = f"yes, {useful - computed:,} tokens computed once instead of again ({1 - computed / useful:.0%})"
@@ -47,6 +47,19 @@ def _of_head(engine: LanguageEngine) -> str:
     if reason is not None or engine.head is None:
         return f"output head in chunks: no, because {reason}; all logits of a batch's trained tokens are kept"
     return f"output head in chunks: yes, of {engine.head.rows_at_once:,} tokens, with the gradient in the forward pass"
+
+
+def _of_last_block(engine: Engine[Any], streams: Sequence[Stream]) -> str:
+    line = "last block at trained tokens only: "
+    if engine.whole_last_block_because is not None:
+        return f"{line}no, because {engine.whole_last_block_because}"
+    counts = [(len(stream.targets), stream.ids.shape[1]) for stream in streams]
+    cut = [(read, tokens) for read, tokens in counts if engine.cuts_last_block(read, tokens)]
+    if not cut:
+        return f"{line}nothing to gain, more than {PAYS_UP_TO:.0%} of the tokens train"
+    read, tokens = (sum(column) for column in zip(*cut, strict=True))
+    where = f"in {len(cut)} of {len(counts)} batches, {read:,} of {tokens:,} positions ({read / tokens:.0%})"
+    return f"{line}yes, {where}; keys and values at all"
 
 
 def _of_layers(engine: Engine[Any]) -> list[str]:

@@ -15,7 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
-from torch.nn import functional as F
+
+from rankwise.lora.frozen_product import frozen_linear
 
 CHUNK_BYTES = 30 * 2**20
 """Of a chunk's logits. Smaller chunks read W more often; a piece of 32 MiB and more glibc asks of the system anew each
@@ -39,7 +40,7 @@ class OutputHead:
         bias = self.linear.bias
         if factor != 1:
             hidden, bias = hidden * factor, None if bias is None else bias * factor
-        logits = _product(hidden, self.linear.weight, bias)
+        logits = frozen_linear(hidden, self.linear.weight, bias)
         return logits if self.cap is None else logits.tanh_().mul_(self.cap)
 
     def losses(self, hidden: Tensor, targets: Tensor, label_smoothing: float = 0.0, rows: int | None = None) -> Tensor:
@@ -54,10 +55,6 @@ class OutputHead:
     def rows_at_once(self) -> int:
         weight = self.linear.weight
         return max(1, CHUNK_BYTES // (len(weight) * _at_least_fp32(weight.dtype).itemsize))
-
-
-def _product(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    return F.linear(hidden, weight, bias)
 
 
 def _at_least_fp32(dtype: torch.dtype) -> torch.dtype:

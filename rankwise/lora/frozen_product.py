@@ -47,7 +47,7 @@ def runs_in_onednn(weight: Tensor) -> bool:
     """Whether products with this weight are oneDNN's."""
     return (
         weight.device.type == "cpu"
-        and weight.dtype == torch.float32
+        and weight.dtype == torch.float
         and weight.is_contiguous()
         and torch.backends.mkldnn.enabled
         and torch.backends.mkldnn.is_available()

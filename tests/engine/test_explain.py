@@ -30,6 +30,9 @@ def test_the_counts_are_those_of_the_batches():
     assert "40 tokens computed once instead of again" in text
     assert "8 of 35 positions" in text
     assert "output head in chunks: yes, of 81,920 tokens" in text
+    assert "head at trained tokens only: yes, 8 of 35 positions" in text
+    # Of the row that stands alone, two of three tokens predict.
+    assert "last block at trained tokens only: yes, in 1 of 2 batches, 6 of 32 positions (19%)" in text
     assert re.search(r"by hand: 14 of 14 adapted layers\n", text)
     assert "lowest adapter: model.layers.0.self_attn.q_proj" in text
 
@@ -39,7 +42,10 @@ def test_what_is_not_used_is_said_with_its_reason():
     assert "rows of a batch do not begin alike" in text
     assert "0 of 14 adapted layers (not with dropout" in text
     padded = engine()
+    assert "last block at trained tokens only: nothing to gain" in text
     padded.packs, padded.padded_because = False, "its scores are soft-capped"
+    padded.whole_last_block_because = "it needs packed streams"
+    assert "last block at trained tokens only: no, because it needs packed streams" in explain(padded, rows())
     assert "packed streams: no, because its scores are soft-capped" in explain(padded, rows())
     adapted = explain(engine(target_modules=["lm_head"]), rows())
     assert "output head in chunks: no, because the output head is a LoraLinear" in adapted
@@ -52,3 +58,4 @@ def test_a_classifier_has_no_head_at_tokens():
     text = explain(ClassifierEngine(model, 0, batch), [batch])
     assert "1 tokens of padding saved (17%)" in text
     assert "head" not in text
+    assert "last block at trained tokens only: yes, in 1 of 1 batches, 2 of 5 positions" in text

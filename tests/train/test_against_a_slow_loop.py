@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import tiny
+from conftest import randomise_adapter, tiny
+from torch import nn
 
 from rankwise import LoraConfig, TrainConfig, inject_, trainable_parameters
 from rankwise.data.examples import TextExample
@@ -36,10 +37,17 @@ HEAD = 30
 
 def model(**changes):
     made = tiny("llama")
+    # transformers' own RMSNorm rounds to fp32 inside, in the backward pass too, whatever the model's type.
+    for name, module in list(made.named_modules()):
+        if type(module).__name__.endswith("RMSNorm"):
+            made.set_submodule(name, nn.RMSNorm(module.weight.shape, eps=module.variance_epsilon))
     made.lm_head.weight.data *= HEAD
     torch.manual_seed(0)
     inject_(made, LoraConfig(r=2, **changes))
-    return made.double()
+    made = made.double()
+    # From B = 0, a relative noise of 1e-14 in the gradients grows to 4e-9 of the loss within 24 steps at lr 0.05.
+    randomise_adapter(made)
+    return made
 
 
 def settings(out="o", **changes):
@@ -116,7 +124,7 @@ def slow_loop(model, config):
         {"max_steps": 12, "warmup": 1},
         {"epochs": 3, "eval_steps": 4, "label_smoothing": 0.1},
         {"epochs": 4, "eval_steps": 2, "patience": 0},
-        {"epochs": 6, "eval_steps": 2, "patience": 2, "lr": 0.05},
+        {"epochs": 6, "eval_steps": 2, "patience": 2, "lr": 0.2},
     ],
     ids=lambda changes: " ".join(f"{name}={value}" for name, value in changes.items()),
 )
