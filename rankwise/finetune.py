@@ -2,6 +2,8 @@
 
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
+from itertools import zip_longest
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,6 +20,7 @@ from rankwise.lora.inject import inject_
 from rankwise.lora.start import FROM_DATA, start_from_data_
 from rankwise.models.adapted import TASK_TYPES
 from rankwise.models.load import base_sha256, load_model, load_tokenizer, longest_input, pad_id
+from rankwise.rank.inspect import inspect_adapter
 from rankwise.rank.shrink import HeldOut, ShrinkReport, shrink_, split_held_out
 from rankwise.train.batches import planned_steps
 from rankwise.train.config import TrainConfig
@@ -26,7 +29,7 @@ from rankwise.train.forecast import forecast
 from rankwise.train.loop import Training
 from rankwise.train.progress import Reporter, peak_memory_bytes
 from rankwise.train.rate_check import best_rate
-from rankwise.train.report import render_report
+from rankwise.train.report import Matrix, render_report
 from rankwise.train.run import run_training
 from rankwise.train.run_folder import RunFolder
 from rankwise.train.start import Start, data_sha256
@@ -89,7 +92,8 @@ def _finetune(config: TrainConfig, run: RunFolder, reporter: Reporter) -> dict[s
     report = inject_(model, lora)
     engine = engine_for(config.task, model, pad_id(tokenizer), data.train)
     reporter.say(report.summary())
-    reporter.say(_describe(data, engine, len(train_rows) - len(data.train)))
+    described = _describe(data, engine, len(train_rows) - len(data.train))
+    reporter.say(described)
 
     _prepare(engine, data, config, reporter)
     predicted = forecast(data.train, config, lora, len(labels), engine.packs)
@@ -126,7 +130,7 @@ def _finetune(config: TrainConfig, run: RunFolder, reporter: Reporter) -> dict[s
         "base_sha256_before": start.base_sha256,
         "base_sha256_after": base_sha256(model),
     }
-    run.finish(result, render_report(config.as_dict(), result, steps, str(report)))
+    run.finish(result, render_report(config.as_dict(), result, steps, described, _matrices(run.adapter)))
     return result
 
 
@@ -236,14 +240,26 @@ def _evaluate(engine: Engine[Any], tokenizer: Any, data: Dataset, reporter: Repo
 
 
 def _measured(before: Evaluation | None, after: Evaluation | None) -> dict[str, Any]:
+    answers = [sample.answer for sample in after.samples] if after else []
     return {
         "eval_loss_before": before and before.loss,
         "eval_loss_after": after and after.loss,
         "metric_name": before and before.metric_name,
         "metric_before": before and before.metric,
         "metric_after": after and after.metric,
+        "metrics_before": before and asdict(before)["metrics"],
+        "metrics_after": after and asdict(after)["metrics"],
         "eval_rows": before.rows if before else 0,
+        "samples": [
+            {"prompt": sample.prompt, "reference": sample.reference, "before": sample.answer, "after": answer}
+            for sample, answer in zip_longest(before.samples if before else (), answers)
+        ],
     }
+
+
+def _matrices(adapter: Path) -> list[Matrix]:
+    """What the saved adapter became, for the report."""
+    return [Matrix(m.name, m.d, m.k, m.rank, m.sigma) for m in inspect_adapter(adapter).matrices]
 
 
 def _describe(data: Dataset, engine: Engine[Any], dropped: int) -> str:
