@@ -59,7 +59,7 @@ def render_report(
 ) -> str:
     """The page: verdict, curves, metrics, samples, cost, data, spectra, settings and all of result.json."""
     template = Environment(loader=PackageLoader("rankwise.train", "."), autoescape=True).get_template("report.html.j2")
-    shown = {"metrics_before", "metrics_after", "samples", "shrunk"}
+    shown = {"metrics_before", "metrics_after", "samples"}
     return template.render(
         verdict=verdict(result, steps),
         settings={name: str(value)[:MOST_SETTING] for name, value in settings.items()},
@@ -89,11 +89,11 @@ def verdict(result: dict[str, Any], steps: Sequence[Step]) -> Verdict:
         name = result["metric_name"].replace("_", " ")
         facts += f", {name} {result['metric_before']:.1%} → {result['metric_after']:.1%}"
     if after >= before:
-        return Verdict("bad", f"It did not work: {facts}.")
+        return Verdict("bad", f"It did not learn: {facts}.")
     first, last = (result[f"metrics_{side}"].get("loss", {}) for side in ("before", "after"))
     if None in (first.get("lower"), last.get("upper")) or last["upper"] >= first["lower"]:
         return Verdict("open", f"A small gain, or chance in the choice of rows: {facts}.")
-    return Verdict("good", f"It worked: {facts}.")
+    return Verdict("good", f"It learned: {facts}.")
 
 
 def _charts(result: dict[str, Any], steps: Sequence[Step]) -> list[Chart | None]:
