@@ -33,6 +33,7 @@ from rankwise.train.report import Matrix, render_report
 from rankwise.train.run import run_training
 from rankwise.train.run_folder import RunFolder
 from rankwise.train.start import Start, data_sha256
+from rankwise.train.text_metrics import check_installed
 
 START_STEPS = 8
 """Steps whose batches an adapter that starts from data looks at."""
@@ -58,8 +59,10 @@ def finetune(config: TrainConfig, reporter: Reporter | None = None, resume: bool
     Returns the content of result.json. The same configuration on the same machine gives the same adapter, byte for
     byte. Ctrl-C or SIGTERM ends the training after the current step and saves a checkpoint and the adapter.
     Raises ConfigError, DataError, ModelError, TargetError or StorageError before any training if an input is wrong, or
-    if settings, data or base are not those of the run to resume.
+    if settings, data or base are not those of the run to resume; MissingDependency if a setting needs a package.
     """
+    if config.metrics:
+        check_installed()
     with RunFolder(config, resume) as run:
         return _finetune(config, run, reporter or Reporter())
 
@@ -107,7 +110,7 @@ def _finetune(config: TrainConfig, run: RunFolder, reporter: Reporter) -> dict[s
     after = None
     try:
         if not interrupted:
-            after = _evaluate(engine, tokenizer, data, reporter, "evaluating after")
+            after = _evaluate(engine, tokenizer, data, config, reporter, "evaluating after")
     except KeyboardInterrupt:
         interrupted = True
     result = {
@@ -158,7 +161,7 @@ def _start(
     # A plan that cannot be is found before anything is measured or written.
     count = len(planned_steps(data.train, config))
     run.write_settings()
-    before = _evaluate(engine, tokenizer, data, reporter, "evaluating before")
+    before = _evaluate(engine, tokenizer, data, config, reporter, "evaluating before")
     rate = config.lr
     if rate == "auto":
         rate = best_rate(engine, data.train, data.held_out, config, reporter.say)
@@ -232,11 +235,13 @@ def _shrink(
     return report
 
 
-def _evaluate(engine: Engine[Any], tokenizer: Any, data: Dataset, reporter: Reporter, name: str) -> Evaluation | None:
+def _evaluate(
+    engine: Engine[Any], tokenizer: Any, data: Dataset, config: TrainConfig, reporter: Reporter, name: str
+) -> Evaluation | None:
     if not data.held_out:
         return None
     with reporter.stage(name) as stage:
-        return evaluate(engine, tokenizer, data.held_out, data.questions, stage.update)
+        return evaluate(engine, tokenizer, data.held_out, data.questions, stage.update, config.metrics)
 
 
 def _measured(before: Evaluation | None, after: Evaluation | None) -> dict[str, Any]:

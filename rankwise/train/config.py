@@ -57,6 +57,8 @@ class TrainConfig:
     """Share of the training data to hold out when there is no --eval-data; 0: no evaluation."""
     eval_answers: int = 100
     """At most so many held-out prompts are answered to count exact matches (causal_lm)."""
+    metrics: bool = False
+    """Measure BLEU, chrF and ROUGE of these answers too (causal_lm); needs pip install 'rankwise[metrics]'."""
     r: int | Literal["auto"] = 8
     """Rank of the adapter. auto: trains at rank 32, then cuts each module to the smallest rank that the held-out rows
     show to be as good (rankwise shrink); where they cannot tell, the adapter stays as it is."""
@@ -145,6 +147,10 @@ class TrainConfig:
             yield "--eval-steps needs held-out data; give --eval-data, or an --eval-fraction above 0"
         if self.r == "auto" and self.eval_data is None and not self.eval_fraction:
             yield "--r auto needs held-out data to choose by; give --eval-data, or an --eval-fraction above 0"
+        if self.metrics and self.task != "causal_lm":
+            yield "--metrics needs --task causal_lm; a classifier's accuracy, F1 and MCC are always measured"
+        if self.metrics and not self.eval_answers:
+            yield "--metrics measures answers; give --eval-answers above 0"
         if self.batches == "alike" and self.task != "causal_lm":
             yield "--batches alike needs --task causal_lm; a classifier's rows share nothing"
 

@@ -15,6 +15,7 @@ from rankwise.engine.generate import generate
 from rankwise.lora.inject import set_adapter_training
 from rankwise.train import metrics
 from rankwise.train.metrics import Estimate
+from rankwise.train.text_metrics import text_scores
 
 BATCH = 16
 """Rows in one forward pass of an evaluation."""
@@ -80,11 +81,13 @@ def evaluate(
     examples: Sequence[E],
     prompts: Sequence[Prompt] = (),
     on_progress: Progress = lambda text: None,
+    text_metrics: bool = False,
 ) -> Evaluation:
     """Loss on all `examples`; the labels that it finds for them, or its answers to `prompts`, beside the true ones.
 
     An answer matches if it equals the reference but for blanks at both ends. An answer may be one token longer than
-    the longest reference, which no match needs.
+    the longest reference, which no match needs. With `text_metrics` the answers get BLEU, chrF and ROUGE as well.
+    Raises MissingDependency if those need a package that is not installed.
     """
     rows = _measure(engine, examples, on_progress)
     loss = metrics.ratio(rows.losses, rows.counted)
@@ -105,6 +108,8 @@ def evaluate(
     if samples:
         matches = [sample.answer.strip() == sample.reference.strip() for sample in samples]
         found["exact_match"] = metrics.mean(np.array(matches, dtype=float))
+        if text_metrics:
+            found |= text_scores([sample.answer for sample in samples], [sample.reference for sample in samples])
     metric = found["exact_match"].value if samples else None
     return Evaluation(rows.loss, "exact_match", metric, len(examples), found, samples[:SAMPLES])
 
