@@ -22,6 +22,7 @@ from rankwise.models.adapted import TASK_TYPES
 from rankwise.models.load import base_sha256, load_model, load_tokenizer, longest_input, pad_id
 from rankwise.rank.inspect import inspect_adapter
 from rankwise.rank.shrink import HeldOut, ShrinkReport, shrink_, split_held_out
+from rankwise.train import text_metrics, trackers
 from rankwise.train.batches import planned_steps
 from rankwise.train.config import TrainConfig
 from rankwise.train.evaluate import Evaluation, evaluate
@@ -33,7 +34,6 @@ from rankwise.train.report import Matrix, render_report
 from rankwise.train.run import run_training
 from rankwise.train.run_folder import RunFolder
 from rankwise.train.start import Start, data_sha256
-from rankwise.train.text_metrics import check_installed
 
 START_STEPS = 8
 """Steps whose batches an adapter that starts from data looks at."""
@@ -61,8 +61,9 @@ def finetune(config: TrainConfig, reporter: Reporter | None = None, resume: bool
     Raises ConfigError, DataError, ModelError, TargetError or StorageError before any training if an input is wrong, or
     if settings, data or base are not those of the run to resume; MissingDependency if a setting needs a package.
     """
+    trackers.check_installed(config.tracker)
     if config.metrics:
-        check_installed()
+        text_metrics.check_installed()
     with RunFolder(config, resume) as run:
         return _finetune(config, run, reporter or Reporter())
 

@@ -49,12 +49,12 @@ def main(options: list[str]) -> int:
     from rankwise.engine.engine import engine_for
     from rankwise.models.adapted import load_adapted
     from rankwise.models.load import longest_input, pad_id
+    from rankwise.train import text_metrics
     from rankwise.train.evaluate import evaluate
     from rankwise.train.progress import Reporter
-    from rankwise.train.text_metrics import check_installed
 
     if config.metrics:
-        check_installed()
+        text_metrics.check_installed()
     reporter = Reporter()
     with reporter.stage("loading"):
         adapted = load_adapted(config.model, config.adapter)

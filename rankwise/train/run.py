@@ -10,6 +10,7 @@ from rankwise.train.interrupt import first_interrupt
 from rankwise.train.loop import Step, Training
 from rankwise.train.progress import Reporter
 from rankwise.train.run_folder import RunFolder
+from rankwise.train.trackers import tracking
 from rankwise.train.watch import Watch, evaluation_interval
 
 
@@ -52,7 +53,11 @@ def run_training(
             reporter.say(message)
     saved = training.done
     at_once = False
-    with first_interrupt(reporter.say) as interrupt, reporter.training(total, steps) as view:
+    with (
+        tracking(config.tracker, run.path, config.as_dict(), steps) as track,
+        first_interrupt(reporter.say) as interrupt,
+        reporter.training(total, steps) as view,
+    ):
         left = () if watch.gave_up else training.steps(lambda: interrupt.signal is not None or watch.gave_up)
         try:
             for step in left:
@@ -62,6 +67,7 @@ def run_training(
                     step = replace(step, eval_loss=loss)
                 steps.append(step)
                 run.add_step(step)
+                track(step)
                 view.step(step)
                 if step.number % save_every == 0:
                     run.save_checkpoint(training, watch, steps, labels)
