@@ -75,7 +75,7 @@ def test_the_flags_of_the_help_are_the_keys_of_the_settings(capsys):
     with pytest.raises(SystemExit):
         main(["train", "--help"])
     shown = capsys.readouterr().out
-    listed = re.findall(r"^│ --([a-z][a-z-]*)", shown, re.MULTILINE)
+    listed = re.findall(r"^[│ ] --([a-z][a-z-]*)", shown, re.MULTILINE)
     named = {flag.removeprefix("no-").replace("-", "_") for flag in listed}
     assert named == {field.name for field in fields(TrainConfig)} == OTHER.keys()
 
