@@ -391,7 +391,8 @@ def main() -> None:
                 counts[outcome] += 1
                 if outcome not in ("loaded", "refused"):
                     last = report.strip().splitlines()[-1:] or [""]
-                    print(f"{kind} {number} {outcome}: {last[0][:200]}  (--kinds {kind} --only {number})", flush=True)
+                    repeat = f"--kinds {kind} --seed {options.seed} --only {number}"
+                    print(f"{kind} {number} {outcome}: {last[0][:200]}  ({repeat})", flush=True)
                 if options.only is not None:
                     print(report or outcome)
             worker.end()
