@@ -42,8 +42,7 @@ def run_training(
     Without evaluations, or when the user ends it early, that is the adapter as it is then.
     Raises StorageError if the disk is full: what the run saved before stays.
     """
-    total = len(training.plan)
-    watch = Watch(training.parameters, config.patience)
+    total, watch = len(training.plan), Watch(training.parameters, config.patience)
     evaluate_every = evaluation_interval(config, training.plan, held_out)
     save_every = config.save_steps or max(1, total // 10)
     steps: list[Step] = []
@@ -51,8 +50,7 @@ def run_training(
         steps, messages = run.restore(training, watch)
         for message in messages:
             reporter.say(message)
-    saved = training.done
-    at_once = False
+    saved, at_once = training.done, False
     with (
         tracking(config.tracker, run.path, config.as_dict(), steps) as track,
         first_interrupt(reporter.say) as interrupt,
