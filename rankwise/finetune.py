@@ -2,6 +2,8 @@
 
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
+from itertools import zip_longest
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,7 +20,9 @@ from rankwise.lora.inject import inject_
 from rankwise.lora.start import FROM_DATA, start_from_data_
 from rankwise.models.adapted import TASK_TYPES
 from rankwise.models.load import base_sha256, load_model, load_tokenizer, longest_input, pad_id
+from rankwise.rank.inspect import inspect_adapter
 from rankwise.rank.shrink import HeldOut, ShrinkReport, shrink_, split_held_out
+from rankwise.train import text_metrics, trackers
 from rankwise.train.batches import planned_steps
 from rankwise.train.config import TrainConfig
 from rankwise.train.evaluate import Evaluation, evaluate
@@ -26,7 +30,7 @@ from rankwise.train.forecast import forecast
 from rankwise.train.loop import Training
 from rankwise.train.progress import Reporter, peak_memory_bytes
 from rankwise.train.rate_check import best_rate
-from rankwise.train.report import render_report
+from rankwise.train.report import Matrix, render_report
 from rankwise.train.run import run_training
 from rankwise.train.run_folder import RunFolder
 from rankwise.train.start import Start, data_sha256
@@ -55,8 +59,11 @@ def finetune(config: TrainConfig, reporter: Reporter | None = None, resume: bool
     Returns the content of result.json. The same configuration on the same machine gives the same adapter, byte for
     byte. Ctrl-C or SIGTERM ends the training after the current step and saves a checkpoint and the adapter.
     Raises ConfigError, DataError, ModelError, TargetError or StorageError before any training if an input is wrong, or
-    if settings, data or base are not those of the run to resume.
+    if settings, data or base are not those of the run to resume; MissingDependency if a setting needs a package.
     """
+    trackers.check_installed(config.tracker)
+    if config.metrics:
+        text_metrics.check_installed()
     with RunFolder(config, resume) as run:
         return _finetune(config, run, reporter or Reporter())
 
@@ -89,7 +96,8 @@ def _finetune(config: TrainConfig, run: RunFolder, reporter: Reporter) -> dict[s
     report = inject_(model, lora)
     engine = engine_for(config.task, model, pad_id(tokenizer), data.train)
     reporter.say(report.summary())
-    reporter.say(_describe(data, engine, len(train_rows) - len(data.train)))
+    described = _describe(data, engine, len(train_rows) - len(data.train))
+    reporter.say(described)
 
     _prepare(engine, data, config, reporter)
     predicted = forecast(data.train, config, lora, len(labels), engine.packs)
@@ -103,7 +111,7 @@ def _finetune(config: TrainConfig, run: RunFolder, reporter: Reporter) -> dict[s
     after = None
     try:
         if not interrupted:
-            after = _evaluate(engine, tokenizer, data, reporter, "evaluating after")
+            after = _evaluate(engine, tokenizer, data, config, reporter, "evaluating after")
     except KeyboardInterrupt:
         interrupted = True
     result = {
@@ -126,7 +134,7 @@ def _finetune(config: TrainConfig, run: RunFolder, reporter: Reporter) -> dict[s
         "base_sha256_before": start.base_sha256,
         "base_sha256_after": base_sha256(model),
     }
-    run.finish(result, render_report(config.as_dict(), result, steps, str(report)))
+    run.finish(result, render_report(config.as_dict(), result, steps, described, _matrices(run.adapter)))
     return result
 
 
@@ -154,7 +162,7 @@ def _start(
     # A plan that cannot be is found before anything is measured or written.
     count = len(planned_steps(data.train, config))
     run.write_settings()
-    before = _evaluate(engine, tokenizer, data, reporter, "evaluating before")
+    before = _evaluate(engine, tokenizer, data, config, reporter, "evaluating before")
     rate = config.lr
     if rate == "auto":
         rate = best_rate(engine, data.train, data.held_out, config, reporter.say)
@@ -228,22 +236,36 @@ def _shrink(
     return report
 
 
-def _evaluate(engine: Engine[Any], tokenizer: Any, data: Dataset, reporter: Reporter, name: str) -> Evaluation | None:
+def _evaluate(
+    engine: Engine[Any], tokenizer: Any, data: Dataset, config: TrainConfig, reporter: Reporter, name: str
+) -> Evaluation | None:
     if not data.held_out:
         return None
     with reporter.stage(name) as stage:
-        return evaluate(engine, tokenizer, data.held_out, data.questions, stage.update)
+        return evaluate(engine, tokenizer, data.held_out, data.questions, stage.update, config.metrics)
 
 
 def _measured(before: Evaluation | None, after: Evaluation | None) -> dict[str, Any]:
+    answers = [sample.answer for sample in after.samples] if after else []
     return {
         "eval_loss_before": before and before.loss,
         "eval_loss_after": after and after.loss,
         "metric_name": before and before.metric_name,
         "metric_before": before and before.metric,
         "metric_after": after and after.metric,
+        "metrics_before": before and asdict(before)["metrics"],
+        "metrics_after": after and asdict(after)["metrics"],
         "eval_rows": before.rows if before else 0,
+        "samples": [
+            {"prompt": sample.prompt, "reference": sample.reference, "before": sample.answer, "after": answer}
+            for sample, answer in zip_longest(before.samples if before else (), answers)
+        ],
     }
+
+
+def _matrices(adapter: Path) -> list[Matrix]:
+    """What the saved adapter became, for the report."""
+    return [Matrix(m.name, m.d, m.k, m.rank, m.sigma) for m in inspect_adapter(adapter).matrices]
 
 
 def _describe(data: Dataset, engine: Engine[Any], dropped: int) -> str:

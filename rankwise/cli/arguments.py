@@ -50,6 +50,8 @@ def _yaml_flags(path: Path, names: list[str]) -> list[str]:
         raise ConfigError(f"--config {path} cannot be read: {error.strerror}") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ConfigError(f"--config {path} is not valid YAML: {error}") from None
+    except RecursionError:
+        raise ConfigError(f"--config {path} is nested too deeply; it must hold keys with plain values") from None
     if not isinstance(content, dict):
         raise ConfigError(f"--config {path} must hold keys with values, found {type(content).__name__}")
     settings = {str(key).replace("-", "_"): value for key, value in content.items()}

@@ -13,7 +13,7 @@ from rankwise.errors import ConfigError
 
 @dataclass(frozen=True, kw_only=True)
 class EvalConfig:
-    """Measure loss and exact match (or accuracy) on a file."""
+    """Measure loss, exact match and more (or accuracy, F1 and MCC) on a file, each with a 95 % interval."""
 
     data: Path
     """A file of the shape that the adapter was trained on."""
@@ -29,6 +29,8 @@ class EvalConfig:
     """Base model; without it, the one that the adapter names."""
     answers: int | None = None
     """At most so many prompts are answered to count exact matches; without it, all. 0: none."""
+    metrics: bool = False
+    """Measure BLEU, chrF and ROUGE of the answers too; needs pip install 'rankwise[metrics]'."""
     max_length: int = 1024
     """Longest row, in tokens."""
     long_rows: Literal["error", "cut", "drop"] = "error"
@@ -39,24 +41,33 @@ def main(options: list[str]) -> int:
     config = parse(EvalConfig, options, "eval")
     if config.answers is not None and config.answers < 0:
         raise ConfigError(f"--answers must be at least 0, found {config.answers}")
+    if config.metrics and config.answers == 0:
+        raise ConfigError("--metrics measures answers; leave --answers 0 out")
     layout = Layout.parse(config.format, config.columns)
     from rankwise.data.examples import asked, examples_for
     from rankwise.data.rows import read_rows
     from rankwise.engine.engine import engine_for
     from rankwise.models.adapted import load_adapted
     from rankwise.models.load import longest_input, pad_id
+    from rankwise.train import text_metrics
     from rankwise.train.evaluate import evaluate
     from rankwise.train.progress import Reporter
 
+    if config.metrics:
+        text_metrics.check_installed()
     reporter = Reporter()
     with reporter.stage("loading"):
         adapted = load_adapted(config.model, config.adapter)
+    if config.metrics and adapted.task != "causal_lm":
+        raise ConfigError("--metrics is for answers; a classifier's accuracy, F1 and MCC are always measured")
     rows, tokenizer = read_rows(config.data, adapted.task, layout), adapted.tokenizer
     length = min(config.max_length, longest_input(adapted.model))
     examples = examples_for(adapted.task, rows, tokenizer, adapted.labels, length, config.long_rows, config.train_on)
     questions = [asked(row, tokenizer) for row in rows[: config.answers]] if adapted.task == "causal_lm" else []
     engine = engine_for(adapted.task, adapted.model, pad_id(tokenizer), examples)
     with reporter.stage("evaluating") as stage:
-        measured = evaluate(engine, tokenizer, examples, questions, stage.update)
-    print(json.dumps({"loss": measured.loss, measured.metric_name: measured.metric, "rows": measured.rows}))
+        measured = evaluate(engine, tokenizer, examples, questions, stage.update, config.metrics)
+    values = {measured.metric_name: measured.metric} | {name: found.value for name, found in measured.metrics.items()}
+    intervals = {name: [found.lower, found.upper] for name, found in measured.metrics.items()}
+    print(json.dumps({"loss": measured.loss, **values, "rows": measured.rows, "intervals": intervals}))
     return 0

@@ -9,6 +9,8 @@ from rankwise.cli.arguments import parse, without
 from rankwise.errors import ConfigError
 from rankwise.train.config import TrainConfig
 
+PRINT_CONFIG = "--print-config"
+
 
 def main(options: list[str]) -> int:
     """Returns the exit code: 0, or 128 + the number of the signal that ended the run (Ctrl-C: 130, SIGTERM: 143)."""
@@ -21,7 +23,11 @@ def main(options: list[str]) -> int:
         if not (run / "run.yaml").is_file():
             raise ConfigError(f"{run} holds no run to resume: there is no run.yaml in it")
         flags = ["--config", str(run / "run.yaml"), *flags]
-    config = parse(TrainConfig, flags, "train")
+    print_config = PRINT_CONFIG in flags
+    config = parse(TrainConfig, [flag for flag in flags if flag != PRINT_CONFIG], "train")
+    if print_config:
+        print(config.as_yaml(), end="")
+        return 0
     from rankwise.finetune import finetune
 
     result = finetune(replace(config, out=runs[0]) if runs else config, resume=bool(runs))

@@ -204,7 +204,10 @@ def _table(path: Path) -> Records:
     table = csv.reader(chain([header_line], lines), delimiter=delimiter, strict=True)
     old_limit = csv.field_size_limit(2**31 - 1)
     try:
-        header = next(table, [])
+        try:
+            header = next(table, [])
+        except csv.Error as error:
+            raise DataError(f"{path}:1: not CSV: {error}") from None
         if undecodable:
             raise DataError(f"{path}:1: {undecodable[1]}")
         twice = sorted({name for name in header if header.count(name) > 1})

@@ -4,9 +4,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
+import yaml
+
 from rankwise.data.shapes import Format
 from rankwise.data.transcripts import TrainOn
 from rankwise.errors import ConfigError, listing
+from rankwise.train.trackers import TrackerName
 
 Start = Literal["default", "gaussian", "orthogonal", "pissa", "olora", "eva", "corda", "lora_ga"]
 AUTO_RANK = 32
@@ -31,7 +34,8 @@ LEAST = {
 class TrainConfig:
     """Fine-tune a base model on your own file with a low-rank adapter.
 
-    --resume RUN goes on with an interrupted run, with the settings in its run.yaml and no others.
+    --resume RUN goes on with an interrupted run, with the settings in its run.yaml and no others. --print-config prints
+    the settings as run.yaml would hold them, and does nothing else.
     """
 
     needs_data: ClassVar[bool] = True
@@ -57,10 +61,12 @@ class TrainConfig:
     """Share of the training data to hold out when there is no --eval-data; 0: no evaluation."""
     eval_answers: int = 100
     """At most so many held-out prompts are answered to count exact matches (causal_lm)."""
+    metrics: bool = False
+    """Measure BLEU, chrF and ROUGE of these answers too (causal_lm); needs pip install 'rankwise[metrics]'."""
     r: int | Literal["auto"] = 8
     """Rank of the adapter. auto: trains at rank 32, then cuts each module to the smallest rank that the held-out rows
     show to be as good (rankwise shrink); where they cannot tell, the adapter stays as it is."""
-    lora_alpha: float = 32
+    lora_alpha: float = 32.0
     """The adapter is scaled by lora_alpha / r."""
     lora_dropout: float = 0.0
     """Dropout on the adapter's input, in [0, 1)."""
@@ -114,6 +120,8 @@ class TrainConfig:
     """Stop after so many of these evaluations without a new best; 0: never."""
     save_steps: int | None = None
     """Save a checkpoint every so many steps; without it, about ten times a run. The last two are kept."""
+    tracker: tuple[TrackerName, ...] = ()
+    """Send the curves there too; tensorboard and aim write into the run's folder."""
     explain_engine: bool = False
     """Say before training which of the engine's techniques the run uses, and why not the others."""
     seed: int = 0
@@ -150,6 +158,10 @@ class TrainConfig:
             yield "--eval-steps needs held-out data; give --eval-data, or an --eval-fraction above 0"
         if self.r == "auto" and self.eval_data is None and not self.eval_fraction:
             yield "--r auto needs held-out data to choose by; give --eval-data, or an --eval-fraction above 0"
+        if self.metrics and self.task != "causal_lm":
+            yield "--metrics needs --task causal_lm; a classifier's accuracy, F1 and MCC are always measured"
+        if self.metrics and not self.eval_answers:
+            yield "--metrics measures answers; give --eval-answers above 0"
         if self.batches == "alike" and self.task != "causal_lm":
             yield "--batches alike needs --task causal_lm; a classifier's rows share nothing"
 
@@ -169,5 +181,13 @@ class TrainConfig:
         """Plain values for YAML, enough to repeat the run."""
         plain = {name: str(value) if isinstance(value, Path) else value for name, value in asdict(self).items()}
         data = [str(entry) for entry in self.data]
-        lists = {"target_modules": list(self.target_modules), "columns": list(self.columns)}
+        lists = {
+            "target_modules": list(self.target_modules),
+            "columns": list(self.columns),
+            "tracker": list(self.tracker),
+        }
         return {**plain, "data": data[0] if len(data) == 1 else data, **lists}
+
+    def as_yaml(self) -> str:
+        """The content of run.yaml; `--config` reads it back."""
+        return yaml.safe_dump(self.as_dict(), sort_keys=False, allow_unicode=True)

@@ -1,19 +1,37 @@
-"""Held-out loss and the task's metric, of the base model or with an adapter."""
+"""Held-out loss and the task's metrics, of the base model or with an adapter."""
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch.nn import functional as F
 
 from rankwise.data.examples import E, LabelExample, Prompt
 from rankwise.engine.engine import Engine
 from rankwise.engine.generate import generate
 from rankwise.lora.inject import set_adapter_training
+from rankwise.train import metrics
+from rankwise.train.metrics import Estimate
+from rankwise.train.text_metrics import text_scores
 
 BATCH = 16
 """Rows in one forward pass of an evaluation."""
+SAMPLES = 5
+"""Rows of which the answers are kept for people to read: the first ones, so nobody chose them."""
+
+Progress = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Sample:
+    """A held-out row, and what the model made of it."""
+
+    prompt: str
+    reference: str
+    answer: str
 
 
 @dataclass(frozen=True)
@@ -27,6 +45,34 @@ class Evaluation:
     metric: float | None
     """In [0, 1]; None if no prompt was answered."""
     rows: int
+    metrics: dict[str, Estimate] = field(default_factory=dict)
+    """All that was measured, by name, loss and metric included."""
+    samples: tuple[Sample, ...] = ()
+
+    @classmethod
+    def from_dict(cls, plain: dict[str, Any]) -> "Evaluation":
+        """The evaluation that `dataclasses.asdict` made `plain` of."""
+        estimates = {name: Estimate(**value) for name, value in plain.get("metrics", {}).items()}
+        samples = tuple(Sample(**sample) for sample in plain.get("samples", ()))
+        return cls(**{**plain, "metrics": estimates, "samples": samples})
+
+
+@dataclass(frozen=True)
+class _Rows:
+    """Results of one forward pass over all rows, in their order."""
+
+    losses: NDArray[Any]
+    """[n] nats, summed over all that is counted."""
+    counted: NDArray[Any]
+    """[n] trained tokens, or 1."""
+    right: NDArray[Any]
+    """[n] how many of these are the most likely ones."""
+    predicted: NDArray[Any]
+    """[n] the most likely class (the last token)."""
+
+    @property
+    def loss(self) -> float:
+        return float(self.losses.sum() / self.counted.sum())
 
 
 def evaluate(
@@ -34,59 +80,79 @@ def evaluate(
     tokenizer: Any,
     examples: Sequence[E],
     prompts: Sequence[Prompt] = (),
-    on_progress: Callable[[str], None] = lambda text: None,
+    on_progress: Progress = lambda text: None,
+    text_metrics: bool = False,
 ) -> Evaluation:
-    """Loss on all `examples`; accuracy on them, or exact match of the answers to `prompts` with their references.
+    """Loss on all `examples`; the labels that it finds for them, or its answers to `prompts`, beside the true ones.
 
     An answer matches if it equals the reference but for blanks at both ends. An answer may be one token longer than
-    the longest reference, which no match needs.
+    the longest reference, which no match needs. With `text_metrics` the answers get BLEU, chrF and ROUGE as well.
+    Raises MissingDependency if those need a package that is not installed.
     """
+    rows = _measure(engine, examples, on_progress)
+    loss = metrics.ratio(rows.losses, rows.counted)
     if isinstance(examples[0], LabelExample):
-        loss, accuracy = _loss_and_accuracy(engine, examples, on_progress)
-        return Evaluation(loss, "accuracy", accuracy, len(examples))
-    loss = held_out_loss(engine, examples, on_progress)
-    metric = _exact_match(engine, tokenizer, prompts, on_progress)
-    return Evaluation(loss, "exact_match", metric, len(examples))
+        targets = np.array([example.label for example in examples if isinstance(example, LabelExample)])
+        found = {"loss": loss, **metrics.classification(targets, rows.predicted)}
+        names = engine.model.config.id2label
+        samples = tuple(
+            Sample(tokenizer.decode(example.ids, skip_special_tokens=True), names[target], names[answer])
+            for example, target, answer in zip(
+                examples[:SAMPLES], targets.tolist(), rows.predicted.tolist(), strict=False
+            )
+        )
+        return Evaluation(rows.loss, "accuracy", found["accuracy"].value, len(examples), found, samples)
+    accuracy = metrics.ratio(rows.right, rows.counted)
+    found = {"loss": loss, "perplexity": metrics.perplexity(loss), "token_accuracy": accuracy}
+    samples = _answers(engine, tokenizer, prompts, on_progress)
+    if samples:
+        matches = [sample.answer.strip() == sample.reference.strip() for sample in samples]
+        found["exact_match"] = metrics.mean(np.array(matches, dtype=float))
+        if text_metrics:
+            found |= text_scores([sample.answer for sample in samples], [sample.reference for sample in samples])
+    metric = found["exact_match"].value if samples else None
+    return Evaluation(rows.loss, "exact_match", metric, len(examples), found, samples[:SAMPLES])
 
 
 @torch.no_grad()
-def held_out_loss(
-    engine: Engine[E], examples: Sequence[E], on_progress: Callable[[str], None] = lambda text: None
-) -> float:
+def held_out_loss(engine: Engine[E], examples: Sequence[E]) -> float:
     """The loss of `evaluate` alone."""
-    parts = [engine.example_losses(batch) for batch in _batches(engine, examples, on_progress)]
+    parts = [engine.example_losses([examples[place] for place in places]) for places in _batches(engine, examples)]
     return sum(losses.sum().item() for losses, _ in parts) / sum(int(counts.sum()) for _, counts in parts)
 
 
-@torch.no_grad()
-def _loss_and_accuracy(
-    engine: Engine[E], examples: Sequence[E], on_progress: Callable[[str], None]
-) -> tuple[float, float]:
-    """The mean loss of texts, and the share of the most likely labels that are right."""
-    loss, right = 0.0, 0
-    for batch in _batches(engine, examples, on_progress):
-        logits, targets = engine.logits(batch)
-        loss += F.cross_entropy(logits, targets, reduction="sum").item()
-        right += int((logits.argmax(-1) == targets).sum())
-    return loss / len(examples), right / len(examples)
-
-
-def _batches(engine: Engine[E], examples: Sequence[E], on_progress: Callable[[str], None]) -> Iterator[Sequence[E]]:
+def _batches(engine: Engine[E], examples: Sequence[E]) -> list[list[int]]:
+    """The places of the rows of each forward pass; the adapter no longer trains."""
     set_adapter_training(engine.model, False)
     # Packed rows share what they begin with; padded ones should be equally long.
-    ordered = sorted(examples, key=lambda example: example.ids if engine.packs else (len(example.ids),))
-    for start in range(0, len(ordered), BATCH):
-        on_progress(f"held-out loss {start}/{len(ordered)}")
-        yield ordered[start : start + BATCH]
+    order = sorted(range(len(examples)), key=lambda i: examples[i].ids if engine.packs else (len(examples[i].ids),))
+    return [order[start : start + BATCH] for start in range(0, len(order), BATCH)]
 
 
-def _exact_match(
-    engine: Engine[Any], tokenizer: Any, prompts: Sequence[Prompt], on_progress: Callable[[str], None]
-) -> float | None:
+def _measure(engine: Engine[E], examples: Sequence[E], on_progress: Progress) -> _Rows:
+    rows = np.zeros((4, len(examples)))
+    for index, places in enumerate(_batches(engine, examples)):
+        on_progress(f"held-out loss {index * BATCH}/{len(examples)}")
+        counts = [examples[place].counted for place in places]
+        with torch.no_grad():
+            logits, targets = engine.logits([examples[place] for place in places])
+            losses = F.cross_entropy(logits, targets, reduction="none").double().split(counts)
+        best = logits.argmax(-1)
+        right = (best == targets).split(counts)
+        last = best[torch.tensor(counts, device=best.device).cumsum(0) - 1]
+        sums = [torch.stack([part.sum() for part in parts]).tolist() for parts in (losses, right)]
+        rows[:, places] = sums[0], counts, sums[1], last.tolist()
+    return _Rows(rows[0], rows[1], rows[2], rows[3].astype(np.int64))
+
+
+def _answers(
+    engine: Engine[Any], tokenizer: Any, prompts: Sequence[Prompt], on_progress: Progress
+) -> tuple[Sample, ...]:
+    """The model's answer to each prompt that has a reference."""
     prompts = [prompt for prompt in prompts if prompt.answer is not None]
     references = [prompt.answer or "" for prompt in prompts]
     if not prompts:
-        return None
+        return ()
     longest = max(len(ids) for ids in tokenizer(references, add_special_tokens=False).input_ids)
     answers = generate(
         engine.model,
@@ -95,5 +161,5 @@ def _exact_match(
         longest + 1,
         on_batch=lambda done: on_progress(f"answers {done}/{len(prompts)}"),
     )
-    matches = [answer.strip() == reference.strip() for answer, reference in zip(answers, references, strict=True)]
-    return sum(matches) / len(matches)
+    questions = [tokenizer.decode(prompt.ids, skip_special_tokens=True) for prompt in prompts]
+    return tuple(map(Sample, questions, references, answers))

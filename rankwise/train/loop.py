@@ -90,6 +90,8 @@ class Training:
         set_adapter_training(model, False)
 
     def _run_once(self) -> None:
+        # Not in training: dropout would draw random numbers that a resumed run draws again.
+        set_adapter_training(self.engine.model, False)
         self.engine.logits([self.plan[0][0][0].short()])
 
     def _steps(self, begin: float, stopped: Callable[[], bool]) -> Iterator[Step]:

@@ -10,6 +10,7 @@ from rankwise.train.interrupt import first_interrupt
 from rankwise.train.loop import Step, Training
 from rankwise.train.progress import Reporter
 from rankwise.train.run_folder import RunFolder
+from rankwise.train.trackers import tracking
 from rankwise.train.watch import Watch, evaluation_interval
 
 
@@ -41,8 +42,7 @@ def run_training(
     Without evaluations, or when the user ends it early, that is the adapter as it is then.
     Raises StorageError if the disk is full: what the run saved before stays.
     """
-    total = len(training.plan)
-    watch = Watch(training.parameters, config.patience)
+    total, watch = len(training.plan), Watch(training.parameters, config.patience)
     evaluate_every = evaluation_interval(config, training.plan, held_out)
     save_every = config.save_steps or max(1, total // 10)
     steps: list[Step] = []
@@ -50,9 +50,12 @@ def run_training(
         steps, messages = run.restore(training, watch)
         for message in messages:
             reporter.say(message)
-    saved = training.done
-    at_once = False
-    with first_interrupt(reporter.say) as interrupt, reporter.training(total, steps) as view:
+    saved, at_once = training.done, False
+    with (
+        tracking(config.tracker, run.path, config.as_dict(), steps) as track,
+        first_interrupt(reporter.say) as interrupt,
+        reporter.training(total, steps) as view,
+    ):
         left = () if watch.gave_up else training.steps(lambda: interrupt.signal is not None or watch.gave_up)
         try:
             for step in left:
@@ -62,6 +65,7 @@ def run_training(
                     step = replace(step, eval_loss=loss)
                 steps.append(step)
                 run.add_step(step)
+                track(step)
                 view.step(step)
                 if step.number % save_every == 0:
                     run.save_checkpoint(training, watch, steps, labels)

@@ -115,7 +115,7 @@ class RunFolder:
     def write_settings(self) -> None:
         """Write run.yaml; `rankwise train --config run.yaml --out OTHER` repeats the run."""
         if not self.resume:
-            atomic.write_text(self.path / SETTINGS_FILE, yaml.safe_dump(self.config.as_dict(), sort_keys=False))
+            atomic.write_text(self.path / SETTINGS_FILE, self.config.as_yaml())
 
     def write_start(self, start: Start) -> None:
         """Write start.json."""

@@ -40,7 +40,7 @@ class Start:
 
     @property
     def evaluation(self) -> Evaluation | None:
-        return Evaluation(**self.before) if self.before else None
+        return Evaluation.from_dict(self.before) if self.before else None
 
 
 def data_sha256(*sides: Sequence[Any]) -> str:

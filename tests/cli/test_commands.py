@@ -184,6 +184,8 @@ def test_a_wrong_flag_names_the_nearest_one(train, capsys, options, messages):
         ("r: [1, {}]", "r must be a value or a list of values"),
         ("- r", "must hold keys with values"),
         ("r: [", "is not valid YAML"),
+        ("r: " + "[" * 5000 + "]" * 5000, "is nested too deeply"),
+        ("r: " + "{a: " * 5000 + "1" + "}" * 5000, "is nested too deeply"),
     ],
 )
 def test_a_wrong_yaml_file_is_one_clear_message(train, capsys, tmp_path, content, message):

@@ -1,0 +1,119 @@
+"""Every setting of `rankwise train` is a flag and a YAML key, and --print-config shows what a run would be given."""
+
+import re
+import subprocess
+import sys
+from dataclasses import fields
+
+import pytest
+import yaml
+from conftest import ROOT
+
+from rankwise.cli.arguments import parse
+from rankwise.cli.main import main
+from rankwise.train.config import TrainConfig
+
+REQUIRED = {"model": "smollm2-135m", "data": "rows.jsonl", "out": "runs/a"}
+OTHER = {
+    "model": "a model",
+    "data": ["one.jsonl", "two.csv:2"],
+    "out": "runs/ä b",
+    "task": "seq_cls",
+    "format": "text",
+    "columns": ["prompt=question", "completion=answer"],
+    "train_on": "last",
+    "eval_data": "held out.jsonl",
+    "eval_fraction": 0.25,
+    "eval_answers": 7,
+    "metrics": True,
+    "r": "auto",
+    "lora_alpha": 5.5,
+    "lora_dropout": 0.1,
+    "target_modules": [r".*\.(q|v)_proj"],
+    "init_lora_weights": "pissa",
+    "use_rslora": True,
+    "use_dora": True,
+    "epochs": 2.5,
+    "max_steps": 9,
+    "batch_size": 3,
+    "batch_tokens": 4000,
+    "accumulate": 2,
+    "batches": "alike",
+    "max_length": 99,
+    "long_rows": "cut",
+    "lr": "auto",
+    "lr_schedule": "cosine",
+    "warmup": 0.5,
+    "weight_decay": 0.01,
+    "lora_plus_ratio": 16.0,
+    "preconditioned": True,
+    "eval_steps": 11,
+    "patience": 0,
+    "save_steps": 13,
+    "tracker": ["tensorboard", "wandb"],
+    "explain_engine": True,
+    "seed": 14,
+}
+"""A value of each setting that is not the default."""
+
+
+def flags(settings):
+    found = []
+    for name, value in settings.items():
+        flag = f"--{name.replace('_', '-')}"
+        found += [flag] if value is True else [flag, *map(str, value if isinstance(value, list) else [value])]
+    return found
+
+
+def printed(capsys, *options):
+    capsys.readouterr()
+    assert main(["train", *map(str, options), "--print-config"]) == 0
+    return capsys.readouterr().out
+
+
+def test_the_flags_of_the_help_are_the_keys_of_the_settings(capsys):
+    with pytest.raises(SystemExit):
+        main(["train", "--help"])
+    shown = capsys.readouterr().out
+    listed = re.findall(r"^[│ ] --([a-z][a-z-]*)", shown, re.MULTILINE)
+    named = {flag.removeprefix("no-").replace("-", "_") for flag in listed}
+    assert named == {field.name for field in fields(TrainConfig)} == OTHER.keys()
+
+
+@pytest.mark.parametrize("name", OTHER)
+def test_a_setting_means_the_same_as_a_flag_as_a_yaml_key_and_after_printing(name, tmp_path, capsys):
+    settings = {**REQUIRED, name: OTHER[name]}
+    by_flags = parse(TrainConfig, flags(settings), "train")
+    for key in (name, name.replace("_", "-")):
+        (tmp_path / "settings.yaml").write_text(yaml.safe_dump({**REQUIRED, key: OTHER[name]}))
+        assert parse(TrainConfig, ["--config", str(tmp_path / "settings.yaml")], "train") == by_flags
+    text = printed(capsys, *flags(settings))
+    assert yaml.safe_load(text).keys() == OTHER.keys()
+    assert by_flags.as_dict()[name] == OTHER[name]
+    (tmp_path / "printed.yaml").write_text(text)
+    assert parse(TrainConfig, ["--config", str(tmp_path / "printed.yaml")], "train") == by_flags
+    assert printed(capsys, "--config", tmp_path / "printed.yaml") == text
+
+
+def test_what_is_printed_is_what_run_yaml_holds(tiny_llama_folder, tmp_path, capsys):
+    rows = (ROOT / "examples/text_to_sql/train.jsonl").read_text().splitlines()[:6]
+    (tmp_path / "rows.jsonl").write_text("\n".join(rows) + "\n")
+    options = ["--model", tiny_llama_folder, "--data", tmp_path / "rows.jsonl", "--out", tmp_path / "run"]
+    options += ["--max-steps", "1", "--r", "2", "--eval-fraction", "0"]
+    text = printed(capsys, *options)
+    assert not (tmp_path / "run").exists()
+    assert main(["train", *map(str, options)]) == 0
+    assert (tmp_path / "run/run.yaml").read_text() == text
+
+
+def test_printing_loads_no_model_and_no_torch_and_wrong_settings_are_still_refused():
+    code = (
+        "import sys\nfrom rankwise.cli.main import main\n"
+        "assert main(['train', '--print-config', '--model', 'm', '--data', 'd', '--out', 'o']) == 0\n"
+        "assert not {'torch', 'transformers'} & set(sys.modules)\n"
+        "main(['train', '--print-config', '--model', 'm', '--data', 'd', '--out', 'o', '--epochs', '0'])"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert result.returncode == 2
+    assert "--epochs must be above 0" in result.stderr
+    assert yaml.safe_load(result.stdout)["model"] == "m"
