@@ -106,7 +106,7 @@ class Engine(ABC, Generic[E]):
             return "no list of blocks was found in the model"
         if is_watched(self._last_block):
             return "there are hooks in it"
-        if getattr(self.model, "is_gradient_checkpointing", False):
+        if any(getattr(module, "gradient_checkpointing", False) for module in self.model.modules()):
             return "the model recomputes its activations"
         if getattr(self.model.config, "layerdrop", 0):
             return "the model leaves out blocks at random"

@@ -224,6 +224,8 @@ def _json_object(path: Path) -> dict[str, Any]:
         value = json.loads(path.read_text(encoding="utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise CheckpointError(f"not valid JSON: {error}") from None
+    except RecursionError:
+        raise CheckpointError("its objects are nested too deeply to be settings") from None
     if not isinstance(value, dict):
         raise CheckpointError(f"must hold an object, found {type(value).__name__}")
     return value

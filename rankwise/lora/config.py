@@ -123,7 +123,11 @@ class LoraConfig:
 
     def _problems_of_patterns(self):
         for name, least in (("rank_pattern", 1), ("alpha_pattern", 0)):
-            for key, value in getattr(self, name).items():
+            patterns = getattr(self, name)
+            if not isinstance(patterns, dict):
+                yield f"{name} must map names to numbers, found {patterns!r}"
+                continue
+            for key, value in patterns.items():
                 fits = _is_whole(value, 1) if least else _is_number(value) and value > 0
                 if not fits:
                     wanted = "a whole number of at least 1" if least else "above 0"

@@ -21,8 +21,8 @@ VOCABULARY_ENTRY = 1000
 """A tokenizer holds about so many bytes for each entry of its vocabulary (0.8 and 1.1 kB in two of them)."""
 SLACK = 0.55
 """Share of what comes and goes with each step that glibc's allocator holds beside it, in gaps that no tensor fits."""
-LOGITS_AT_ONCE = 3
-"""At the start of the backward pass: log-probabilities, their gradient, and that of the logits."""
+LOGITS_BYTES = 30 * 2**20
+"""Logits and their gradient share one chunk of at most this size (engine/head.py)."""
 
 COPIES = 2
 """Copies of the adapted weights that a run prepares for faster products (lora/prepared.py) …"""
@@ -78,9 +78,9 @@ def _memory(
     shape: ModelShape, ranks: dict[str, int], batch: Batch, process_bytes: float, frozen: float, trained: float
 ) -> Memory:
     activations = FLOAT * batch.computed * kept_numbers(shape, ranks, batch.padded_to)
-    logits = LOGITS_AT_ONCE * places_of_head(shape, batch) * shape.head.d
+    logits = FLOAT * places_of_head(shape, batch) * shape.head.d
     block = batch.computed * (3 * shape.block.activations + 2 * shape.width)
-    working = FLOAT * max(logits, block)
+    working = max(min(logits, LOGITS_BYTES), FLOAT * block)
     process = process_bytes + VOCABULARY_ENTRY * shape.vocabulary
     return Memory(process, frozen, trained, activations, working, SLACK * (activations + working))
 

@@ -230,6 +230,22 @@ def test_damaged_and_missing_files_are_named(folder, tmp_path):
         load_adapter_(tiny("llama"), tmp_path / "nowhere")
 
 
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        ({"rank_pattern": [["q_proj", 3]]}, "rank_pattern must map names to numbers"),
+        ({"alpha_pattern": "q_proj"}, "alpha_pattern must map names to numbers"),
+        ("[" * 100_000, "nested too deeply"),
+    ],
+)
+def test_settings_of_another_form_are_an_error_of_the_checkpoint(folder, content, said):
+    if isinstance(content, dict):
+        content = json.dumps({**json.loads((folder / SETTINGS).read_text()), **content})
+    (folder / SETTINGS).write_text(content)
+    with pytest.raises(CheckpointError, match=said):
+        read_adapter(folder)
+
+
 def test_pickle_files_are_refused_unread(folder):
     (folder / WEIGHTS).unlink()
     (folder / "adapter_model.bin").write_bytes(pickle.dumps({}))

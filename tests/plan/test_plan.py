@@ -12,10 +12,13 @@ from torch.utils.flop_counter import FlopCounterMode
 import rankwise
 from rankwise.cli.main import main
 from rankwise.data.examples import LabelExample, TextExample
+from rankwise.engine import head
 from rankwise.engine.batch import pack
 from rankwise.engine.engine import engine_for
+from rankwise.engine.last_block import last_block
+from rankwise.lora import prepared
 from rankwise.lora.config import LoraConfig
-from rankwise.plan import calibrate, machine
+from rankwise.plan import calibrate, machine, memory
 from rankwise.plan.architectures import read_shape
 from rankwise.plan.flops import lora_flops
 from rankwise.plan.plan import adapter_file_bytes
@@ -82,6 +85,8 @@ def test_operations_are_those_that_torch_counts(family, targets, tmp_path):
     rankwise.inject_(model, lora)
     engine = engine_for(task, model, 0, examples)
     assert engine.packs
+    # The plan counts the last block as the others. A block that somebody watches runs whole.
+    last_block(model).register_forward_hook(lambda *_: None)
     with FlopCounterMode(display=False, custom_mapping={torch.ops.aten.addmm_: added_product}) as counter:
         engine.loss(examples).backward()
     counted = {str(name).split(".")[-1]: flops for name, flops in counter.get_flop_counts()["Global"].items()}
@@ -218,3 +223,8 @@ def test_a_plan_has_a_time_once_the_machine_was_measured(run, tmp_path):
     assert with_time["adapter"]["seconds"] > 0
     assert without["adapter"]["seconds"] is None
     assert with_time["adapter"]["flops"] == without["adapter"]["flops"]
+
+
+def test_the_plan_knows_the_size_of_the_engines_chunks_and_copies():
+    assert memory.LOGITS_BYTES == head.CHUNK_BYTES
+    assert memory.COPIES == prepared.COPIES
