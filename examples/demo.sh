@@ -5,7 +5,7 @@ cd "$(dirname "$0")/.."
 rm -rf runs/demo
 
 rankwise train --model smollm2-135m --data examples/text_to_sql/train.jsonl --eval-data examples/text_to_sql/test.jsonl \
-    --r 8 --lr 2e-3 --batch-size 4 --max-steps 150 --out runs/demo
+    --r 8 --lr 2e-3 --batch-size 4 --max-steps 145 --out runs/demo
 
 printf '\nThree of the questions, before and after:\n'
 rankwise generate --adapter runs/demo --file examples/text_to_sql/test.jsonl --first 3 --use both --max-new-tokens 60
