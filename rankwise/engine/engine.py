@@ -95,6 +95,8 @@ class Engine(ABC, Generic[E]):
     def _why_not_packed(self, sample: Sequence[E]) -> str | None:
         if not getattr(self.model, "_supports_attention_backend", False):
             return "its attention cannot be exchanged in transformers"
+        if any(getattr(module, "gradient_checkpointing", False) for module in self.model.modules()):
+            return "it computes its activations again in the backward pass, where the exchanged attention is gone"
         short: list[E] = [example.short() for example in sample[:3]]
         return self._why_not("packing", short, self._padded(short)[0])
 
@@ -106,8 +108,6 @@ class Engine(ABC, Generic[E]):
             return "no list of blocks was found in the model"
         if is_watched(self._last_block):
             return "there are hooks in it"
-        if any(getattr(module, "gradient_checkpointing", False) for module in self.model.modules()):
-            return "the model recomputes its activations"
         if getattr(self.model.config, "layerdrop", 0):
             return "the model leaves out blocks at random"
         short: list[E] = [example.short() for example in sample[:3]]
