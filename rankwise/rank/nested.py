@@ -44,6 +44,10 @@ class NestedEngine:
         cut_(self.model, self._draw.choice(self._ranks))
         return self._engine.loss(examples, label_smoothing)
 
+    def logits(self, examples: Sequence[Any]) -> tuple[Tensor, Tensor]:
+        """Those of the adapter as it is cut."""
+        return self._engine.logits(examples)
+
 
 def cut_(model: nn.Module, rank: int | None) -> None:
     """Let only the first `rank` directions of the adapter work; None: all."""

@@ -47,6 +47,7 @@ OTHER = {
     "weight_decay": 0.01,
     "lora_plus_ratio": 16.0,
     "preconditioned": True,
+    "label_smoothing": 0.1,
     "eval_steps": 11,
     "patience": 0,
     "save_steps": 13,
