@@ -54,7 +54,7 @@ WITHOUT: dict[str, tuple[str, Any]] = {
     "shared-beginnings": ("rankwise.engine.batch._LEAST_SAVED", 10**9),
     "chunked-head": ("rankwise.engine.engine.head_that_gives", lambda _logits, _hidden, _model: None),
     "cut-last-block": ("rankwise.engine.engine.Engine._why_not_cut", lambda _engine, _sample: OFF),
-    "own-backward": ("rankwise.lora.linear.LoraLinear._is_matrix_product", lambda _layer, _x: False),
+    "own-backward": ("rankwise.lora.linear.LoraLinear._frozen_matrix", lambda _layer, _x: None),
     "shared-inputs": ("rankwise.train.loop.shared_inputs", lambda _model, _run: nullcontext()),
     "prepared-weights": ("rankwise.train.loop.most_bytes_of_copies", lambda: 0.0),
     "kept-memory": ("rankwise.train.loop.keep_freed_memory", lambda: None),

@@ -66,7 +66,8 @@ class Update(nn.Module):
 
     def factors(self, dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor]:
         """(A, B) of the whole ΔW / scale, with the start stacked below A and, negative, beside B."""
-        A, B = self.lora_A, self.lora_B
+        A, B = self._parameters["lora_A"], self._parameters["lora_B"]
+        assert A is not None and B is not None
         if self.first is not None:
             A, B = A[: self.first], B[:, : self.first]
         if self.has_start:
