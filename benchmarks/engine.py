@@ -325,7 +325,7 @@ def run(name: str, shape: str, data: Path | None, steps: int) -> None:
     with patch(*WITHOUT[technique]) if technique in WITHOUT else nullcontext():
         done = runner(task, name, steps)
     # Before the judge, who needs memory of his own.
-    figures = {"peak_memory_bytes": peak_memory()}
+    figures: dict[str, float] = {"peak_memory_bytes": peak_memory()}
     seconds = sum(done.seconds[1:])
     figures["tokens_per_second"] = sum(done.tokens[1:]) / seconds
     figures["loss"] = task.loss(done.model)

@@ -67,8 +67,9 @@ class LoraLinear(LoraLayer):
         if self.rows is not None or self.merged or len(self.active) != 1:
             return None
         [(adapter, weight)] = self.active.items()
-        # Here and below: nn.Module's search for an attribute costs as much as a quarter of a token's product.
-        update: Any = self._modules["shares"]._modules[adapter]  # pyright: ignore[reportOptionalMemberAccess]
+        # Past nn.Module's search for attributes, which costs as much as a quarter of a token's product.
+        shares: Any = self._modules["shares"]
+        update = shares._modules[adapter]
         return update if weight == 1 and update.is_plain else None
 
     def _frozen_matrix(self, x: Tensor) -> tuple[Tensor, Tensor | None] | None:
