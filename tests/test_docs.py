@@ -23,7 +23,7 @@ def test_the_page_s_code_trains_adapters_that_rankwise_and_peft_load(tiny_llama_
     monkeypatch.chdir(tmp_path)
     names = {}
     for block in blocks:
-        small = block.replace('"smollm2-135m"', repr(str(tiny_llama_folder))).replace("max_steps=145", "max_steps=4")
+        small = block.replace('"smollm2-135m"', repr(str(tiny_llama_folder))).replace("max_steps=165", "max_steps=4")
         exec(compile(small, "docs/python.md", "exec"), names)
     result = json.loads((tmp_path / "runs/demo/result.json").read_text())
     assert names["result"] == result
