@@ -9,16 +9,16 @@ from typing import Any
 import torch
 
 from rankwise.data.examples import Prompt, asked, examples_for
+from rankwise.data.labelled import label_counts, lacks_labels, problem_type
 from rankwise.data.report import measure
 from rankwise.data.rows import Row, divide
-from rankwise.data.shapes import Layout
+from rankwise.data.shapes import TASK_TYPES, Layout
 from rankwise.engine.engine import Engine, engine_for
 from rankwise.engine.explain import explain
 from rankwise.errors import DataError
 from rankwise.lora.config import LoraConfig
 from rankwise.lora.inject import inject_
 from rankwise.lora.start import FROM_DATA, start_from_data_
-from rankwise.models.adapted import TASK_TYPES
 from rankwise.models.load import base_sha256, load_model, load_tokenizer, longest_input, pad_id
 from rankwise.rank.inspect import inspect_adapter
 from rankwise.rank.shrink import HeldOut, ShrinkReport, shrink_, split_held_out
@@ -44,7 +44,7 @@ class Dataset:
     """Everything that a run learns from and is measured on."""
 
     train: list[Any]
-    """TextExamples, or LabelExamples for seq_cls."""
+    """TextExamples; for classifiers LabelExamples, LabelSetExamples or TagExamples."""
     held_out: list[Any]
     questions: list[Prompt]
     """Held-out prompts to answer, for exact match."""
@@ -90,8 +90,8 @@ def _finetune(config: TrainConfig, run: RunFolder, reporter: Reporter) -> dict[s
 
     with reporter.stage(f"loading {config.model}"):
         tokenizer = load_tokenizer(config.model)
-        labels = labels_of(train_rows) if config.task == "seq_cls" else []
-        model = load_model(config.model, config.task, labels)
+        labels = labels_of(train_rows)
+        model = load_model(config.model, config.task, labels, problem_type(train_rows))
     data = _tokenise(config, train_rows, held_out_rows, tokenizer, labels, longest_input(model))
     report = inject_(model, lora)
     engine = engine_for(config.task, model, pad_id(tokenizer), data.train)
@@ -184,11 +184,14 @@ def read_data(config: TrainConfig, say: Callable[[str], None] = lambda line: Non
 
 
 def labels_of(rows: list[Row]) -> list[str]:
-    """The labels' names in the order of a classifier's outputs. Raises DataError if there are fewer than two."""
-    labels = sorted({str(row.fields["label"]) for row in rows})
-    if len(labels) < 2:
-        raise DataError(f"every row of {rows[0].file} has the label {labels[0]!r}; a classifier needs at least two")
-    return labels
+    """The labels' names in the order of a classifier's outputs; none for rows that have no labels by their shape.
+
+    Raises DataError if they leave nothing to learn.
+    """
+    labels = label_counts(rows)
+    if lacking := lacks_labels(rows, labels):
+        raise DataError(f"{rows[0].file}: {lacking}")
+    return sorted(labels)
 
 
 def _tokenise(

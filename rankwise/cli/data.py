@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import tyro
 
 from rankwise.cli.arguments import parse
-from rankwise.data.shapes import Format, Layout
+from rankwise.data.shapes import Format, Layout, Task
 from rankwise.data.transcripts import TrainOn
 from rankwise.errors import ConfigError, listing
 
@@ -24,12 +24,12 @@ class DataConfig:
     """Show what a data set would teach a model: its shape, an example with the trained tokens, counts, all problems."""
 
     data: tyro.conf.Positional[tuple[Path, ...]]
-    """Files (JSONL, JSON, CSV, TSV, Parquet), folders of them, or hub data sets (OWNER/NAME@SPLIT); b.csv:2 counts the
-    rows of b.csv twice."""
+    """Files (JSONL, JSON, CSV, TSV, Parquet, CoNLL), folders of them, or hub data sets (OWNER/NAME@SPLIT); b.csv:2
+    counts the rows of b.csv twice."""
     model: str
     """The model whose tokenizer and chat template read the data."""
-    task: Literal["causal_lm", "seq_cls"] = "causal_lm"
-    """causal_lm: answer prompts. seq_cls: give texts a label."""
+    task: Task = "causal_lm"
+    """causal_lm: answer prompts. seq_cls: give texts a label, or several. token_cls: give each word a tag."""
     format: Format | None = None
     """Shape of the rows; without it, the one that most rows have."""
     columns: tuple[str, ...] = ()
@@ -79,8 +79,8 @@ def _show(report: "DataReport", tokenizer: Any, all_problems: bool, console: Any
     if report.held_out:
         console.print(f"evaluation: {report.held_out}", markup=False)
     if report.labels:
-        rows = list(report.labels.values())
-        console.print(f"labels: {len(rows)}, with {rows[-1]:,} to {rows[0]:,} rows each", markup=False)
+        counts, kind = list(report.labels.values()), "words" if report.train.trained_tokens else "rows"
+        console.print(f"labels: {len(counts)}, with {counts[-1]:,} to {counts[0]:,} {kind} each", markup=False)
     _show_example(report, tokenizer, console)
     if report.problems:
         most = len(report.problems) if all_problems else 20
@@ -93,15 +93,15 @@ def _show_example(report: "DataReport", tokenizer: Any, console: Any) -> None:
     """The first row: trained tokens in colour on a terminal, in ⟦ ⟧ elsewhere."""
     from rich.text import Text
 
-    from rankwise.data.examples import LabelExample
+    from rankwise.data.examples import TextExample
     from rankwise.data.report import stretches
 
     example = report.example
     if example is None:
         return
-    if isinstance(example, LabelExample):
-        label = sorted(report.labels)[example.label]
-        console.print(f"\n{example.place}: {tokenizer.decode(example.ids)} → {label}", markup=False)
+    if not isinstance(example, TextExample):
+        answer = example.written(example.answer, tokenizer, sorted(report.labels))
+        console.print(f"\n{example.place}: {tokenizer.decode(example.ids)} → {answer}", markup=False)
         return
     marks = ("", "") if console.is_terminal else ("⟦", "⟧")
     text = Text()

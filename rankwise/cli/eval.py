@@ -13,7 +13,7 @@ from rankwise.errors import ConfigError
 
 @dataclass(frozen=True, kw_only=True)
 class EvalConfig:
-    """Measure loss, exact match and more (or accuracy, F1 and MCC) on a file, each with a 95 % interval."""
+    """Measure loss, exact match and more (or accuracy, F1 and more) on a file, each with a 95 % interval."""
 
     data: Path
     """A file of the shape that the adapter was trained on."""
@@ -59,7 +59,7 @@ def main(options: list[str]) -> int:
     with reporter.stage("loading"):
         adapted = load_adapted(config.model, config.adapter)
     if config.metrics and adapted.task != "causal_lm":
-        raise ConfigError("--metrics is for answers; a classifier's accuracy, F1 and MCC are always measured")
+        raise ConfigError("--metrics is for answers; a classifier's scores are always measured")
     rows, tokenizer = read_rows(config.data, adapted.task, layout), adapted.tokenizer
     length = min(config.max_length, longest_input(adapted.model))
     examples = examples_for(adapted.task, rows, tokenizer, adapted.labels, length, config.long_rows, config.train_on)

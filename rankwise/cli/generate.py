@@ -50,7 +50,7 @@ def main(options: list[str]) -> int:
     with reporter.stage("loading"):
         adapted = load_adapted(config.model, config.adapter)
     if adapted.task != "causal_lm":
-        raise ConfigError("this adapter classifies texts and cannot answer prompts; measure it with rankwise eval")
+        raise ConfigError("this adapter is a classifier and cannot answer prompts; measure it with rankwise eval")
     model, tokenizer = adapted.model, adapted.tokenizer
     questions = [asked(row, tokenizer) for row in rows] or [user_prompt(config.prompt or "", tokenizer)]
     sides = ["base"] if config.adapter is None else ["base", "adapter"] if config.use == "both" else [config.use]

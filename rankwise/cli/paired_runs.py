@@ -11,12 +11,13 @@ import torch
 from torch import nn
 
 from rankwise.data.examples import examples_for
+from rankwise.data.labelled import problem_type
+from rankwise.data.shapes import TASK_TYPES
 from rankwise.engine.engine import Engine, engine_for
 from rankwise.errors import ConfigError, RankwiseError
 from rankwise.finetune import labels_of, read_data
 from rankwise.lora.config import LoraConfig
 from rankwise.lora.inject import eject_, trainable_parameters
-from rankwise.models.adapted import TASK_TYPES
 from rankwise.models.load import load_model, load_tokenizer, longest_input, pad_id
 from rankwise.rank.crossed import Array
 from rankwise.rank.measure import per_example
@@ -44,7 +45,8 @@ class PairedRuns:
         if not held_out:
             raise ConfigError("ranks are compared on held-out rows; give --eval-data, or an --eval-fraction above 0")
         self._tokenizer = load_tokenizer(config.model)
-        self.labels = labels_of(train) if config.task == "seq_cls" else []
+        self.labels = labels_of(train)
+        self._problem_type = problem_type(train)
         self._loaded: tuple[int, Engine[Any]] | None = None
         model = self._load_model(config.seed)
         length = min(config.max_length, longest_input(model))
@@ -119,7 +121,7 @@ class PairedRuns:
 
     def _load_model(self, seed: int) -> Any:
         torch.manual_seed(seed)
-        return load_model(self.config.model, self.config.task, self.labels)
+        return load_model(self.config.model, self.config.task, self.labels, self._problem_type)
 
 
 def rows_sha256(config: TrainConfig) -> str:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from rankwise.cli.arguments import parse
+from rankwise.data.shapes import TASK_TYPES
 from rankwise.errors import ConfigError
 from rankwise.lora.config import LoraConfig
 from rankwise.plan.architectures import read_shape
@@ -37,9 +38,9 @@ class PlanConfig(TrainConfig):
     tokens_per_row: int | None = None
     """Tokens of each of them."""
     trained_per_row: int | None = None
-    """How many of them the loss counts (causal_lm); without it, all but the first."""
+    """How many of them the loss counts (causal_lm, token_cls); without it, all but the first."""
     labels: int = 2
-    """Classes (seq_cls), where there is no --data."""
+    """Classes (seq_cls, token_cls), where there is no --data."""
     time: bool = True
     """--no-time leaves the time out. Otherwise this machine is measured once, in about ten seconds."""
     recalibrate: bool = False
@@ -70,7 +71,7 @@ def main(options: list[str]) -> int:
     shape = read_shape(_source(config.model), config.task, labels)
     batches = _batches(config, shape, examples)
     lora = LoraConfig(
-        task_type="SEQ_CLS" if config.task == "seq_cls" else "CAUSAL_LM",
+        task_type=TASK_TYPES[config.task],
         r=config.trained_rank,
         target_modules=config.targets,
     )
@@ -104,11 +105,11 @@ def _source(model: str) -> Path | str:
 def _examples(config: PlanConfig) -> tuple[list[Any], int]:
     """The rows that would train, tokenised, and the number of labels."""
     from rankwise.data.examples import examples_for
-    from rankwise.finetune import read_data
+    from rankwise.finetune import labels_of, read_data
     from rankwise.models.load import load_tokenizer
 
     rows, _ = read_data(config)
-    labels = sorted({str(row.fields["label"]) for row in rows}) if config.task == "seq_cls" else []
+    labels = labels_of(rows)
     source = config.model
     if source in PUBLISHED or Path(source).suffix == ".json":
         raise ConfigError(f"{source} has no tokenizer for --data; give --rows and --tokens-per-row instead")

@@ -8,6 +8,7 @@ from typing import Literal
 import tyro
 
 from rankwise.cli.arguments import parse
+from rankwise.data.shapes import Task
 from rankwise.errors import ConfigError, listing
 
 
@@ -23,10 +24,10 @@ class ShrinkConfig:
     """Folder of the smaller adapter; it must not exist yet."""
     model: str | None = None
     """Base model; without it, the one that the adapter names."""
-    task: Literal["causal_lm", "seq_cls"] | None = None
+    task: Task | None = None
     """What the adapter does; without it, what its configuration says."""
     delta: float | None = None
-    """The most that may be lost, in nats for each trained token (or text); without it, 5 % of the adapter's gain."""
+    """The most that may be lost, in nats for each trained token (text, word); without it, 5 % of the adapter's gain."""
     reader: Literal["vllm", "llama.cpp"] = "vllm"
     """What will read it beside PEFT: where ranks differ between modules, these two scale them in different ways."""
     seed: int = 0
@@ -45,7 +46,7 @@ def main(options: list[str]) -> int:
     from rankwise.data.rows import read_rows
     from rankwise.engine.engine import engine_for
     from rankwise.lora.checkpoint import save_adapter
-    from rankwise.models.adapted import LABELS_FILE, load_adapted
+    from rankwise.models.adapted import load_adapted, write_labels
     from rankwise.models.load import longest_input, pad_id
     from rankwise.rank.shrink import HeldOut, shrink_, split_held_out
     from rankwise.train.progress import Reporter
@@ -67,7 +68,7 @@ def main(options: list[str]) -> int:
     with atomic.replacing(config.out) as temporary:
         save_adapter(adapted.model, temporary)
         if adapted.labels:
-            atomic.write_text(temporary / LABELS_FILE, json.dumps(adapted.labels, ensure_ascii=False, indent=1) + "\n")
+            write_labels(adapted.model, adapted.labels, temporary)
         atomic.write_text(temporary / "shrink.json", json.dumps(asdict(report), indent=2) + "\n")
     print(report)
     print(f"adapter: {config.out}")

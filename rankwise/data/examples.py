@@ -1,11 +1,12 @@
 """Rows → tokens: the tokenizer's own chat template, and which tokens the loss counts."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any, Literal, TypeVar
 
 from rankwise.data.files import Problem, Row
+from rankwise.data.labelled import LabelExample, LabelSetExample, TagExample, tokenise_labelled
 from rankwise.data.rows import MOST_PROBLEMS
 from rankwise.data.transcripts import Tokenizer, TrainOn, Transcript, question, transcript
 from rankwise.errors import DataError, listing
@@ -35,32 +36,28 @@ class TextExample:
         """How many predictions the loss counts."""
         return sum(self.trained[1:])
 
+    @property
+    def answer(self) -> tuple[int, ...]:
+        """What the model should find: the trained tokens."""
+        return tuple(token for token, trained in zip(self.ids[1:], self.trained[1:], strict=True) if trained)
+
+    @property
+    def taught(self) -> tuple[int, ...]:
+        """All that the loss knows beside the tokens."""
+        return self.trained
+
+    def cut_to(self, length: int) -> "TextExample":
+        """The first `length` tokens."""
+        cut = max(0, len(self.ids) - length)
+        return replace(self, ids=self.ids[:length], trained=self.trained[:length], cut=cut)
+
     def short(self) -> "TextExample":
         """The first trained token with the 24 tokens before it."""
         part = slice(max(0, self.prompt_length - 24), self.prompt_length + 1)
         return TextExample(self.ids[part], self.trained[part], self.place)
 
 
-@dataclass(frozen=True)
-class LabelExample:
-    """A text as tokens and the index of its label."""
-
-    ids: tuple[int, ...]
-    label: int
-    place: str
-    cut: int = 0
-
-    @property
-    def counted(self) -> int:
-        """How many predictions the loss counts."""
-        return 1
-
-    def short(self) -> "LabelExample":
-        """The first 24 tokens."""
-        return LabelExample(self.ids[:24], self.label, self.place)
-
-
-E = TypeVar("E", TextExample, LabelExample)
+E = TypeVar("E", TextExample, LabelExample, LabelSetExample, TagExample)
 
 
 @dataclass(frozen=True)
@@ -80,12 +77,12 @@ def examples_for(
     long_rows: LongRows,
     train_on: TrainOn = "completion",
 ) -> list[Any]:
-    """TextExamples for "causal_lm" or LabelExamples for "seq_cls"; see `text_examples` and `label_examples`."""
+    """TextExamples for "causal_lm", else what the labels ask for; see `text_examples` and `label_examples`."""
     if not rows:
         return []
-    if task == "seq_cls":
-        return label_examples(rows, tokenizer, labels, max_length, long_rows)
-    return text_examples(rows, tokenizer, max_length, long_rows, train_on)
+    if task == "causal_lm":
+        return text_examples(rows, tokenizer, max_length, long_rows, train_on)
+    return label_examples(rows, tokenizer, labels, max_length, long_rows)
 
 
 def text_examples(
@@ -107,15 +104,7 @@ def text_examples(
         raise DataError(
             f"the chat template cannot render {len(problems)} rows:\n{listing(list(map(str, problems)), MOST_PROBLEMS)}"
         )
-    kept = _fit(examples, max_length, long_rows)
-    untrained = [e.place for e in kept if not any(e.trained[1:])]
-    if untrained:
-        raise DataError(
-            f"{len(untrained)} rows have no trained token within --max-length {max_length} tokens: the prompt alone "
-            f"fills it, so they would teach nothing. Raise --max-length, or leave them out with --long-rows drop:\n"
-            + listing(untrained)
-        )
-    return kept
+    return _fit(examples, max_length, long_rows)
 
 
 def tokenise(
@@ -148,24 +137,16 @@ _AT_ONCE = 512
 
 def label_examples(
     rows: Sequence[Row], tokenizer: Tokenizer, labels: Sequence[str], max_length: int, long_rows: LongRows
-) -> list[LabelExample]:
-    """One LabelExample for each text/label row; `labels` gives each label its index.
+) -> list[Any]:
+    """One LabelExample, LabelSetExample or TagExample for each row with labels; `labels` gives each label its index.
 
-    Raises DataError for labels that are not in `labels` and for rows longer than `max_length` tokens.
+    Raises DataError for labels that are not in `labels`, for words that are no tokens of their own and for rows longer
+    than `max_length` tokens.
     """
-    index = {label: number for number, label in enumerate(labels)}
-    unknown = sorted({str(row.fields["label"]) for row in rows} - index.keys())
-    if unknown:
-        places = {str(row.fields["label"]): row.place for row in reversed(rows)}
-        raise DataError(
-            f"{len(unknown)} labels are not among the {len(labels)} that are trained:\n"
-            + listing([f"{places[label]}: {label!r}" for label in unknown])
-        )
-    ids = tokenizer([row.fields["text"] for row in rows]).input_ids
-    examples = [
-        LabelExample(tuple(tokens), index[str(row.fields["label"])], row.place)
-        for tokens, row in zip(ids, rows, strict=True)
-    ]
+    examples, problems = tokenise_labelled(rows, tokenizer, labels)
+    if problems:
+        shown = listing(list(map(str, problems)), MOST_PROBLEMS)
+        raise DataError(f"rows that this model cannot be trained or measured on; problems: {len(problems)}\n{shown}")
     return _fit(examples, max_length, long_rows)
 
 
@@ -265,6 +246,13 @@ def _fit(examples: list[E], max_length: int, long_rows: LongRows) -> list[E]:
     kept = fitted(examples, max_length, long_rows)
     if not kept:
         raise DataError(f"--long-rows drop leaves no row: all {len(examples)} have more than {max_length} tokens")
+    untrained = [e.place for e in kept if not e.counted]
+    if untrained:
+        raise DataError(
+            f"{len(untrained)} rows have no trained token within --max-length {max_length} tokens: the prompt alone "
+            f"fills it, so they would teach nothing. Raise --max-length, or leave them out with --long-rows drop:\n"
+            + listing(untrained)
+        )
     return kept
 
 
@@ -273,12 +261,5 @@ def fitted(examples: list[E], max_length: int, long_rows: LongRows) -> list[E]:
     if long_rows == "drop":
         return [e for e in examples if len(e.ids) <= max_length]
     if long_rows == "cut":
-        return [_cut(e, max_length) if len(e.ids) > max_length else e for e in examples]
+        return [e.cut_to(max_length) if len(e.ids) > max_length else e for e in examples]
     return examples
-
-
-def _cut(example: E, length: int) -> E:
-    cut = len(example.ids) - length
-    if isinstance(example, TextExample):
-        return TextExample(example.ids[:length], example.trained[:length], example.place, cut)
-    return LabelExample(example.ids[:length], example.label, example.place, cut)

@@ -1,13 +1,13 @@
 """What a data set would teach, before any training: counts, lengths, an example with its trained tokens, a verdict."""
 
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from itertools import groupby
 from typing import Any
 
-from rankwise.data.examples import LabelExample, LongRows, TextExample, fitted, label_examples, tokenise
-from rankwise.data.files import Problem, Row
+from rankwise.data.examples import LongRows, TextExample, fitted, tokenise
+from rankwise.data.files import Problem
+from rankwise.data.labelled import TagExample, label_counts, lacks_labels, tokenise_labelled
 from rankwise.data.rows import Division
 from rankwise.data.transcripts import Tokenizer, TrainOn
 
@@ -19,7 +19,7 @@ class Measure:
     rows: int
     tokens: int
     trained_tokens: int
-    """0 for texts with labels, where the loss counts rows."""
+    """Or words to tag, each trained at its first token; 0 for texts with labels, where the loss counts rows."""
     median: int
     """Length in tokens, as p95, p99 and longest."""
     p95: int
@@ -40,15 +40,15 @@ class Measure:
         )
 
 
-def measure(examples: Sequence[TextExample] | Sequence[LabelExample]) -> Measure:
+def measure(examples: Sequence[Any]) -> Measure:
     """Count rows, tokens and duplicates of examples."""
     lengths = sorted(len(example.ids) for example in examples) or [0]
     median, p95, p99 = (lengths[int(part * (len(lengths) - 1))] for part in (0.5, 0.95, 0.99))
-    different = {(e.ids, e.trained if isinstance(e, TextExample) else e.label) for e in examples}
+    different = {(example.ids, example.taught) for example in examples}
     return Measure(
         rows=len(examples),
         tokens=sum(lengths),
-        trained_tokens=sum(sum(example.trained[1:]) for example in examples if isinstance(example, TextExample)),
+        trained_tokens=sum(example.counted for example in examples if isinstance(example, TextExample | TagExample)),
         median=median,
         p95=p95,
         p99=p99,
@@ -67,14 +67,17 @@ class DataReport:
     train: Measure
     held_out: Measure | None
     labels: dict[str, int]
-    """Rows of each label; empty for causal_lm."""
+    """Rows, or words, of each label; empty for causal_lm."""
     left_out: int
     """Training rows that ask what an evaluation row asks."""
     problems: list[Problem]
     """Everything that would stop a training run, row by row."""
     dropped: int
     """Rows that are too long and left out."""
-    example: TextExample | LabelExample | None
+    example: Any
+    """The first one, or None."""
+    lacks_labels: str | None
+    """Why no classifier can be trained on these labels."""
 
     @property
     def verdict(self) -> str:
@@ -83,8 +86,8 @@ class DataReport:
             return f"not ready: {rows:,} rows stop a training run; mend or remove them"
         if not self.train.rows:
             return "not ready: no row is left to train on"
-        if self.labels and len(self.labels) < 2:
-            return "not ready: every row has the same label; a classifier needs at least two"
+        if self.lacks_labels:
+            return f"not ready: {self.lacks_labels}"
         return f"ready to train ({self.dropped:,} rows are too long and left out)" if self.dropped else "ready to train"
 
     @property
@@ -110,18 +113,17 @@ def report_on(
     division: Division, task: str, tokenizer: Tokenizer, max_length: int, long_rows: LongRows, train_on: TrainOn
 ) -> DataReport:
     """Tokenise both sides and find everything that would stop a training run on them."""
-    labels = Counter(str(row.fields["label"]) for row in division.train) if task == "seq_cls" else Counter()
+    labels = label_counts(division.train)
     problems = list(division.problems)
     sides: list[list[Any]] = []
     dropped = 0
     for rows in (division.train, division.held_out):
-        if task == "seq_cls":
-            problems += [Problem(row.place, _unknown(row)) for row in rows if str(row.fields["label"]) not in labels]
-            rows = [row for row in rows if str(row.fields["label"]) in labels]
-            examples: list[Any] = label_examples(rows, tokenizer, sorted(labels), 10**9, "cut") if rows else []
-        else:
+        examples: list[Any]
+        if task == "causal_lm":
             examples, refused = tokenise(rows, tokenizer, train_on)
-            problems += refused
+        else:
+            examples, refused = tokenise_labelled(rows, tokenizer, sorted(labels))
+        problems += refused
         kept = fitted(examples, max_length, long_rows)
         problems += _problems(kept, max_length)
         dropped += len(examples) - len(kept)
@@ -136,14 +138,11 @@ def report_on(
         problems=list(dict.fromkeys(problems)),
         dropped=dropped,
         example=next(iter(sides[0]), None),
+        lacks_labels=lacks_labels(division.train, labels),
     )
 
 
-def _unknown(row: Row) -> str:
-    return f"the label {row.fields['label']!r} is not among those that are trained"
-
-
-def _problems(kept: Sequence[TextExample] | Sequence[LabelExample], max_length: int) -> Iterator[Problem]:
+def _problems(kept: Sequence[Any], max_length: int) -> Iterator[Problem]:
     for example in kept:
         if len(example.ids) > max_length:
             yield Problem(
@@ -151,7 +150,7 @@ def _problems(kept: Sequence[TextExample] | Sequence[LabelExample], max_length: 
                 f"{len(example.ids)} tokens, more than {max_length}, all that --max-length and the model allow "
                 "(--long-rows cut or drop says what to do with such rows)",
             )
-        elif isinstance(example, TextExample) and not any(example.trained[1:]):
+        elif not example.counted:
             yield Problem(example.place, "no trained token: the prompt alone fills --max-length, or no turn is trained")
 
 

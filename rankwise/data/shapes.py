@@ -8,6 +8,8 @@
 | sharegpt | conversations; tools and system may be there | messages, tools |
 | text | text | the same |
 | text/label | text, label | the same |
+| text/labels | text, labels: a list, which may be empty | the same |
+| tokens/tags | tokens: a list of words; tags: one a word | the same |
 """
 
 from collections import Counter
@@ -16,10 +18,16 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from rankwise.data.conversations import Faults, kind, messages_from, messages_from_sharegpt, tools_from, unreadable
+from rankwise.data.files import parse_json
 from rankwise.errors import ConfigError, DataError, nearest
+from rankwise.lora.config import TaskType
 
 Fields = Mapping[str, Any]
-Format = Literal["prompt/completion", "alpaca", "messages", "sharegpt", "text", "text/label"]
+Task = Literal["causal_lm", "seq_cls", "token_cls"]
+TASK_TYPES = {"causal_lm": TaskType.CAUSAL_LM, "seq_cls": TaskType.SEQ_CLS, "token_cls": TaskType.TOKEN_CLS}
+Format = Literal[
+    "prompt/completion", "alpaca", "messages", "sharegpt", "text", "text/label", "text/labels", "tokens/tags"
+]
 
 
 @dataclass(frozen=True)
@@ -124,9 +132,53 @@ def _text(fields: Fields, faults: Faults) -> dict[str, Any]:
 
 def _text_label(fields: Fields, faults: Faults) -> dict[str, Any]:
     label = fields["label"]
-    if isinstance(label, bool) or not isinstance(label, str | int) or not str(label).strip():
+    if not _is_label(label):
         faults.append(f"label must be a string or a whole number, found {label!r:.80}")
     return {**_text(fields, faults), "label": label}
+
+
+def _text_labels(fields: Fields, faults: Faults) -> dict[str, Any]:
+    labels = _label_list("labels", fields["labels"], faults)
+    twice = [label for label, count in Counter(labels).items() if count > 1]
+    if twice:
+        faults.append(f"labels holds {twice[0]!r:.80} twice")
+    return {**_text(fields, faults), "labels": labels}
+
+
+def _tokens_tags(fields: Fields, faults: Faults) -> dict[str, Any]:
+    tags = _label_list("tags", fields["tags"], faults)
+    tokens = _list(fields["tokens"])
+    if not isinstance(tokens, list) or not tokens:
+        faults.append(f"tokens must be a list of words that is not empty, found {tokens!r:.80}")
+        return {}
+    for number, word in enumerate(tokens):
+        _check_text(f"tokens[{number}]", word, faults, "and an empty word has no token to tag")
+    if len(tokens) != len(tags) and not faults:
+        faults.append(f"{len(tokens)} tokens, but {len(tags)} tags; each word needs one")
+    return {"tokens": tokens, "tags": tags}
+
+
+def _label_list(name: str, value: Any, faults: Faults) -> list[str]:
+    labels = _list(value)
+    if not isinstance(labels, list):
+        faults.append(f"{name} must be a list, found {labels!r:.80}")
+        return []
+    for number, label in enumerate(labels):
+        if not _is_label(label):
+            faults.append(f"{name}[{number}] must be a string or a whole number, found {label!r:.80}")
+    return [str(label) for label in labels]
+
+
+def _is_label(value: Any) -> bool:
+    return isinstance(value, str | int) and not isinstance(value, bool) and bool(str(value).strip())
+
+
+def _list(value: Any) -> Any:
+    """A list of a table's cell, where it is JSON text; any other value as it is."""
+    try:
+        return parse_json(value) if isinstance(value, str) else value
+    except (ValueError, RecursionError):
+        return value
 
 
 SHAPES = (
@@ -136,6 +188,8 @@ SHAPES = (
     Shape("sharegpt", "causal_lm", ("conversations",), ("tools", "system"), _sharegpt),
     Shape("text", "causal_lm", ("text",), (), _text),
     Shape("text/label", "seq_cls", ("text", "label"), (), _text_label),
+    Shape("text/labels", "seq_cls", ("text", "labels"), (), _text_labels),
+    Shape("tokens/tags", "token_cls", ("tokens", "tags"), (), _tokens_tags),
 )
 """A row that fits several shapes has the first of them."""
 
@@ -166,7 +220,7 @@ def detect(rows: Iterable[Fields], task: str, layout: Layout) -> Found:
     """The shape that most rows have, or `layout.format`.
 
     Among shapes that at least half of the rows have, the first of SHAPES wins: rows of instruction, output and text are
-    alpaca rows even if some of them lack their output. A row with a label is not taken for plain text.
+    alpaca rows even if some of them lack their output. A row with a label or labels is not taken for plain text.
     Raises ConfigError if the format is not one of the task's, DataError for a column that no row has.
     """
     kinds = Counter(tuple(fields) for fields in rows)
@@ -194,7 +248,7 @@ def detect(rows: Iterable[Fields], task: str, layout: Layout) -> Found:
 
 
 def _fits(shape: Shape, names: Sequence[str], layout: Layout) -> bool:
-    plain = shape.name != "text" or "label" not in names or layout.format == "text"
+    plain = shape.name != "text" or not {"label", "labels"} & set(names) or layout.format == "text"
     return plain and all(name in names for name in shape.needed)
 
 
@@ -207,7 +261,7 @@ def standard_fields(fields: Fields, shape: Shape | None, task: str) -> tuple[dic
 
 
 def standard_prompt(fields: Fields) -> tuple[dict[str, Any], list[str]]:
-    """The same for a row that is only asked, of any shape but text/label: its answer may be missing and is kept."""
+    """The same for a row that is only asked, of any shape of causal_lm: its answer may be missing and is kept."""
     faults: Faults = []
     if "messages" in fields:
         return _messages(fields, faults, need_answer=False), faults

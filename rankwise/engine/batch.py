@@ -1,13 +1,15 @@
 """Examples → the tensors of one forward pass: packed into a stream, or padded for a model that packing cannot serve."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from rankwise.data.examples import LabelExample, TextExample
+from rankwise.data.examples import TextExample
+from rankwise.data.labelled import LabelExample, LabelSetExample, TagExample
 from rankwise.engine.attention import Packing
 
 _LEAST_SAVED = 16
@@ -24,9 +26,14 @@ class Stream:
     """[1, T], restarting with each example"""
     packing: Packing
     predictors: Tensor
-    """[n], where in the stream the hidden state lies that predicts each trained token"""
+    """[n], where in the stream the hidden state lies that predicts each trained token, text or word"""
     targets: Tensor
-    """[n], the trained tokens"""
+    """[n], the trained tokens, labels or tags; [n, labels] 0 or 1 where a text may have several labels"""
+
+
+def stream_of(examples: Sequence[Any], device: torch.device) -> Stream:
+    """The stream of examples of any one kind."""
+    return _PACKERS[type(examples[0])](examples, device)
 
 
 def pack(examples: Sequence[TextExample], device: torch.device) -> Stream:
@@ -92,12 +99,39 @@ class _Layout:
 
 def pack_texts(examples: Sequence[LabelExample], device: torch.device) -> Stream:
     """Pack texts to be classified; predictors are the first tokens of the texts, targets their labels."""
+    return _whole(examples, [(0,)] * len(examples), [example.label for example in examples], device)
+
+
+def pack_label_sets(examples: Sequence[LabelSetExample], device: torch.device) -> Stream:
+    """Pack texts that may have several labels; predictors are their first tokens."""
+    return _whole(examples, [(0,)] * len(examples), [example.labels for example in examples], device)
+
+
+def pack_tagged(examples: Sequence[TagExample], device: torch.device) -> Stream:
+    """Pack sentences whose words are tagged; predictors are the first tokens of the words, targets their tags."""
+    tags = [tag for example in examples for tag in example.tags]
+    return _whole(examples, [example.words for example in examples], tags, device)
+
+
+def _whole(
+    examples: Sequence[Any], read: Sequence[Sequence[int]], targets: Sequence[Any], device: torch.device
+) -> Stream:
+    """A stream of examples that share nothing; `read`: what is read of each of them, counted from its first token."""
     lengths = tuple(len(example.ids) for example in examples)
-    ids = torch.tensor([token for example in examples for token in example.ids], device=device)
-    positions = torch.cat([torch.arange(length, device=device) for length in lengths])
-    firsts = torch.tensor(lengths, device=device).cumsum(0) - torch.tensor(lengths, device=device)
-    targets = torch.tensor([example.label for example in examples], device=device)
-    return Stream(ids[None], positions[None], Packing.of_whole_examples(lengths), firsts, targets)
+    starts = [end - length for end, length in zip(accumulate(lengths), lengths, strict=True)]
+    predictors = [start + place for start, places in zip(starts, read, strict=True) for place in places]
+    ids = [token for example in examples for token in example.ids]
+    positions = [place for length in lengths for place in range(length)]
+    tensors = [torch.tensor(values, device=device) for values in (ids, positions, predictors, targets)]
+    return Stream(tensors[0][None], tensors[1][None], Packing.of_whole_examples(lengths), tensors[2], tensors[3])
+
+
+_PACKERS: dict[type, Callable[[Any, torch.device], Stream]] = {
+    TextExample: pack,
+    LabelExample: pack_texts,
+    LabelSetExample: pack_label_sets,
+    TagExample: pack_tagged,
+}
 
 
 def pad(rows: Sequence[Sequence[int]], pad_id: int, device: torch.device, left: bool = False) -> tuple[Tensor, Tensor]:

@@ -3,22 +3,26 @@
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from typing import Any, Generic
+from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from rankwise.data.examples import E, LabelExample, TextExample
+from rankwise.data.examples import E, TextExample
+from rankwise.data.labelled import SEVERAL_LABELS, LabelExample, LabelSetExample, TagExample
 from rankwise.engine.attention import PACKED, Packing
-from rankwise.engine.batch import Stream, pack, pack_texts, pad
+from rankwise.engine.batch import Stream, pack, pad, stream_of
 from rankwise.engine.head import OutputHead, head_that_gives, why_not_plain
 from rankwise.engine.last_block import PAYS_UP_TO, is_watched, last_block, only_at
+from rankwise.errors import ConfigError
 
 # Packing changes the order of sums and nothing else; fp32 logits of real models then differ by less than this share.
 _SAME = 1e-3
 # What a model raises whose parts do not work as the engine expects.
 _FAILURES = (TypeError, ValueError, RuntimeError, AttributeError, IndexError)
+
+C = TypeVar("C", LabelExample, LabelSetExample, TagExample)
 
 
 class Engine(ABC, Generic[E]):
@@ -45,7 +49,8 @@ class Engine(ABC, Generic[E]):
     def logits(self, examples: Sequence[E]) -> tuple[Tensor, Tensor]:
         """([n, classes] logits, [n] targets) of all that the loss counts, example by example.
 
-        n is the number of trained tokens and the classes are the vocabulary, or n is the number of texts to classify.
+        n is the number of trained tokens and the classes are the vocabulary, or n is the number of texts to classify or
+        of words to tag. Where a text may have several labels, its targets are [n, classes] of 0 and 1.
         """
         logits, targets = self._packed(examples) if self.packs else self._padded(examples)
         return logits.to(torch.promote_types(logits.dtype, torch.float32)), targets
@@ -62,7 +67,15 @@ class Engine(ABC, Generic[E]):
 
     def _losses(self, examples: Sequence[E], label_smoothing: float = 0.0) -> Tensor:
         """[n] cross-entropies in nats, in the order of `logits`."""
-        return F.cross_entropy(*self.logits(examples), reduction="none", label_smoothing=label_smoothing)
+        return self.losses_of(*self.logits(examples), label_smoothing)
+
+    def losses_of(self, logits: Tensor, targets: Tensor, label_smoothing: float = 0.0) -> Tensor:
+        """[n] cross-entropies in nats of what `logits` gives."""
+        return F.cross_entropy(logits, targets, reduction="none", label_smoothing=label_smoothing)
+
+    def answers(self, logits: Tensor) -> Tensor:
+        """What the model finds: [n] the most likely class, as the examples' `answer` has it."""
+        return logits.argmax(-1)
 
     @property
     def _device(self) -> torch.device:
@@ -191,12 +204,12 @@ class LanguageEngine(Engine[TextExample]):
         return ids, mask, trained
 
 
-class ClassifierEngine(Engine[LabelExample]):
-    """For sequence classifiers: the loss counts texts."""
+class _HeadedEngine(Engine[C]):
+    """For models whose head gives classes to what it reads of a text."""
 
     _first_position = 0
 
-    def _why_not_packed(self, sample: Sequence[LabelExample]) -> str | None:
+    def _why_not_packed(self, sample: Sequence[C]) -> str | None:
         reason = super()._why_not_packed(sample)
         if reason is None:
             return None
@@ -204,39 +217,102 @@ class ClassifierEngine(Engine[LabelExample]):
         self._first_position = self.pad_id + 1
         return None if super()._why_not_packed(sample) is None else reason
 
-    def _packed(self, examples: Sequence[LabelExample]) -> tuple[Tensor, Tensor]:
-        stream = pack_texts(examples, self._device)
+    def _packed(self, examples: Sequence[C]) -> tuple[Tensor, Tensor]:
+        stream = stream_of(examples, self._device)
         inputs = _inputs(stream)
         inputs["position_ids"] = stream.positions + self._first_position
-        read = stream.predictors
-        if self._reads_last:
+        if getattr(self.model.config, "use_cache", None) is not None:
             inputs["use_cache"] = False
-            read = read + torch.tensor(stream.packing.lengths, device=read.device) - 1
+        read = self._read(stream)
         with self._packed_attention(stream.packing, read):
             hidden = self.model.base_model(**inputs).last_hidden_state[0]
         return self._classify(hidden[read]), stream.targets
 
-    def _padded(self, examples: Sequence[LabelExample]) -> tuple[Tensor, Tensor]:
+    def _padded(self, examples: Sequence[C]) -> tuple[Tensor, Tensor]:
         ids, mask = pad([example.ids for example in examples], self.pad_id, self._device)
-        targets = torch.tensor([example.label for example in examples], device=self._device)
-        return self.model(input_ids=ids, attention_mask=mask).logits, targets
+        logits = self.model(input_ids=ids, attention_mask=mask).logits
+        return self._taken(logits, examples), stream_of(examples, self._device).targets
 
     @property
-    def _reads_last(self) -> bool:
-        """Whether the model's head reads the last token of a text, as decoders' `score` does, or the first one."""
+    def _is_decoder(self) -> bool:
         return hasattr(self.model, "score")
 
+    def _read(self, stream: Stream) -> Tensor:
+        """[n], what the head reads of a stream."""
+        return stream.predictors
+
+    def _taken(self, logits: Tensor, _examples: Sequence[C]) -> Tensor:
+        """[n, classes], what the loss counts of a padded batch's logits."""
+        return logits
+
+    @abstractmethod
     def _classify(self, hidden: Tensor) -> Tensor:
-        """The model's own head, BERT's pooler included, on the tokens that it reads: hidden [B, d] → [B, classes]."""
-        if self._reads_last:
+        """The model's own head on the tokens that it reads: hidden [n, d] → [n, classes]."""
+
+
+class _TextEngine(_HeadedEngine[C]):
+    def _read(self, stream: Stream) -> Tensor:
+        """The last token of each text, as decoders' `score` does, or the first one."""
+        if not self._is_decoder:
+            return stream.predictors
+        return stream.predictors + torch.tensor(stream.packing.lengths, device=self._device) - 1
+
+    def _classify(self, hidden: Tensor) -> Tensor:
+        if self._is_decoder:
             return self.model.score(hidden)
         pooler = getattr(self.model.base_model, "pooler", None)
         return self.model.classifier(hidden[:, None] if pooler is None else pooler(hidden[:, None]))
 
 
+class ClassifierEngine(_TextEngine[LabelExample]):
+    """For sequence classifiers: the loss counts texts."""
+
+
+class LabelSetEngine(_TextEngine[LabelSetExample]):
+    """For classifiers of texts with any number of labels: each label is a question of its own, yes (1) or no (0).
+
+    The loss of a text is the mean over all labels of the binary cross-entropy, as transformers takes it for
+    problem_type "multi_label_classification".
+    """
+
+    def losses_of(self, logits: Tensor, targets: Tensor, label_smoothing: float = 0.0) -> Tensor:
+        # A share of each answer is spread over both of its classes.
+        smoothed = targets.to(logits.dtype) * (1 - label_smoothing) + label_smoothing / 2
+        return F.binary_cross_entropy_with_logits(logits, smoothed, reduction="none").mean(-1)
+
+    def answers(self, logits: Tensor) -> Tensor:
+        """[n, classes], which labels are more likely than not."""
+        return logits > 0
+
+
+class TagEngine(_HeadedEngine[TagExample]):
+    """For token classifiers: the loss counts words, at their first tokens."""
+
+    def _taken(self, logits: Tensor, examples: Sequence[TagExample]) -> Tensor:
+        return torch.cat([row[list(example.words)] for row, example in zip(logits, examples, strict=True)])
+
+    def _classify(self, hidden: Tensor) -> Tensor:
+        if self._is_decoder:
+            return self.model.score(hidden)
+        # ModernBERT has a layer before the classifier.
+        return self.model.classifier(self.model.head(hidden) if hasattr(self.model, "head") else hidden)
+
+
+_ENGINES = {"causal_lm": LanguageEngine, "seq_cls": ClassifierEngine, "token_cls": TagEngine}
+
+
 def engine_for(task: str, model: Any, pad_id: int, sample: Sequence[Any]) -> Engine[Any]:
-    """The engine for "causal_lm" or "seq_cls"."""
-    return (ClassifierEngine if task == "seq_cls" else LanguageEngine)(model, pad_id, sample)
+    """The engine of a task for these examples.
+
+    Raises ConfigError for texts with several labels and a model that gives each text one, and the other way round.
+    """
+    if task != "seq_cls":
+        return _ENGINES[task](model, pad_id, sample)
+    several = isinstance(sample[0], LabelSetExample)
+    if several != (model.config.problem_type == SEVERAL_LABELS):
+        shapes = ("text/label", "text/labels") if several else ("text/labels", "text/label")
+        raise ConfigError(f"this model was trained on rows of the shape {shapes[0]}, and these are {shapes[1]}")
+    return (LabelSetEngine if several else ClassifierEngine)(model, pad_id, sample)
 
 
 def _inputs(stream: Stream) -> dict[str, Any]:

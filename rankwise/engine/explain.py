@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
-from rankwise.engine.batch import Stream, pack, pack_texts
+from rankwise.engine.batch import Stream, stream_of
 from rankwise.engine.engine import Engine, LanguageEngine
 from rankwise.engine.last_block import PAYS_UP_TO
 from rankwise.lora.layers import named_lora_layers
@@ -21,7 +21,7 @@ def explain(engine: Engine[Any], batches: Sequence[Sequence[Any]]) -> str:
     else:
         lines.append(f"packed streams: yes, {padded - useful:,} tokens of padding saved ({1 - useful / padded:.0%})")
     of_text = isinstance(engine, LanguageEngine)
-    streams = [(pack if of_text else pack_texts)(batch, engine.model.device) for batch in batches]
+    streams = [stream_of(batch, engine.model.device) for batch in batches]
     if of_text:
         lines += [*_of_text(engine, streams, useful, sum(sum(row.trained) for row in rows)), _of_head(engine)]
     return "\n  ".join([*lines, _of_last_block(engine, streams), *_of_layers(engine)])

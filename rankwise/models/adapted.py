@@ -1,17 +1,20 @@
 """A base model with an adapter folder on it, for everything that uses an adapter after training."""
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from rankwise import atomic
+from rankwise.data.labelled import ONE_LABEL, SEVERAL_LABELS
+from rankwise.data.shapes import TASK_TYPES
 from rankwise.errors import ConfigError
 from rankwise.lora.checkpoint import load_adapter_, read_adapter
 from rankwise.lora.config import TaskType
 from rankwise.models.load import load_model, load_tokenizer
 
 LABELS_FILE = "labels.json"
-TASK_TYPES = {"causal_lm": TaskType.CAUSAL_LM, "seq_cls": TaskType.SEQ_CLS}
 
 
 @dataclass(frozen=True)
@@ -43,8 +46,8 @@ def load_adapted(base: str | None, adapter: Path | None, task: str | None = None
     task = task or next((task for task, kind in TASK_TYPES.items() if kind == noted), None)
     if task is None:
         raise ConfigError(f"the adapter in {folder} is for {config.task_type}, which this command does not serve")
-    labels = read_labels(folder) if task == "seq_cls" else []
-    model = load_model(base, task, labels)
+    labels, problem_type = ([], None) if task == "causal_lm" else read_labels(folder)
+    model = load_model(base, task, labels, problem_type if task == "seq_cls" else None)
     load_adapter_(model, folder)
     return Adapted(model, load_tokenizer(base), task, labels)
 
@@ -54,14 +57,29 @@ def adapter_folder(path: Path) -> Path:
     return path / "adapter" if (path / "adapter").is_dir() else path
 
 
-def read_labels(adapter: Path) -> list[str]:
-    """The labels' names of a classifier's adapter folder; raises ConfigError if they are not there."""
+def write_labels(model: Any, labels: Sequence[str], adapter: Path) -> None:
+    """Write the labels' names into a classifier's adapter folder, whose format has no place for them.
+
+    A JSON list in the order of the outputs; where a text may have several labels, an object with that list and
+    transformers' word for it.
+    """
+    several = model.config.problem_type == SEVERAL_LABELS
+    content = {"problem_type": SEVERAL_LABELS, "labels": list(labels)} if several else list(labels)
+    atomic.write_text(adapter / LABELS_FILE, json.dumps(content, ensure_ascii=False, indent=1) + "\n")
+
+
+def read_labels(adapter: Path) -> tuple[list[str], str]:
+    """(the labels' names of a classifier's adapter folder, how many a text may have in transformers' words).
+
+    Raises ConfigError if they are not there."""
     path = adapter / LABELS_FILE
     try:
-        labels = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        content = json.loads(path.read_text(encoding="utf-8"))
+        several = isinstance(content, dict)
+        labels = [str(label) for label in (content["labels"] if several else content)]
+    except (OSError, ValueError, KeyError, TypeError):
         raise ConfigError(
             f"{path} is missing or damaged; it holds the names of the labels, as a JSON list in the order of the "
             "classifier's outputs. Write it, or give the adapter folder of a rankwise run"
         ) from None
-    return [str(label) for label in labels]
+    return labels, SEVERAL_LABELS if several else ONE_LABEL

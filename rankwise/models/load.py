@@ -15,22 +15,30 @@ from rankwise.lora.layers import named_base_modules
 from rankwise.models.locate import local_path
 from rankwise.models.quiet import quiet
 
+_AUTO_CLASSES = {
+    "causal_lm": "AutoModelForCausalLM",
+    "seq_cls": "AutoModelForSequenceClassification",
+    "token_cls": "AutoModelForTokenClassification",
+}
 
-def load_model(name: str, task: str, labels: Sequence[str] = ()) -> Any:
-    """The base model for `task` ("causal_lm", or "seq_cls" with one output for each of `labels`), in evaluation mode.
 
+def load_model(name: str, task: str, labels: Sequence[str] = (), problem_type: str | None = None) -> Any:
+    """The base model for `task`, a classifier with one output for each of `labels`, in evaluation mode.
+
+    `problem_type` says whether a text has one label or several, in transformers' words (rankwise.data.labelled).
     Weights are loaded in fp32, on the GPU if there is one. A classifier head that the model lacks is drawn from
     torch's global generator. Raises ModelError if transformers cannot load it.
     """
-    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+    import transformers
 
     folder = local_path(name)
     source: dict[str, Any] = {"dtype": torch.float32, "local_files_only": True, "use_safetensors": True}
-    kind: Any = AutoModelForCausalLM
-    if task == "seq_cls":
-        kind = AutoModelForSequenceClassification
+    kind: Any = getattr(transformers, _AUTO_CLASSES[task])
+    if labels:
         source |= {"id2label": dict(enumerate(labels)), "label2id": {label: i for i, label in enumerate(labels)}}
         source["ignore_mismatched_sizes"] = True
+    if problem_type is not None:
+        source["problem_type"] = problem_type
     with quiet():
         try:
             model, loading = kind.from_pretrained(folder, **source, output_loading_info=True)

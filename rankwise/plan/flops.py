@@ -68,8 +68,8 @@ def full_flops(shape: ModelShape, batch: Batch) -> Flops:
 
 
 def places_of_head(shape: ModelShape, batch: Batch) -> int:
-    """How often the head runs: everywhere in a padded batch of a language model, else where the loss counts."""
-    return batch.computed if batch.padded_to and not shape.classifies else batch.counted
+    """How often the head runs: at every token of a padded batch, unless it is for texts, else where the loss counts."""
+    return batch.computed if batch.padded_to and not shape.of_texts else batch.counted
 
 
 def _head_flops(linears: list[Linear], ranks: dict[str, int], reached: bool) -> float:

@@ -36,7 +36,7 @@ def _totals(plan: Plan) -> list[str]:
     if plan.steps:
         computed = plan.computed_tokens
         shared = f", {computed:,} run through the model" if computed != plan.useful_tokens else ""
-        counted = "texts" if plan.shape.classifies else "trained tokens"
+        counted = "texts" if plan.shape.of_texts else "trained tokens"
         lines.append(
             f"work: {plan.steps:,} steps over {plan.useful_tokens:,} tokens{shared}; "
             f"the loss counts {plan.counted:,} {counted}"

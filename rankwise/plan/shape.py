@@ -72,6 +72,8 @@ class ModelShape:
     head_is_tied: bool
     outside: tuple[Linear, ...] = ()
     """Linear layers outside of the blocks and before the head, with whole names; they run once a text, not a token."""
+    of_texts: bool = False
+    """Whether the head runs once a text, not at tokens."""
 
     def linears(self) -> Iterator[Linear]:
         """Every linear layer but the head, with whole names."""
@@ -79,11 +81,6 @@ class ModelShape:
             for linear in self.block.linears:
                 yield Linear(f"{self.path}.{index}.{linear.name}", linear.d, linear.k, linear.bias, linear.reads)
         yield from self.outside
-
-    @property
-    def classifies(self) -> bool:
-        """Whether the head gives a label to a text, not a next token to every token."""
-        return self.head.name != "lm_head"
 
     @property
     def total_parameters(self) -> int:

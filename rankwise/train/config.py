@@ -6,7 +6,7 @@ from typing import Any, ClassVar, Literal
 
 import yaml
 
-from rankwise.data.shapes import Format
+from rankwise.data.shapes import Format, Task
 from rankwise.data.transcripts import TrainOn
 from rankwise.errors import ConfigError, listing
 from rankwise.train.trackers import TrackerName
@@ -43,12 +43,12 @@ class TrainConfig:
     model: str
     """Base model: smollm2-135m, minilm-l6, a Hugging Face folder, a .gguf file or a hub id."""
     data: tuple[Path, ...]
-    """Training data: files (JSONL, JSON, CSV, TSV, Parquet), folders of them, or hub data sets (OWNER/NAME@SPLIT).
-    b.csv:2 counts the rows of b.csv twice."""
+    """Training data: files (JSONL, JSON, CSV, TSV, Parquet, CoNLL), folders of them, or hub data sets
+    (OWNER/NAME@SPLIT). b.csv:2 counts the rows of b.csv twice."""
     out: Path
     """Folder of the run; it must not exist yet."""
-    task: Literal["causal_lm", "seq_cls"] = "causal_lm"
-    """causal_lm: answer prompts. seq_cls: give texts a label."""
+    task: Task = "causal_lm"
+    """causal_lm: answer prompts. seq_cls: give texts a label, or several. token_cls: give each word a tag."""
     format: Format | None = None
     """Shape of the rows; without it, the one that most rows have."""
     columns: tuple[str, ...] = ()
@@ -159,7 +159,7 @@ class TrainConfig:
         if self.r == "auto" and self.eval_data is None and not self.eval_fraction:
             yield "--r auto needs held-out data to choose by; give --eval-data, or an --eval-fraction above 0"
         if self.metrics and self.task != "causal_lm":
-            yield "--metrics needs --task causal_lm; a classifier's accuracy, F1 and MCC are always measured"
+            yield "--metrics needs --task causal_lm; a classifier's scores are always measured"
         if self.metrics and not self.eval_answers:
             yield "--metrics measures answers; give --eval-answers above 0"
         if self.batches == "alike" and self.task != "causal_lm":

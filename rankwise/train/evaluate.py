@@ -7,13 +7,13 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch.nn import functional as F
 
-from rankwise.data.examples import E, LabelExample, Prompt
+from rankwise.data.examples import E, Prompt, TextExample
 from rankwise.engine.engine import Engine
 from rankwise.engine.generate import generate
 from rankwise.lora.inject import set_adapter_training
 from rankwise.train import metrics
+from rankwise.train.label_scores import label_scores
 from rankwise.train.metrics import Estimate
 from rankwise.train.text_metrics import text_scores
 
@@ -39,9 +39,9 @@ class Evaluation:
     """What was measured on held-out rows."""
 
     loss: float
-    """Mean over all trained tokens (texts for classification), in nats."""
+    """Mean over all trained tokens (texts or words for classification), in nats."""
     metric_name: str
-    """exact_match (share of prompts answered exactly) or accuracy (share of texts with the right label)."""
+    """exact_match (share of prompts answered exactly), or a classifier's main score (train/label_scores.py)."""
     metric: float | None
     """In [0, 1]; None if no prompt was answered."""
     rows: int
@@ -64,11 +64,9 @@ class _Rows:
     losses: NDArray[Any]
     """[n] nats, summed over all that is counted."""
     counted: NDArray[Any]
-    """[n] trained tokens, or 1."""
-    right: NDArray[Any]
-    """[n] how many of these are the most likely ones."""
-    predicted: NDArray[Any]
-    """[n] the most likely class (the last token)."""
+    """[n] trained tokens, or words, or 1."""
+    answers: list[NDArray[Any]]
+    """Of each row what the model finds, as the example's own `answer`."""
 
     @property
     def loss(self) -> float:
@@ -91,18 +89,10 @@ def evaluate(
     """
     rows = _measure(engine, examples, on_progress)
     loss = metrics.ratio(rows.losses, rows.counted)
-    if isinstance(examples[0], LabelExample):
-        targets = np.array([example.label for example in examples if isinstance(example, LabelExample)])
-        found = {"loss": loss, **metrics.classification(targets, rows.predicted)}
-        names = engine.model.config.id2label
-        samples = tuple(
-            Sample(tokenizer.decode(example.ids, skip_special_tokens=True), names[target], names[answer])
-            for example, target, answer in zip(
-                examples[:SAMPLES], targets.tolist(), rows.predicted.tolist(), strict=False
-            )
-        )
-        return Evaluation(rows.loss, "accuracy", found["accuracy"].value, len(examples), found, samples)
-    accuracy = metrics.ratio(rows.right, rows.counted)
+    if not isinstance(examples[0], TextExample):
+        return _of_labels(engine, tokenizer, examples, rows, loss)
+    right = [(answer == example.answer).sum() for answer, example in zip(rows.answers, examples, strict=True)]
+    accuracy = metrics.ratio(np.array(right, dtype=float), rows.counted)
     found = {"loss": loss, "perplexity": metrics.perplexity(loss), "token_accuracy": accuracy}
     samples = _answers(engine, tokenizer, prompts, on_progress)
     if samples:
@@ -112,6 +102,21 @@ def evaluate(
             found |= text_scores([sample.answer for sample in samples], [sample.reference for sample in samples])
     metric = found["exact_match"].value if samples else None
     return Evaluation(rows.loss, "exact_match", metric, len(examples), found, samples[:SAMPLES])
+
+
+def _of_labels(engine: Engine[Any], tokenizer: Any, examples: Sequence[Any], rows: _Rows, loss: Estimate) -> Evaluation:
+    id2label = engine.model.config.id2label
+    names = [id2label[number] for number in range(len(id2label))]
+    scores = label_scores(examples, rows.answers, names)
+    samples = tuple(
+        Sample(
+            tokenizer.decode(example.ids, skip_special_tokens=True),
+            *(example.written(answer, tokenizer, names) for answer in (example.answer, found.tolist())),
+        )
+        for example, found in zip(examples[:SAMPLES], rows.answers, strict=False)
+    )
+    main = next(iter(scores))
+    return Evaluation(rows.loss, main, scores[main].value, len(examples), {"loss": loss, **scores}, samples)
 
 
 @torch.no_grad()
@@ -130,19 +135,18 @@ def _batches(engine: Engine[E], examples: Sequence[E]) -> list[list[int]]:
 
 
 def _measure(engine: Engine[E], examples: Sequence[E], on_progress: Progress) -> _Rows:
-    rows = np.zeros((4, len(examples)))
+    losses = np.zeros(len(examples))
+    answers: list[NDArray[Any]] = [np.empty(0)] * len(examples)
     for index, places in enumerate(_batches(engine, examples)):
         on_progress(f"held-out loss {index * BATCH}/{len(examples)}")
         counts = [examples[place].counted for place in places]
         with torch.no_grad():
             logits, targets = engine.logits([examples[place] for place in places])
-            losses = F.cross_entropy(logits, targets, reduction="none").double().split(counts)
-        best = logits.argmax(-1)
-        right = (best == targets).split(counts)
-        last = best[torch.tensor(counts, device=best.device).cumsum(0) - 1]
-        sums = [torch.stack([part.sum() for part in parts]).tolist() for parts in (losses, right)]
-        rows[:, places] = sums[0], counts, sums[1], last.tolist()
-    return _Rows(rows[0], rows[1], rows[2], rows[3].astype(np.int64))
+            parts = engine.losses_of(logits, targets).double().split(counts)
+        losses[places] = [part.sum().item() for part in parts]
+        for place, answer in zip(places, engine.answers(logits).cpu().split(counts), strict=True):
+            answers[place] = answer.flatten().numpy()
+    return _Rows(losses, np.array([float(example.counted) for example in examples]), answers)
 
 
 def _answers(

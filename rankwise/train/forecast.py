@@ -5,8 +5,7 @@ from typing import Any
 
 import torch
 
-from rankwise.data.examples import LabelExample
-from rankwise.engine.batch import pack, pack_texts
+from rankwise.engine.batch import stream_of
 from rankwise.errors import RankwiseError
 from rankwise.lora.config import LoraConfig
 from rankwise.models import local_path
@@ -26,10 +25,8 @@ def counted_batches(examples: Sequence[Any], config: TrainConfig, packs: bool) -
 def _counted(examples: Sequence[Any], packs: bool) -> Batch:
     lengths = [len(example.ids) for example in examples]
     if not packs:
-        labels = isinstance(examples[0], LabelExample)
-        return padded_batch(lengths, len(examples) if labels else sum(sum(e.trained[1:]) for e in examples))
-    cpu = torch.device("cpu")
-    stream = pack_texts(examples, cpu) if isinstance(examples[0], LabelExample) else pack(examples, cpu)
+        return padded_batch(lengths, sum(example.counted for example in examples))
+    stream = stream_of(examples, torch.device("cpu"))
     packing = stream.packing
     return packed_batch(sum(lengths), len(stream.targets), packing.lengths, packing.before, len(examples))
 

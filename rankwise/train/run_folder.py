@@ -14,7 +14,7 @@ from torch import nn
 from rankwise import atomic
 from rankwise.errors import ConfigError, StorageError, listing
 from rankwise.lora.checkpoint import save_adapter
-from rankwise.models.adapted import LABELS_FILE
+from rankwise.models.adapted import write_labels
 from rankwise.train.checkpoints import Checkpoints
 from rankwise.train.config import TrainConfig
 from rankwise.train.loop import Step, Training
@@ -184,5 +184,5 @@ def _json(path: Path) -> dict[str, Any] | None:
 
 def _save(model: nn.Module, labels: list[str], folder: Path) -> None:
     if labels:
-        atomic.write_text(folder / LABELS_FILE, json.dumps(labels, ensure_ascii=False, indent=1) + "\n")
+        write_labels(model, labels, folder)
     save_adapter(model, folder)

@@ -10,8 +10,9 @@ from torch import nn
 from torch.nn import functional as F
 
 from rankwise import LoraConfig, inject_, trainable_parameters
-from rankwise.data.examples import LabelExample, TextExample, text_examples
+from rankwise.data.examples import TextExample, text_examples
 from rankwise.data.files import Row
+from rankwise.data.labelled import LabelExample
 from rankwise.engine.batch import pack
 from rankwise.engine.engine import ClassifierEngine, LanguageEngine
 

@@ -5,7 +5,8 @@ import re
 from conftest import tiny
 
 from rankwise import LoraConfig, inject_
-from rankwise.data.examples import LabelExample, TextExample
+from rankwise.data.examples import TextExample
+from rankwise.data.labelled import LabelExample
 from rankwise.engine.engine import ClassifierEngine, LanguageEngine
 from rankwise.engine.explain import explain
 

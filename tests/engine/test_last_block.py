@@ -12,7 +12,8 @@ from torch import nn
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
-from rankwise.data.examples import LabelExample, TextExample
+from rankwise.data.examples import TextExample
+from rankwise.data.labelled import LabelExample
 from rankwise.engine.batch import pack
 from rankwise.engine.engine import ClassifierEngine, LanguageEngine
 from rankwise.engine.last_block import last_block

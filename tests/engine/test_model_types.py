@@ -10,7 +10,7 @@ from torch.nn import functional as F
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from rankwise import LoraConfig, inject_
-from rankwise.data.examples import LabelExample
+from rankwise.data.labelled import LabelExample
 from rankwise.engine.engine import ClassifierEngine, LanguageEngine
 
 SMALL = {

@@ -9,7 +9,8 @@ import transformers
 from transformers import AutoConfig
 
 import rankwise
-from rankwise.data.examples import LabelExample, TextExample
+from rankwise.data.examples import TextExample
+from rankwise.data.labelled import LabelExample
 from rankwise.engine.engine import engine_for
 from rankwise.lora.config import LoraConfig
 from rankwise.lora.inject import set_adapter_training

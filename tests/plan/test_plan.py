@@ -11,7 +11,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import rankwise
 from rankwise.cli.main import main
-from rankwise.data.examples import LabelExample, TextExample
+from rankwise.data.examples import TextExample
+from rankwise.data.labelled import LabelExample
 from rankwise.engine import head
 from rankwise.engine.batch import pack
 from rankwise.engine.engine import engine_for
