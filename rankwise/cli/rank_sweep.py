@@ -52,7 +52,8 @@ def main(options: list[str]) -> int:
     config = parse(SweepConfig, options, "rank sweep")
     from rankwise import atomic
     from rankwise.cli.paired_runs import PairedRuns
-    from rankwise.rank.report import as_dict, page, table
+    from rankwise.rank.page import page
+    from rankwise.rank.report import as_dict, table
     from rankwise.rank.runs import Runs
     from rankwise.rank.sweep import sweep
     from rankwise.rank.verdict import notes, verdict

@@ -45,7 +45,7 @@ def main(options: list[str]) -> int:
     from rankwise.data.rows import read_rows
     from rankwise.engine.engine import engine_for
     from rankwise.lora.checkpoint import save_adapter
-    from rankwise.models.adapted import LABELS_FILE, load_adapted
+    from rankwise.models.adapted import load_adapted, write_labels
     from rankwise.models.load import longest_input, pad_id
     from rankwise.rank.shrink import HeldOut, shrink_, split_held_out
     from rankwise.train.progress import Reporter
@@ -66,8 +66,7 @@ def main(options: list[str]) -> int:
         report = shrink_(engine, held_out, config.delta, config.reader, on_progress=stage.update)
     with atomic.replacing(config.out) as temporary:
         save_adapter(adapted.model, temporary)
-        if adapted.labels:
-            atomic.write_text(temporary / LABELS_FILE, json.dumps(adapted.labels, ensure_ascii=False, indent=1) + "\n")
+        write_labels(adapted.labels, temporary)
         atomic.write_text(temporary / "shrink.json", json.dumps(asdict(report), indent=2) + "\n")
     print(report)
     print(f"adapter: {config.out}")

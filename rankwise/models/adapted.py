@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from rankwise import atomic
 from rankwise.errors import ConfigError
 from rankwise.lora.checkpoint import load_adapter_, read_adapter
 from rankwise.lora.config import TaskType
@@ -22,6 +23,12 @@ class Adapted:
     tokenizer: Any
     task: str
     labels: list[str]
+
+
+def write_labels(labels: list[str], folder: Path) -> None:
+    """Write a classifier's labels, if there are any, beside its adapter: PEFT's format has no place for them."""
+    if labels:
+        atomic.write_text(folder / LABELS_FILE, json.dumps(labels, ensure_ascii=False, indent=1) + "\n")
 
 
 def load_adapted(base: str | None, adapter: Path | None, task: str | None = None) -> Adapted:

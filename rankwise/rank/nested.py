@@ -12,7 +12,7 @@ middle of the ranks. The estimate errs high: the directions of a cut adapter als
 
 import random
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
@@ -91,6 +91,10 @@ class Nested:
     rank: float
     """Where the curve is the margin above the largest rank."""
     rank_interval: tuple[float, float]
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain values for JSON."""
+        return asdict(self)
 
     def __str__(self) -> str:
         rows = "\n".join(f"{rank or 'base':>6}  {loss:.4f}" for rank, loss in self.losses.items())
