@@ -70,22 +70,29 @@ def timed(measure: Callable[[], Any]) -> tuple[Any, float]:
     return measure(), time.perf_counter() - begin
 
 
-class Watched:
+class WatchedRuns:
     """run(rank, seed, factor), with a line in `log` on what each call took."""
 
-    def __init__(self, run: Callable[..., Any], log: Path) -> None:
-        self.run, self.log = run, log
+    def __init__(self, runs: Any, log: Path) -> None:
+        self.runs, self.log = runs, log
+        self.evaluating = 0.0
+        self._measure, runs.measure = runs.measure, self.measure
 
-    def __call__(self, rank: int, seed: int, factor: float) -> Any:
-        result, seconds = timed(lambda: self.run(rank, seed, factor))
-        with self.log.open("a", encoding="utf-8") as file:
-            file.write(json.dumps({"rank": rank, "seconds": seconds, "training": result.seconds}) + "\n")
+    def measure(self, engine: Any) -> Any:
+        result, self.evaluating = timed(lambda: self._measure(engine))
         return result
 
-    def totals(self) -> tuple[float, float]:
-        """Seconds of (all calls, their training steps alone)."""
+    def __call__(self, rank: int, seed: int, factor: float) -> Any:
+        result, seconds = timed(lambda: self.runs(rank, seed, factor))
+        line = {"rank": rank, "seconds": seconds, "training": result.seconds, "evaluating": self.evaluating}
+        with self.log.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(line) + "\n")
+        return result
+
+    def totals(self) -> dict[str, float]:
+        """Seconds of all calls, of their training steps and of their evaluations."""
         calls = [json.loads(line) for line in self.log.read_text(encoding="utf-8").splitlines()]
-        return sum(call["seconds"] for call in calls), sum(call["training"] for call in calls)
+        return {part: sum(call[part] for call in calls) for part in ("seconds", "training", "evaluating")}
 
 
 class EvaluationClock:
@@ -176,7 +183,7 @@ def main() -> None:
         "predict": once(out / "predict.json", lambda: predicted(fresh(2 * largest), reporter)),
         "nested": once(out / "nested.json", lambda: nested(fresh(largest), reporter)),
     }
-    runs = Watched(fresh(largest), out / "calls.jsonl")
+    runs = WatchedRuns(fresh(largest), out / "calls.jsonl")
     settings = config.as_dict() | {"rows_sha256": rows_sha256(config), "ranks": options.ranks}
     found = sweep(
         runs,
@@ -192,7 +199,7 @@ def main() -> None:
     atomic.write_text(out / "sweep" / "sweep.json", json.dumps(as_dict(found)) + "\n")
     found_by["shrink"] = once(out / "shrink.json", lambda: shrunk(fresh(largest), reporter, found.factors[largest]))
     print(table(found), verdict(found), *(f"- {note}" for note in notes(found)), sep="\n\n", end="\n\n")
-    result = side_by_side(found, found_by, *runs.totals())
+    result = side_by_side(found, found_by, runs.totals())
     for row in result["instruments"]:
         print("  ".join(f"{name} {_shown(value)}" for name, value in row.items()))
     machine = f"{platform.machine()}, {_threads()} threads"
@@ -200,7 +207,7 @@ def main() -> None:
     print(json.dumps({"machine": machine, "task": options.task, "verdict": verdict(found), **result, "ranks": ranks}))
 
 
-def side_by_side(found: Any, found_by: dict[str, Any], calls: float, training: float) -> dict[str, Any]:
+def side_by_side(found: Any, found_by: dict[str, Any], spent: dict[str, float]) -> dict[str, Any]:
     """What each instrument named, its regret by the sweep's runs, and its cost in trainings at the largest rank."""
     from rankwise.rank.crossed import estimate
     from rankwise.rank.nested import up_to_power_of_two
@@ -215,7 +222,7 @@ def side_by_side(found: Any, found_by: dict[str, Any], calls: float, training: f
         bounds = {"regret": regret.mean, "from": regret.lower, "to": regret.upper}
         return {"instrument": instrument, "rank": rank, "tried rank": named, **bounds, "trainings": seconds / one}
 
-    rows = [row("sweep", comparisons.sufficient, calls)]
+    rows = [row("sweep", comparisons.sufficient, spent["seconds"])]
     predict, nested, shrink = (found_by[name] for name in ("predict", "nested", "shrink"))
     if predict["range"]:
         rows += [
@@ -231,7 +238,9 @@ def side_by_side(found: Any, found_by: dict[str, Any], calls: float, training: f
     return {
         "instruments": rows,
         "margin": comparisons.margin,
-        "sweep_overhead": calls / training - 1,
+        "sweep_seconds": spent,
+        "sweep_overhead": (spent["seconds"] - spent["evaluating"]) / spent["training"] - 1,
+        "sweep_overhead_with_evaluations": spent["seconds"] / spent["training"] - 1,
         "seconds_of_one_training": one,
         "against_full": full and {"mean": full.mean, "lower": full.lower, "upper": full.upper},
         "predict": predict,

@@ -87,7 +87,7 @@ class PairedRuns:
                 freeze_updates_(engine.model)
             parameters = sum(p.numel() for p in trainable_parameters(engine.model))
             cost = self.fit(engine, seed, factor) if parameters else Cost(0.0, 0)
-            losses, counts = per_example(engine, self.held_out)
+            losses, counts = self.measure(engine)
             if self.adapters and rank and seed - self.config.seed < KEPT_SEEDS and not cost.diverged:
                 folder = save_adapter(engine.model, self.adapters / Key(rank, seed, factor).name)
                 write_labels(self.labels, folder)
@@ -107,9 +107,13 @@ class PairedRuns:
         self._loaded = None  # The base will not be the base afterwards.
         trained = list(engine.model.requires_grad_(True).parameters())
         cost = self.fit(engine, seed, factor, trained)
-        losses, counts = per_example(engine, self.held_out)
+        losses, counts = self.measure(engine)
         parameters = sum(p.numel() for p in trained)
         return _result(losses, counts, cost, parameters, FLOAT * parameters)
+
+    def measure(self, engine: Engine[Any]) -> tuple[Array, Array]:
+        """([N] summed losses, [N] counts) of the held-out examples."""
+        return per_example(engine, self.held_out)
 
     def engine(self, seed: int) -> Engine[Any]:
         """The engine of the base model as `rankwise train --seed` loads it, a new classifier head drawn by the seed."""
