@@ -14,9 +14,9 @@ from torch import nn
 from rankwise.data.examples import examples_for
 from rankwise.data.rows import Row
 from rankwise.engine.engine import Engine, engine_for
-from rankwise.errors import ConfigError, RankwiseError
+from rankwise.errors import ConfigError, DataError, RankwiseError
 from rankwise.finetune import labels_of, read_data
-from rankwise.lora.checkpoint import save_adapter
+from rankwise.lora.checkpoint import load_adapter_, save_adapter
 from rankwise.lora.config import LoraConfig
 from rankwise.lora.inject import eject_, trainable_parameters
 from rankwise.models.adapted import TASK_TYPES, write_labels
@@ -26,8 +26,9 @@ from rankwise.plan.plan import adapter_file_bytes
 from rankwise.rank.crossed import Array
 from rankwise.rank.measure import per_example
 from rankwise.rank.runs import Key, RunResult
+from rankwise.rank.shrink import HeldOut, shrink_, split_held_out
 from rankwise.rank.start import freeze_updates_, inject_nested_
-from rankwise.rank.sweep import FULL
+from rankwise.rank.sweep import BASE, FULL
 from rankwise.train.batches import planned_steps
 from rankwise.train.config import TrainConfig
 from rankwise.train.learning_rate import default_rate
@@ -83,7 +84,7 @@ class PairedRuns:
         engine = self.engine(seed)
         report = inject_nested_(engine.model, self.lora(max(rank, 1)), self.largest, seed)
         try:
-            if rank == 0:
+            if rank == BASE:
                 freeze_updates_(engine.model)
             parameters = sum(p.numel() for p in trainable_parameters(engine.model))
             cost = self.fit(engine, seed, factor) if parameters else Cost(0.0, 0)
@@ -110,6 +111,18 @@ class PairedRuns:
         losses, counts = self.measure(engine)
         parameters = sum(p.numel() for p in trained)
         return _result(losses, counts, cost, parameters, FLOAT * parameters)
+
+    def cut_ranks(self, adapter: Path, margin: float) -> dict[str, int] | None:
+        """The ranks to which `rankwise shrink` cuts an adapter; None where the held-out rows show none."""
+        engine = self.engine(self.config.seed)
+        load_adapter_(engine.model, adapter)
+        try:
+            parts = split_held_out(self.held_out_rows, self.config.seed)
+            return shrink_(engine, HeldOut(*map(self.examples, vars(parts).values())), margin).ranks_after
+        except (ConfigError, DataError):
+            return None
+        finally:
+            eject_(engine.model)
 
     def measure(self, engine: Engine[Any]) -> tuple[Array, Array]:
         """([N] summed losses, [N] counts) of the held-out examples."""
@@ -152,6 +165,26 @@ class PairedRuns:
     def _load_model(self, seed: int) -> Any:
         torch.manual_seed(seed)
         return load_model(self.config.model, self.config.task, self.labels)
+
+
+class SettingRuns:
+    """run(number, seed, factor) for rankwise.rank.sweep.sweep_setting, at the largest rank of `runs`."""
+
+    def __init__(self, runs: PairedRuns, setting: str, values: Sequence[Any]) -> None:
+        self._runs, self._setting, self._values = runs, setting, values
+        self._config, self._rate = runs.config, runs.rate
+
+    def __call__(self, number: int, seed: int, factor: float) -> RunResult:
+        runs = self._runs
+        if number == BASE:
+            return runs(BASE, seed, factor)
+        value = self._values[number - 1]
+        try:
+            runs.config = replace(self._config, **{self._setting: value})
+            runs.rate = value if self._setting == "lr" else self._rate
+            return runs(runs.largest, seed, factor)
+        finally:
+            runs.config, runs.rate = self._config, self._rate
 
 
 def rows_sha256(config: TrainConfig) -> str:

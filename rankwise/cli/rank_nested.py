@@ -36,14 +36,10 @@ def main(options: list[str]) -> int:
 def estimate(runs: "PairedRuns", reporter: "Reporter") -> "Nested":
     """Train all ranks up to that of `runs` at once, and measure each."""
     from rankwise.lora.inject import inject_
-    from rankwise.rank.nested import NestedEngine, losses_by_rank, nested_estimate, nested_ranks
+    from rankwise.rank.nested import nested
 
-    ranks, seed = nested_ranks(runs.largest), runs.config.seed
+    seed = runs.config.seed
     engine = runs.engine(seed)
     # lora_alpha / √r, see rankwise/rank/nested.py.
     inject_(engine.model, replace(runs.lora(runs.largest), use_rslora=True))
-    with reporter.stage(f"training the ranks {', '.join(map(str, ranks))} at once"):
-        runs.fit(NestedEngine(engine, ranks, seed), seed, 1.0)
-    with reporter.stage("measuring every rank"):
-        losses, counts = losses_by_rank(engine, runs.held_out, ranks)
-    return nested_estimate(losses, counts, seed)
+    return nested(engine, lambda e: runs.fit(e, seed, 1.0), runs.held_out, runs.largest, seed, reporter.stage)

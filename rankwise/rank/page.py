@@ -1,13 +1,12 @@
 """sweep.html: a sweep as one page that needs no other file. Ten seconds should tell which rank to take."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 from jinja2 import Environment, PackageLoader
 
+from rankwise.rank.illustrate import Illustrations
 from rankwise.rank.report import interval_name, lines
-from rankwise.rank.similarity import LayerMap, Similarity
 from rankwise.rank.sweep import Sweep
 from rankwise.rank.verdict import learned, notes, verdict
 
@@ -15,14 +14,6 @@ WIDTH, HEIGHT, LEFT = 640, 260, 60
 """Of the plot, in the drawing's own units; LEFT is the room for the axis."""
 MOST_SETTING = 500
 """Characters of a setting that are shown."""
-
-
-@dataclass(frozen=True)
-class Illustrations:
-    """What the adapters of a sweep look like. It decides nothing."""
-
-    maps: tuple[LayerMap, ...] = ()
-    similarities: tuple[Similarity, ...] = ()
 
 
 def page(sweep: Sweep, settings: dict[str, Any], illustrations: Illustrations | None = None) -> str:

@@ -156,7 +156,7 @@ def notes(sweep: Sweep) -> list[str]:
         passes = full.upper < c.margin
         lines.append(
             f"r = {c.sufficient} against full fine-tuning: {full.mean:+.4f} nats, 90 % interval {full.lower:+.4f} to "
-            f"{full.upper:+.4f}; no loss of quality beyond δ is {'shown (95 %)' if passes else 'not shown'}."
+            f"{full.upper:+.4f}; a loss beyond δ is {'ruled out (95 %)' if passes else 'not ruled out'}."
         )
     if not sweep.ordered:
         sure = c.ranks[0].beyond_margin.confidence

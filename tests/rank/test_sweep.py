@@ -152,7 +152,7 @@ def test_full_fine_tuning_is_compared_with_the_rank_that_suffices():
     found = sweep(made_up()[0], [1, 4, 8], range(4), with_full=True)
     assert found.against_full is not None
     assert found.against_full.upper < found.comparisons.margin
-    assert any("no loss of quality beyond δ is shown" in note for note in notes(found))
+    assert any("a loss beyond δ is ruled out (95 %)" in note for note in notes(found))
     assert "full" in table(found)
 
 
