@@ -3,7 +3,6 @@
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from itertools import zip_longest
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,9 +14,9 @@ from rankwise.data.rows import Row, divide
 from rankwise.data.shapes import TASK_TYPES, Layout
 from rankwise.engine.engine import Engine, engine_for
 from rankwise.engine.explain import explain
-from rankwise.errors import DataError
+from rankwise.errors import ConfigError, DataError
 from rankwise.lora.config import LoraConfig
-from rankwise.lora.inject import inject_
+from rankwise.lora.inject import inject_, largest_ranks
 from rankwise.lora.start import FROM_DATA, start_from_data_
 from rankwise.models.load import base_sha256, load_model, load_tokenizer, longest_input, pad_id
 from rankwise.rank.inspect import inspect_adapter
@@ -30,7 +29,7 @@ from rankwise.train.forecast import forecast
 from rankwise.train.loop import Training
 from rankwise.train.progress import Reporter, peak_memory_bytes
 from rankwise.train.rate_check import best_rate
-from rankwise.train.report import Matrix, render_report
+from rankwise.train.report import render_report
 from rankwise.train.run import run_training
 from rankwise.train.run_folder import RunFolder
 from rankwise.train.start import Start, data_sha256
@@ -68,11 +67,11 @@ def finetune(config: TrainConfig, reporter: Reporter | None = None, resume: bool
         return _finetune(config, run, reporter or Reporter())
 
 
-def lora_config(config: TrainConfig) -> LoraConfig:
-    """The adapter's settings of a run."""
+def lora_config(config: TrainConfig, held_out: int | None = None) -> LoraConfig:
+    """The settings of the adapter that a run trains. `held_out`: rows, by which --r auto is settled."""
     return LoraConfig(
         task_type=TASK_TYPES[config.task],
-        r=config.trained_rank,
+        r=config.trained_rank(held_out),
         lora_alpha=config.lora_alpha,
         lora_dropout=config.lora_dropout,
         target_modules=config.targets,
@@ -84,8 +83,8 @@ def lora_config(config: TrainConfig) -> LoraConfig:
 
 
 def _finetune(config: TrainConfig, run: RunFolder, reporter: Reporter) -> dict[str, Any]:
-    lora = lora_config(config)
     train_rows, held_out_rows = read_data(config, reporter.say)
+    lora = lora_config(config, len(held_out_rows))
     torch.manual_seed(config.seed)
 
     with reporter.stage(f"loading {config.model}"):
@@ -93,10 +92,11 @@ def _finetune(config: TrainConfig, run: RunFolder, reporter: Reporter) -> dict[s
         labels = labels_of(train_rows)
         model = load_model(config.model, config.task, labels, problem_type(train_rows))
     data = _tokenise(config, train_rows, held_out_rows, tokenizer, labels, longest_input(model))
+    lora, rank_rule = _ranks_that_fit(model, lora, config, len(held_out_rows))
     report = inject_(model, lora)
     engine = engine_for(config.task, model, pad_id(tokenizer), data.train)
     reporter.say(report.summary())
-    described = _describe(data, engine, len(train_rows) - len(data.train))
+    described = _describe(data, engine, len(train_rows) - len(data.train)) + rank_rule
     reporter.say(described)
 
     _prepare(engine, data, config, reporter)
@@ -105,12 +105,11 @@ def _finetune(config: TrainConfig, run: RunFolder, reporter: Reporter) -> dict[s
     outcome = run_training(training, data.held_out, labels, config, run, reporter)
     steps, interrupted = outcome.steps, outcome.interrupted
     run.save_adapter(model, labels)
-    shrunk = None
-    if config.r == "auto" and not interrupted:
-        shrunk = _shrink(engine, tokenizer, labels, held_out_rows, config, run, reporter)
-    after = None
+    shrunk, uncut_because, after = None, config.fixed_because(len(held_out_rows)), None
     try:
         if not interrupted:
+            if not uncut_because:
+                shrunk, uncut_because = _shrink(engine, tokenizer, labels, held_out_rows, config, run, reporter)
             after = _evaluate(engine, tokenizer, data, config, reporter, "evaluating after")
     except KeyboardInterrupt:
         interrupted = True
@@ -130,12 +129,25 @@ def _finetune(config: TrainConfig, run: RunFolder, reporter: Reporter) -> dict[s
         "peak_memory_bytes": peak_memory_bytes(),
         **predicted,
         "shrunk": shrunk and asdict(shrunk),
+        "uncut_because": uncut_because,
         "packed": engine.packs,
         "base_sha256_before": start.base_sha256,
         "base_sha256_after": base_sha256(model),
     }
-    run.finish(result, render_report(config.as_dict(), result, steps, described, _matrices(run.adapter)))
+    run.finish(result, render_report(config.as_dict(), result, steps, described, inspect_adapter(run.adapter).matrices))
     return result
+
+
+def _ranks_that_fit(model: Any, lora: LoraConfig, config: TrainConfig, held_out: int) -> tuple[LoraConfig, str]:
+    """Ranks that nobody gave are lowered where a matrix is smaller. Returns what is to be said of the ranks too."""
+    if config.r != "auto":
+        return lora, ""
+    limits = largest_ranks(model, lora)
+    small = [rank for rank in limits.values() if rank < lora.r]
+    said = f"\n{config.rank_rule(held_out)}"
+    if small:
+        said += f"\n{len(small)} of {len(limits)} matrices are smaller, and train at min(d, k), from {min(small)} on"
+    return lora.lowered_to(limits), said
 
 
 def _prepare(engine: Engine[Any], data: Dataset, config: TrainConfig, reporter: Reporter) -> None:
@@ -214,10 +226,10 @@ def _shrink(
     config: TrainConfig,
     run: RunFolder,
     reporter: Reporter,
-) -> ShrinkReport | None:
+) -> tuple[ShrinkReport | None, str | None]:
     """Cut the trained adapter to the ranks that the held-out rows show to be enough, and save both.
 
-    None, and the adapter stays as it is, where the rows cannot tell.
+    Where they show none, the adapter stays as it is; then the reason is returned and no report.
     """
     length = min(config.max_length, longest_input(engine.model))
     try:
@@ -230,13 +242,13 @@ def _shrink(
         )
         with reporter.stage("shrinking") as stage:
             report = shrink_(engine, held_out, on_progress=stage.update)
-    except DataError as error:
-        reporter.say(f"the adapter keeps rank {config.trained_rank}: {error}")
-        return None
+    except (ConfigError, DataError) as error:
+        reporter.say(f"the adapter stays as it was trained: {error}")
+        return None, str(error)
     run.keep_full_adapter()
     run.save_adapter(engine.model, labels)
-    reporter.say(str(report))
-    return report
+    reporter.say(report.summary())
+    return report, None
 
 
 def _evaluate(
@@ -264,11 +276,6 @@ def _measured(before: Evaluation | None, after: Evaluation | None) -> dict[str, 
             for sample, answer in zip_longest(before.samples if before else (), answers)
         ],
     }
-
-
-def _matrices(adapter: Path) -> list[Matrix]:
-    """What the saved adapter became, for the report."""
-    return [Matrix(m.name, m.d, m.k, m.rank, m.sigma) for m in inspect_adapter(adapter).matrices]
 
 
 def _describe(data: Dataset, engine: Engine[Any], dropped: int) -> str:

@@ -67,14 +67,17 @@ class PlanConfig(TrainConfig):
 
 def main(options: list[str]) -> int:
     config = parse(PlanConfig, _with_model(options), "plan")
-    examples, labels = _examples(config) if config.data else ([], config.labels)
+    examples, labels, held_out = _examples(config) if config.data else ([], config.labels, None)
     shape = read_shape(_source(config.model), config.task, labels)
     batches = _batches(config, shape, examples)
     lora = LoraConfig(
         task_type=TASK_TYPES[config.task],
-        r=config.trained_rank,
+        r=config.trained_rank(held_out),
         target_modules=config.targets,
     )
+    if config.r == "auto":
+        print(config.rank_rule(held_out), file=sys.stderr)
+        lora = lora.lowered_to(shape.largest_ranks(lora))
     plan = make_plan(shape, lora, batches, _machine(config) if config.time and batches else None)
     print(json.dumps(plan.as_dict()) if config.json else plan_text(plan))
     return 0
@@ -102,13 +105,13 @@ def _source(model: str) -> Path | str:
     return config_file(model)
 
 
-def _examples(config: PlanConfig) -> tuple[list[Any], int]:
-    """The rows that would train, tokenised, and the number of labels."""
+def _examples(config: PlanConfig) -> tuple[list[Any], int, int]:
+    """The rows that would train, tokenised; the number of labels, and of held-out rows."""
     from rankwise.data.examples import examples_for
     from rankwise.finetune import labels_of, read_data
     from rankwise.models.load import load_tokenizer
 
-    rows, _ = read_data(config)
+    rows, held_out = read_data(config)
     labels = labels_of(rows)
     source = config.model
     if source in PUBLISHED or Path(source).suffix == ".json":
@@ -116,7 +119,8 @@ def _examples(config: PlanConfig) -> tuple[list[Any], int]:
     tokenizer = load_tokenizer(source)
     limit = read_shape(_source(source), config.task, len(labels)).positions
     length = min(config.max_length, limit)
-    return examples_for(config.task, rows, tokenizer, labels, length, config.long_rows, config.train_on), len(labels)
+    examples = examples_for(config.task, rows, tokenizer, labels, length, config.long_rows, config.train_on)
+    return examples, len(labels), len(held_out)
 
 
 def _batches(config: PlanConfig, shape: ModelShape, examples: list[Any]) -> list[Batch]:

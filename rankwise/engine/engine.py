@@ -19,6 +19,8 @@ from rankwise.errors import ConfigError
 
 # Packing changes the order of sums and nothing else; fp32 logits of real models then differ by less than this share.
 _SAME = 1e-3
+EVALUATED_AT_ONCE = 16
+"""Examples in one forward pass of an evaluation."""
 # What a model raises whose parts do not work as the engine expects.
 _FAILURES = (TypeError, ValueError, RuntimeError, AttributeError, IndexError)
 
@@ -64,6 +66,12 @@ class Engine(ABC, Generic[E]):
         counts = [example.counted for example in examples]
         losses = self._losses(examples)
         return torch.stack([part.sum() for part in losses.split(counts)]), torch.tensor(counts, device=losses.device)
+
+    def evaluation_batches(self, examples: Sequence[E]) -> list[list[int]]:
+        """The places of the examples of each forward pass of an evaluation."""
+        # Packed rows share what they begin with; padded ones should be equally long.
+        order = sorted(range(len(examples)), key=lambda i: examples[i].ids if self.packs else (len(examples[i].ids),))
+        return [order[start : start + EVALUATED_AT_ONCE] for start in range(0, len(order), EVALUATED_AT_ONCE)]
 
     def _losses(self, examples: Sequence[E], label_smoothing: float = 0.0) -> Tensor:
         """[n] cross-entropies in nats, in the order of `logits`."""

@@ -58,11 +58,13 @@ def adapter_folder(path: Path) -> Path:
 
 
 def write_labels(model: Any, labels: Sequence[str], adapter: Path) -> None:
-    """Write the labels' names into a classifier's adapter folder, whose format has no place for them.
+    """Write a classifier's label names, if it has any, into its adapter folder, whose format has no place for them.
 
     A JSON list in the order of the outputs; where a text may have several labels, an object with that list and
     transformers' word for it.
     """
+    if not labels:
+        return
     several = model.config.problem_type == SEVERAL_LABELS
     content = {"problem_type": SEVERAL_LABELS, "labels": list(labels)} if several else list(labels)
     atomic.write_text(adapter / LABELS_FILE, json.dumps(content, ensure_ascii=False, indent=1) + "\n")

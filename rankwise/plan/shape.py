@@ -4,7 +4,7 @@ Symbols: d × k a matrix (d outputs), T tokens of a padded row, h heads of width
 """
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from rankwise.errors import ConfigError, TargetError, listing, nearest
@@ -105,6 +105,10 @@ class ModelShape:
         inputs = {linear.reads: linear.k for linear in adapted}
         hidden = sum(ranks[prefix + linear.name] for linear in adapted)
         return sum({**inputs, **self.block.kept}.values()) + hidden + self.block.kept_by_length * padded_to
+
+    def largest_ranks(self, lora: LoraConfig) -> dict[str, int]:
+        """min(d, k) of each matrix that would be adapted, by name: no update can have a higher rank."""
+        return {m.name: min(m.d, m.k) for m in self.adapted(replace(lora, r=1, rank_pattern={})).matrices}
 
     def adapted(self, lora: LoraConfig) -> InjectReport:
         """What `rankwise.inject_` would report of this model.

@@ -87,12 +87,16 @@ class ShrinkReport:
     """Why the ladder was not walked further down."""
 
     def __str__(self) -> str:
-        before, after = sum(self.ranks_before.values()), sum(self.ranks_after.values())
         width = max(map(len, self.ranks_before))
         lines = [f"{'matrix':<{width}}  rank before → after"]
         lines += [f"{name:<{width}}  {r:>11} → {self.ranks_after[name]}" for name, r in self.ranks_before.items()]
+        return "\n".join([*lines, self.summary()])
+
+    def summary(self) -> str:
+        """All but the ranks of the single matrices."""
+        before, after = sum(self.ranks_before.values()), sum(self.ranks_after.values())
         share = 1 - self.parameters_after / self.parameters_before
-        lines += [
+        lines = [
             f"total rank {before:,} → {after:,}; {self.parameters_before:,} → {self.parameters_after:,} numbers in "
             f"the updates ({share:.0%} fewer)",
             f"held-out loss {self.loss_full:.4f} → {self.loss_shrunk:.4f} on {self.rows['confirmation']} rows that "

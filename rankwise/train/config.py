@@ -14,6 +14,10 @@ from rankwise.train.trackers import TrackerName
 Start = Literal["default", "gaussian", "orthogonal", "pissa", "olora", "eva", "corda", "lora_ga"]
 AUTO_RANK = 32
 """The rank that trains where the rank is to be found: most tasks need less."""
+FIXED_RANK = 8
+"""The rank of --r auto where nothing can show which one is enough."""
+ROWS_TO_CHOOSE = 75
+"""Held-out rows without which `rankwise shrink` cannot choose ranks."""
 LEAST = {
     "batch_size": 1,
     "batch_tokens": 1,
@@ -63,9 +67,9 @@ class TrainConfig:
     """At most so many held-out prompts are answered to count exact matches (causal_lm)."""
     metrics: bool = False
     """Measure BLEU, chrF and ROUGE of these answers too (causal_lm); needs pip install 'rankwise[metrics]'."""
-    r: int | Literal["auto"] = 8
+    r: int | Literal["auto"] = "auto"
     """Rank of the adapter. auto: trains at rank 32, then cuts each module to the smallest rank that the held-out rows
-    show to be as good (rankwise shrink); where they cannot tell, the adapter stays as it is."""
+    show to be as good (rankwise shrink); rank 8, uncut, where fewer than 75 rows are held out."""
     lora_alpha: float = 32.0
     """The adapter is scaled by lora_alpha / r."""
     lora_dropout: float = 0.0
@@ -140,13 +144,17 @@ class TrainConfig:
     def _problems(self):
         if self.needs_data and not self.data:
             yield "--data must name at least one file, folder or hub data set"
+        if self.r != "auto" and self.r < 1:
+            yield f"--r must be a whole number of at least 1, or auto, found {self.r}"
+        if not 0 <= self.lora_dropout < 1:
+            yield f"--lora-dropout must lie in [0, 1), found {self.lora_dropout}"
         if not 0 <= self.eval_fraction < 1:
             yield f"--eval-fraction must lie in [0, 1), found {self.eval_fraction}"
         if not 0 <= self.warmup <= 1:
             yield f"--warmup must lie in [0, 1], found {self.warmup}"
         if not 0 <= self.label_smoothing < 1:
             yield f"--label-smoothing must lie in [0, 1), found {self.label_smoothing}"
-        for name in ("epochs", "lr", "lora_plus_ratio"):
+        for name in ("lora_alpha", "epochs", "lr", "lora_plus_ratio"):
             value = getattr(self, name)
             if value not in (None, "auto") and not value > 0:
                 yield f"--{name.replace('_', '-')} must be above 0, found {value}"
@@ -156,8 +164,6 @@ class TrainConfig:
                 yield f"--{name.replace('_', '-')} must be at least {least}, found {value}"
         if self.eval_steps and self.eval_data is None and not self.eval_fraction:
             yield "--eval-steps needs held-out data; give --eval-data, or an --eval-fraction above 0"
-        if self.r == "auto" and self.eval_data is None and not self.eval_fraction:
-            yield "--r auto needs held-out data to choose by; give --eval-data, or an --eval-fraction above 0"
         if self.metrics and self.task != "causal_lm":
             yield "--metrics needs --task causal_lm; a classifier's scores are always measured"
         if self.metrics and not self.eval_answers:
@@ -165,10 +171,29 @@ class TrainConfig:
         if self.batches == "alike" and self.task != "causal_lm":
             yield "--batches alike needs --task causal_lm; a classifier's rows share nothing"
 
-    @property
-    def trained_rank(self) -> int:
+    def fixed_because(self, held_out: int | None = None) -> str | None:
+        """Why the ranks are not chosen after training; None if they are. `held_out`: rows, where that is known."""
+        if self.r != "auto":
+            return "--r is given"
+        if self.eval_data is None and not self.eval_fraction:
+            return "nothing is held out to choose ranks by"
+        if self.use_dora:
+            return "an adapter with --use-dora cannot be cut"
+        if held_out is not None and held_out < ROWS_TO_CHOOSE:
+            return f"{held_out} held-out rows are too few to choose ranks by (at least {ROWS_TO_CHOOSE} are needed)"
+        return None
+
+    def trained_rank(self, held_out: int | None = None) -> int:
         """The rank that trains."""
-        return AUTO_RANK if self.r == "auto" else self.r
+        if self.r != "auto":
+            return self.r
+        return FIXED_RANK if self.fixed_because(held_out) else AUTO_RANK
+
+    def rank_rule(self, held_out: int | None = None) -> str:
+        """What becomes of --r auto, in one line."""
+        if reason := self.fixed_because(held_out):
+            return f"--r auto: rank {FIXED_RANK}, which stays, because {reason}"
+        return f"--r auto: rank {AUTO_RANK} trains; then each module is cut to what the held-out rows show to be enough"
 
     @property
     def targets(self) -> tuple[str, ...] | str:

@@ -9,7 +9,7 @@ import torch
 from numpy.typing import NDArray
 
 from rankwise.data.examples import E, Prompt, TextExample
-from rankwise.engine.engine import Engine
+from rankwise.engine.engine import EVALUATED_AT_ONCE, Engine
 from rankwise.engine.generate import generate
 from rankwise.lora.inject import set_adapter_training
 from rankwise.train import metrics
@@ -17,8 +17,6 @@ from rankwise.train.label_scores import label_scores
 from rankwise.train.metrics import Estimate
 from rankwise.train.text_metrics import text_scores
 
-BATCH = 16
-"""Rows in one forward pass of an evaluation."""
 SAMPLES = 5
 """Rows of which the answers are kept for people to read: the first ones, so nobody chose them."""
 
@@ -122,23 +120,18 @@ def _of_labels(engine: Engine[Any], tokenizer: Any, examples: Sequence[Any], row
 @torch.no_grad()
 def held_out_loss(engine: Engine[E], examples: Sequence[E]) -> float:
     """The loss of `evaluate` alone."""
-    parts = [engine.example_losses([examples[place] for place in places]) for places in _batches(engine, examples)]
+    set_adapter_training(engine.model, False)
+    batches = engine.evaluation_batches(examples)
+    parts = [engine.example_losses([examples[place] for place in places]) for places in batches]
     return sum(losses.sum().item() for losses, _ in parts) / sum(int(counts.sum()) for _, counts in parts)
 
 
-def _batches(engine: Engine[E], examples: Sequence[E]) -> list[list[int]]:
-    """The places of the rows of each forward pass; the adapter no longer trains."""
-    set_adapter_training(engine.model, False)
-    # Packed rows share what they begin with; padded ones should be equally long.
-    order = sorted(range(len(examples)), key=lambda i: examples[i].ids if engine.packs else (len(examples[i].ids),))
-    return [order[start : start + BATCH] for start in range(0, len(order), BATCH)]
-
-
 def _measure(engine: Engine[E], examples: Sequence[E], on_progress: Progress) -> _Rows:
+    set_adapter_training(engine.model, False)
     losses = np.zeros(len(examples))
     answers: list[NDArray[Any]] = [np.empty(0)] * len(examples)
-    for index, places in enumerate(_batches(engine, examples)):
-        on_progress(f"held-out loss {index * BATCH}/{len(examples)}")
+    for index, places in enumerate(engine.evaluation_batches(examples)):
+        on_progress(f"held-out loss {index * EVALUATED_AT_ONCE}/{len(examples)}")
         counts = [examples[place].counted for place in places]
         with torch.no_grad():
             logits, targets = engine.logits([examples[place] for place in places])

@@ -26,7 +26,7 @@ OTHER = {
     "eval_fraction": 0.25,
     "eval_answers": 7,
     "metrics": True,
-    "r": "auto",
+    "r": 5,
     "lora_alpha": 5.5,
     "lora_dropout": 0.1,
     "target_modules": [r".*\.(q|v)_proj"],

@@ -14,7 +14,8 @@ from rankwise.cli.main import main
 from rankwise.errors import ConfigError, RankwiseError
 from rankwise.lora.inject import DEFAULT
 from rankwise.lora.layers import named_lora_layers
-from rankwise.rank.report import HEIGHT, LEFT, WIDTH, as_dict, page, table
+from rankwise.rank.page import HEIGHT, LEFT, WIDTH, page
+from rankwise.rank.report import as_dict, table
 from rankwise.rank.runs import RunResult
 from rankwise.rank.start import inject_nested_
 from rankwise.rank.sweep import FULL, sweep
@@ -88,7 +89,7 @@ def test_a_rate_that_diverges_is_passed_over_but_not_that_of_the_settings():
         return RunResult(result.losses + np.inf, result.counts, 0.0, 1) if factor >= at and rank else result
 
     assert sweep(diverging, [1, 2, 4], range(2)).factors[4] == 1
-    with pytest.raises(RankwiseError, match=r"rank 1, seed 0.*lower --lr"):
+    with pytest.raises(RankwiseError, match=r"r = 1, seed 0.*lower --lr"):
         sweep(lambda *key: diverging(*key, at=0.0), [1, 2, 4], range(2))
 
 
@@ -151,7 +152,7 @@ def test_full_fine_tuning_is_compared_with_the_rank_that_suffices():
     found = sweep(made_up()[0], [1, 4, 8], range(4), with_full=True)
     assert found.against_full is not None
     assert found.against_full.upper < found.comparisons.margin
-    assert any("no loss of quality beyond δ is shown" in note for note in notes(found))
+    assert any("a loss beyond δ is ruled out (95 %)" in note for note in notes(found))
     assert "full" in table(found)
 
 
