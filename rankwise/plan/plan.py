@@ -146,7 +146,8 @@ def adapter_file_bytes(report: InjectReport) -> int:
     """
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     end = 0
-    for matrix in report.matrices:
+    # safetensors sorts by name, and the digits of the offsets depend on the order.
+    for matrix in sorted(report.matrices, key=lambda matrix: f"{matrix.name}."):
         for part, shape in (("A", [matrix.r, matrix.k]), ("B", [matrix.d, matrix.r])):
             begin, end = end, end + FLOAT * shape[0] * shape[1]
             name = f"base_model.model.{matrix.name}.lora_{part}.weight"

@@ -55,28 +55,33 @@ def _of_setting(sweep: Sweep) -> str:
         if found.outcome == "passes" and costs[found.rank].parameters < costs[c.reference].parameters
     ]
     if better:
-        best = min(better, key=lambda found: found.loss)
+        taken = min(better, key=lambda found: found.loss)
         lead = (
-            f"Take {sweep.name(best.rank)}: its held-out loss is at least {-best.upper:.4f} nats below that of "
+            f"Take {sweep.name(taken.rank)}: its held-out loss is at least {-taken.upper:.4f} nats below that of "
             f"{reference}, the reference (95 % for all comparisons together)."
         )
     elif smaller:
-        least = min(smaller, key=lambda found: costs[found.rank].parameters)
-        times = costs[c.reference].parameters / costs[least.rank].parameters
+        taken = min(smaller, key=lambda found: costs[found.rank].parameters)
+        times = costs[c.reference].parameters / costs[taken.rank].parameters
         lead = (
-            f"Take {sweep.name(least.rank)}: it trains {times:.1f} times fewer numbers than {reference}, the "
-            f"reference, and is not worse (95 % for all comparisons together)."
+            f"Take {sweep.name(taken.rank)}: it trains {times:.1f} times fewer numbers than {reference}, the "
+            f"reference, and is {_against(taken, c.margin)} (95 % for all comparisons together)."
         )
     else:
+        taken = None
         lead = f"Stay with {reference}: no other value is shown to be better, or as good with fewer trained numbers."
-    return " ".join([lead, *(f"{sweep.name(found.rank)} is {_against(found, c.margin)}." for found in c.ranks)])
+    return " ".join(
+        [lead, *(f"{sweep.name(found.rank)} is {_against(found, c.margin)}." for found in c.ranks if found != taken)]
+    )
 
 
 def _against(found: Comparison, margin: float) -> str:
+    if found.upper < 0:
+        return f"better, by at least {-found.upper:.4f} nats"
     if found.outcome == "worse":
         return f"worse by {found.difference:.4f} nats, more than the margin of {margin:.4f}"
     if found.outcome == "passes":
-        return f"not worse: its loss is at most {_above(found.upper)} the reference's, and the margin is {margin:.4f}"
+        return f"not worse: by at most {found.upper:.4f} nats, and the margin is {margin:.4f}"
     return (
         f"an open question: {found.difference:+.4f} nats, interval {found.lower:+.4f} to {found.upper:+.4f}, and the "
         f"margin is {margin:.4f}; {_more_for(found)}"

@@ -9,14 +9,16 @@ import torch
 from conftest import ROOT, tiny
 from transformers import AutoModelForCausalLM
 
-from rankwise import LoraConfig, eject_, inject_
+from rankwise import LoraConfig, eject_, inject_, read_adapter
 from rankwise.cli.main import main
 from rankwise.errors import ConfigError, RankwiseError
 from rankwise.lora.inject import DEFAULT
 from rankwise.lora.layers import named_lora_layers
+from rankwise.rank.illustrate import Illustrations
 from rankwise.rank.page import HEIGHT, LEFT, WIDTH, page
 from rankwise.rank.report import as_dict, table
 from rankwise.rank.runs import RunResult
+from rankwise.rank.similarity import Similarity, layer_map
 from rankwise.rank.start import inject_nested_
 from rankwise.rank.sweep import FULL, sweep
 from rankwise.rank.verdict import achieved_power, notes, verdict
@@ -173,6 +175,18 @@ def test_the_page_needs_no_other_file_and_begins_with_the_verdict():
     assert html.index("Take r = 4") < html.index("<svg") < html.index("<h2>Settings")
 
 
+def test_the_page_of_a_large_model_is_small_and_shows_every_illustration():
+    kinds = [f"mlp.{name}_proj" for name in ("gate", "up", "down", "q", "k", "v", "o")]
+    cut = layer_map("ranks of the cut adapter", {f"layers.{n}.{kind}": n % 32 for n in range(80) for kind in kinds})
+    alike = Similarity("two seeds", (1, 2), {"q": (0.5, 0.4)}, {"q": (0.001, 0.002)})
+    html = page(sweep(made_up()[0], [1, 2, 4, 8], range(3)), {"model": "m"}, Illustrations((cut,), (alike,)))
+    assert len(html) < 1_000_000
+    assert html.count(">31</td>") == 2 * len(kinds) + 1
+    assert "0.50 <" in html
+    assert "0.002" in html
+    assert html.index("<svg") < html.index("<table") < html.index("ranks of the cut adapter") < html.index("two seeds")
+
+
 def test_the_runs_of_one_seed_begin_with_the_first_rows_of_the_largest_rank():
     model = tiny("llama")
     starts = {}
@@ -217,7 +231,22 @@ def test_the_command_leaves_table_page_and_all_differences_and_goes_on_in_its_fo
     assert found["ranks"][3]["parameters"] == sum(p.numel() for p in plain.parameters())
     assert found["ranks"][3]["loss"] < found["ranks"][0]["loss"]
     assert np.array(found["differences"]["1"]).shape == (2, 6)
-    assert (out / "sweep.html").is_file()
+    html = (out / "sweep.html").read_text()
+    kept = {f"rank{rank}-seed{seed}-rate1" for rank in (1, 2) for seed in (0, 1)}
+    assert {path.name for path in (out / "adapters").iterdir()} == kept
+    for line in found["ranks"][1:3]:
+        folder = out / f"adapters/rank{line['name']}-seed0-rate1"
+        assert {update.rank for update in read_adapter(folder).low_rank.values()} == {int(line["name"])}
+        assert line["adapter_bytes"] == (folder / "adapter_model.safetensors").stat().st_size
+        assert line["peak_bytes"] > 1e8
+    # Six rows cannot choose ranks, so the map shows effective ranks.
+    [effective] = found["illustrations"]["maps"]
+    assert effective["layers"] == ["0", "1"]
+    assert all(1 <= value <= 2 for row in effective["kinds"].values() for value in row)
+    for similar in found["illustrations"]["similarities"]:
+        assert similar["title"] in html
+        assert all(0 <= value <= 1 for row in similar["kinds"].values() for value in row)
+    assert [similar["sizes"] for similar in found["illustrations"]["similarities"]] == [[1, 2], [1]]
     assert main(["eval", "--model", str(tiny_llama_folder), "--data", sql[3], "--answers", "0"]) == 0
     base = json.loads(capsys.readouterr().out)["loss"]
     assert found["ranks"][0]["loss"] == pytest.approx(base, rel=1e-5)
