@@ -8,11 +8,12 @@ import pytest
 import torch
 from conftest import tiny
 from torch.utils.flop_counter import FlopCounterMode
+from transformers import AutoModelForTokenClassification
 
 import rankwise
 from rankwise.cli.main import main
 from rankwise.data.examples import TextExample
-from rankwise.data.labelled import LabelExample
+from rankwise.data.labelled import LabelExample, TagExample
 from rankwise.engine import head
 from rankwise.engine.batch import pack
 from rankwise.engine.engine import engine_for
@@ -95,6 +96,30 @@ def test_operations_are_those_that_torch_counts(family, targets, tmp_path):
     # BERT's own forward pass sends the stream's first token through its pooler, which nothing uses.
     unused = 2 * 32 * 32 + (2 * 3 * (32 + 32) if targets == "all-linear" else 0) if family == "bert" else 0
     assert planned.matrices + planned.adapter + planned.head + unused == products
+
+
+@pytest.mark.parametrize("packs", [True, False])
+@pytest.mark.parametrize("family", ["llama", "gpt2", "bert"])
+def test_operations_of_a_tagger_are_those_that_torch_counts(family, packs, tmp_path):
+    config = tiny(family).config
+    config.num_labels = 5
+    config.save_pretrained(tmp_path)
+    model, lora = AutoModelForTokenClassification.from_config(config).eval(), LoraConfig(r=3, task_type="TOKEN_CLS")
+    examples = [TagExample(example.ids, (1, 4, 5), (0, 3, 4), "") for example in texts((20, 20, 20))]
+    shape = read_shape(tmp_path, "token_cls", labels=5)
+    [batch] = counted_batches(examples, settings(task="token_cls"), packs)
+    planned = lora_flops(shape, shape.adapted(lora), batch)
+    rankwise.inject_(model, lora)
+    engine = engine_for("token_cls", model, 0, examples)
+    assert engine.packs
+    engine.packs = packs
+    last_block(model).register_forward_hook(lambda *_: None)
+    with FlopCounterMode(display=False, custom_mapping={torch.ops.aten.addmm_: added_product}) as counter:
+        engine.loss(examples).backward()
+    counted = {str(name).split(".")[-1]: flops for name, flops in counter.get_flop_counts()["Global"].items()}
+    assert planned.matrices + planned.adapter + planned.head == sum(
+        flops for name, flops in counted.items() if name not in ATTENTION
+    )
 
 
 def test_packed_batches_count_what_the_stream_holds():
