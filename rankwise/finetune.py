@@ -91,7 +91,7 @@ def _finetune(config: TrainConfig, run: RunFolder, reporter: Reporter) -> dict[s
     with reporter.stage(f"loading {config.model}"):
         tokenizer = load_tokenizer(config.model)
         labels = labels_of(train_rows) if config.task == "seq_cls" else []
-        model = load_model(config.model, config.task, labels)
+        model = load_model(config.model, config.task, labels, config.base_dtype)
     data = _tokenise(config, train_rows, held_out_rows, tokenizer, labels, longest_input(model))
     report = inject_(model, lora)
     engine = engine_for(config.task, model, pad_id(tokenizer), data.train)
@@ -99,8 +99,9 @@ def _finetune(config: TrainConfig, run: RunFolder, reporter: Reporter) -> dict[s
     described = _describe(data, engine, len(train_rows) - len(data.train))
     reporter.say(described)
 
-    _prepare(engine, data, config, reporter)
     predicted = forecast(data.train, config, lora, len(labels), engine.packs)
+    engine.recomputes = predicted["recompute"]
+    _prepare(engine, data, config, reporter)
     start, training = _start(engine, tokenizer, data, config, run, reporter)
     outcome = run_training(training, data.held_out, labels, config, run, reporter)
     steps, interrupted = outcome.steps, outcome.interrupted

@@ -74,7 +74,8 @@ def main(options: list[str]) -> int:
         r=config.trained_rank,
         target_modules=config.targets,
     )
-    plan = make_plan(shape, lora, batches, _machine(config) if config.time and batches else None)
+    machine = _machine(config) if config.time and batches else None
+    plan = make_plan(shape, lora, batches, machine, config.choices)
     print(json.dumps(plan.as_dict()) if config.json else plan_text(plan))
     return 0
 

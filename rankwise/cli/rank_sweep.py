@@ -43,6 +43,9 @@ class SweepConfig(TrainConfig):
         if self.delta is not None and not self.delta > 0:
             yield f"--delta must be above 0, found {self.delta}"
 
+        if self.with_full and self.base_dtype != "fp32":
+            yield f"--with-full trains the weights themselves, which --base-dtype {self.base_dtype} keeps too coarse"
+
     @property
     def rank_list(self) -> list[int]:
         return [int(rank) for rank in self.ranks.split(",")]

@@ -1,8 +1,8 @@
 """Logits and losses of a batch of examples: packed where the model allows it, which is checked and not assumed."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, Generic
 
 import torch
@@ -12,8 +12,10 @@ from torch.nn import functional as F
 from rankwise.data.examples import E, LabelExample, TextExample
 from rankwise.engine.attention import PACKED, Packing
 from rankwise.engine.batch import Stream, pack, pack_texts, pad
+from rankwise.engine.blocks import blocks_of, is_watched
 from rankwise.engine.head import OutputHead, head_that_gives, why_not_plain
-from rankwise.engine.last_block import PAYS_UP_TO, is_watched, last_block, only_at
+from rankwise.engine.last_block import PAYS_UP_TO, only_at
+from rankwise.engine.recompute import recomputing
 
 # Packing changes the order of sums and nothing else; fp32 logits of real models then differ by less than this share.
 _SAME = 1e-3
@@ -35,7 +37,11 @@ class Engine(ABC, Generic[E]):
         self.model = model
         self.pad_id = pad_id
         self.packs = True
-        self._last_block = last_block(model)
+        self.recomputes = False
+        """Whether the backward pass computes the blocks' activations again; may be set at any time."""
+        self.blocks = blocks_of(model)
+        """None if they were not found."""
+        self._last_block = self.blocks[-1] if self.blocks else None
         self._cuts_up_to = 0.0
         self.padded_because = self._why_not_packed(sample)
         self.packs = self.padded_because is None
@@ -83,20 +89,50 @@ class Engine(ABC, Generic[E]):
     def _packed_attention(self, packing: Packing, read: Tensor) -> Iterator[None]:
         """Let the model attend within `packing`; of what it puts out, only the tokens at `read` [n] may be used."""
         block = self._last_block if self.cuts_last_block(len(read), sum(packing.lengths)) else None
+        flagged = self._recomputed_by_transformers()
+        with (
+            self._exchanged(flagged),
+            only_at(read, block, packing) if block else nullcontext(),
+            self._recomputing(lambda: self._exchanged(flagged), also=bool(flagged)),
+        ):
+            yield
+
+    @contextmanager
+    def _exchanged(self, flagged: Sequence[Any]) -> Iterator[None]:
+        """Let the model use packed attention, and no recomputation of its own in the modules that are `flagged`."""
         before = self.model.config._attn_implementation
         self.model.set_attn_implementation(PACKED)
+        for module in flagged:
+            module.gradient_checkpointing = False
         try:
-            with only_at(read, block, packing) if block else nullcontext():
-                yield
+            yield
         finally:
             self.model.set_attn_implementation(before)
+            for module in flagged:
+                module.gradient_checkpointing = True
+
+    @contextmanager
+    def _recomputing(
+        self, again: Callable[[], AbstractContextManager[None]] = nullcontext, also: bool = False
+    ) -> Iterator[None]:
+        """Let the model's blocks keep their input alone, if the engine (or `also`) wants it and there are gradients."""
+        wanted = (self.recomputes or also) and torch.is_grad_enabled()
+        with recomputing(self.blocks, again) if wanted and self.blocks else nullcontext():
+            yield
+
+    def _recomputed_by_transformers(self) -> list[Any]:
+        """Modules that activation_checkpointing_enable() has told to compute their activations again.
+
+        Their recomputation would meet the model's own attention in the backward pass, so the engine takes it over.
+        """
+        return [module for module in self.model.modules() if getattr(module, "gradient_checkpointing", False)]
 
     @torch.no_grad()
     def _why_not_packed(self, sample: Sequence[E]) -> str | None:
         if not getattr(self.model, "_supports_attention_backend", False):
             return "its attention cannot be exchanged in transformers"
-        if any(getattr(module, "gradient_checkpointing", False) for module in self.model.modules()):
-            return "it computes its activations again in the backward pass, where the exchanged attention is gone"
+        if self.blocks is None and self._recomputed_by_transformers():
+            return "it computes its activations again in the backward pass, and no list of blocks was found in it"
         short: list[E] = [example.short() for example in sample[:3]]
         return self._why_not("packing", short, self._padded(short)[0])
 
@@ -166,7 +202,8 @@ class LanguageEngine(Engine[TextExample]):
         """([n, k] what the head makes logits of, [n] targets)."""
         if not self.packs:
             ids, mask, trained = self._pad(examples)
-            hidden = self.model.base_model(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state
+            with self._recomputing():
+                hidden = self.model.base_model(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state
             return hidden[:, :-1][trained], ids[:, 1:][trained]
         stream = pack(examples, self._device)
         with self._packed_attention(stream.packing, stream.predictors):
@@ -181,7 +218,8 @@ class LanguageEngine(Engine[TextExample]):
 
     def _padded(self, examples: Sequence[TextExample]) -> tuple[Tensor, Tensor]:
         ids, mask, trained = self._pad(examples)
-        logits = self.model(input_ids=ids, attention_mask=mask, use_cache=False).logits
+        with self._recomputing():
+            logits = self.model(input_ids=ids, attention_mask=mask, use_cache=False).logits
         return logits[:, :-1][trained], ids[:, 1:][trained]
 
     def _pad(self, examples: Sequence[TextExample]) -> tuple[Tensor, Tensor, Tensor]:
@@ -219,7 +257,8 @@ class ClassifierEngine(Engine[LabelExample]):
     def _padded(self, examples: Sequence[LabelExample]) -> tuple[Tensor, Tensor]:
         ids, mask = pad([example.ids for example in examples], self.pad_id, self._device)
         targets = torch.tensor([example.label for example in examples], device=self._device)
-        return self.model(input_ids=ids, attention_mask=mask).logits, targets
+        with self._recomputing():
+            return self.model(input_ids=ids, attention_mask=mask).logits, targets
 
     @property
     def _reads_last(self) -> bool:

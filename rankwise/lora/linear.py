@@ -9,6 +9,7 @@ from torch.nn import functional as F
 from rankwise.lora.frozen_product import PreparedWeight
 from rankwise.lora.layers import LoraLayer
 from rankwise.lora.linear_function import Term, linear_with_update
+from rankwise.lora.narrow import NarrowLinear, is_plain_linear
 from rankwise.lora.shared_input import SharedInput
 from rankwise.lora.update import Update
 
@@ -75,9 +76,9 @@ class LoraLinear(LoraLayer):
         """Whether base(x) is W·x + bias and nothing else, with W and bias frozen."""
         base = self.base
         return (
-            type(base) is nn.Linear
+            is_plain_linear(base)
             and type(base.weight) is nn.Parameter
-            and base.weight.dtype == x.dtype
+            and (base.weight.dtype == x.dtype or type(base) is NarrowLinear)
             and not base.weight.requires_grad
             and (base.bias is None or not base.bias.requires_grad)
             and not (base._forward_hooks or base._forward_pre_hooks)

@@ -10,22 +10,26 @@ from torch import nn
 
 from rankwise import atomic
 from rankwise.errors import ModelError
+from rankwise.lora.config import TaskType
 from rankwise.lora.inject import adapters_off
 from rankwise.lora.layers import named_base_modules
+from rankwise.lora.narrow import compute_in_
 from rankwise.models.locate import local_path
 from rankwise.models.quiet import quiet
 
 
-def load_model(name: str, task: str, labels: Sequence[str] = ()) -> Any:
+def load_model(name: str, task: str, labels: Sequence[str] = (), base_dtype: str = "fp32") -> Any:
     """The base model for `task` ("causal_lm", or "seq_cls" with one output for each of `labels`), in evaluation mode.
 
-    Weights are loaded in fp32, on the GPU if there is one. A classifier head that the model lacks is drawn from
-    torch's global generator. Raises ModelError if transformers cannot load it.
+    The model computes in fp32, on the GPU if there is one. With a `base_dtype` of "bf16" the weights of linear layers
+    and embeddings, a classifier's head excepted, are loaded and kept in bf16 (lora/narrow.py). A classifier head that
+    the model lacks is drawn from torch's global generator. Raises ModelError if transformers cannot load it.
     """
     from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
     folder = local_path(name)
-    source: dict[str, Any] = {"dtype": torch.float32, "local_files_only": True, "use_safetensors": True}
+    dtype = torch.bfloat16 if base_dtype == "bf16" else torch.float32
+    source: dict[str, Any] = {"dtype": dtype, "local_files_only": True, "use_safetensors": True}
     kind: Any = AutoModelForCausalLM
     if task == "seq_cls":
         kind = AutoModelForSequenceClassification
@@ -44,6 +48,8 @@ def load_model(name: str, task: str, labels: Sequence[str] = ()) -> Any:
         )
     if task == "seq_cls" and model.config.pad_token_id is None:
         model.config.pad_token_id = model.config.eos_token_id
+    if base_dtype == "bf16":
+        compute_in_(model, torch.float32, TaskType.SEQ_CLS.head_names if task == "seq_cls" else ())
     return model.to(_device()).eval()
 
 

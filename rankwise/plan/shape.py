@@ -93,6 +93,11 @@ class ModelShape:
         return self.other + blocks + outside + (0 if self.head_is_tied else self.head.parameters)
 
     @property
+    def keeps_linears_wide(self) -> bool:
+        """Whether the blocks' linear layers are of their own kind, which is not stored in bf16 (lora/narrow.py)."""
+        return self.model_type in ("gpt2", "falcon")
+
+    @property
     def attended(self) -> int:
         """Width of all query heads together."""
         return self.heads * self.head_width

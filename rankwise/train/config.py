@@ -9,6 +9,7 @@ import yaml
 from rankwise.data.shapes import Format
 from rankwise.data.transcripts import TrainOn
 from rankwise.errors import ConfigError, listing
+from rankwise.plan.choices import Choices
 from rankwise.train.trackers import TrackerName
 
 Start = Literal["default", "gaussian", "orthogonal", "pissa", "olora", "eva", "corda", "lora_ga"]
@@ -122,6 +123,12 @@ class TrainConfig:
     """Save a checkpoint every so many steps; without it, about ten times a run. The last two are kept."""
     tracker: tuple[TrackerName, ...] = ()
     """Send the curves there too; tensorboard and aim write into the run's folder."""
+    base_dtype: Literal["fp32", "bf16"] = "fp32"
+    """How the frozen weights are kept: bf16 takes half the memory, and is exact for a model that is published in it.
+    The computation, the adapter and all that trains are in fp32 either way."""
+    recompute: Literal["never", "always", "auto"] = "never"
+    """Keep of each block its input alone and compute its activations again in the backward pass: the same numbers with
+    less memory, in more time. auto: if the run would otherwise need more memory than is free (docs/engine.md)."""
     explain_engine: bool = False
     """Say before training which of the engine's techniques the run uses, and why not the others."""
     seed: int = 0
@@ -164,6 +171,11 @@ class TrainConfig:
             yield "--metrics measures answers; give --eval-answers above 0"
         if self.batches == "alike" and self.task != "causal_lm":
             yield "--batches alike needs --task causal_lm; a classifier's rows share nothing"
+
+    @property
+    def choices(self) -> Choices:
+        """The settings that trade memory for time, as a plan takes them; "auto" is yet to be settled."""
+        return Choices(base_dtype=self.base_dtype, recompute=self.recompute == "always")
 
     @property
     def trained_rank(self) -> int:

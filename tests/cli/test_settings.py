@@ -52,6 +52,8 @@ OTHER = {
     "patience": 0,
     "save_steps": 13,
     "tracker": ["tensorboard", "wandb"],
+    "base_dtype": "bf16",
+    "recompute": "auto",
     "explain_engine": True,
     "seed": 14,
 }

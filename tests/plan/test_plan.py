@@ -14,8 +14,8 @@ from rankwise.cli.main import main
 from rankwise.data.examples import LabelExample, TextExample
 from rankwise.engine import head
 from rankwise.engine.batch import pack
+from rankwise.engine.blocks import blocks_of
 from rankwise.engine.engine import engine_for
-from rankwise.engine.last_block import last_block
 from rankwise.lora import prepared
 from rankwise.lora.config import LoraConfig
 from rankwise.plan import calibrate, machine, memory
@@ -86,7 +86,7 @@ def test_operations_are_those_that_torch_counts(family, targets, tmp_path):
     engine = engine_for(task, model, 0, examples)
     assert engine.packs
     # The plan counts the last block as the others. A block that somebody watches runs whole.
-    last_block(model).register_forward_hook(lambda *_: None)
+    blocks_of(model)[-1].register_forward_hook(lambda *_: None)
     with FlopCounterMode(display=False, custom_mapping={torch.ops.aten.addmm_: added_product}) as counter:
         engine.loss(examples).backward()
     counted = {str(name).split(".")[-1]: flops for name, flops in counter.get_flop_counts()["Global"].items()}
