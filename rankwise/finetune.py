@@ -76,6 +76,7 @@ def lora_config(config: TrainConfig) -> LoraConfig:
         lora_alpha=config.lora_alpha,
         lora_dropout=config.lora_dropout,
         target_modules=config.targets,
+        layers_to_transform=config.layers_to_transform or None,
         init_lora_weights=True if config.init_lora_weights == "default" else config.init_lora_weights,
         use_rslora=config.use_rslora,
         use_dora=config.use_dora,
@@ -145,7 +146,7 @@ def _prepare(engine: Engine[Any], data: Dataset, config: TrainConfig, reporter: 
         return
     first = [batch for step in planned_steps(data.train, config)[:START_STEPS] for batch in step]
     if config.explain_engine:
-        reporter.say(explain(engine, first))
+        reporter.say(explain(engine, first, data.train, config.cache_gb * 1e9))
     if config.init_lora_weights in FROM_DATA:
         with reporter.stage("starting the adapter from the first batches"):
             start_from_data_(engine.model, first, engine.loss)

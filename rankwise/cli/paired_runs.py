@@ -103,6 +103,7 @@ class PairedRuns:
             lora_alpha=self.config.lora_alpha,
             lora_dropout=self.config.lora_dropout,
             target_modules=self.config.targets,
+            layers_to_transform=self.config.layers_to_transform or None,
         )
 
     def fit(

@@ -73,6 +73,7 @@ def main(options: list[str]) -> int:
         task_type="SEQ_CLS" if config.task == "seq_cls" else "CAUSAL_LM",
         r=config.trained_rank,
         target_modules=config.targets,
+        layers_to_transform=config.layers_to_transform or None,
     )
     machine = _machine(config) if config.time and batches else None
     plan = make_plan(shape, lora, batches, machine, config.choices)

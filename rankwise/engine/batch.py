@@ -27,6 +27,14 @@ class Stream:
     """[n], where in the stream the hidden state lies that predicts each trained token"""
     targets: Tensor
     """[n], the trained tokens"""
+    own: tuple[int, ...]
+    """For each example the segment that it ends with."""
+
+    def places(self, example: int) -> Tensor:
+        """[t], where in the stream the tokens of an example stand"""
+        ends = list(accumulate(self.packing.lengths))
+        path = self.packing.path(self.own[example])
+        return torch.cat([torch.arange(ends[part] - self.packing.lengths[part], ends[part]) for part in path])
 
 
 def pack(examples: Sequence[TextExample], device: torch.device) -> Stream:
@@ -43,7 +51,7 @@ def pack(examples: Sequence[TextExample], device: torch.device) -> Stream:
         targets += [example.ids[place] for place in places]
     tensors = [torch.tensor(values, device=device) for values in (layout.ids, layout.positions, predictors, targets)]
     packing = Packing(tuple(layout.lengths), tuple(layout.before))
-    return Stream(tensors[0][None], tensors[1][None], packing, tensors[2], tensors[3])
+    return Stream(tensors[0][None], tensors[1][None], packing, tensors[2], tensors[3], tuple(layout.own))
 
 
 class _Layout:
@@ -97,7 +105,8 @@ def pack_texts(examples: Sequence[LabelExample], device: torch.device) -> Stream
     positions = torch.cat([torch.arange(length, device=device) for length in lengths])
     firsts = torch.tensor(lengths, device=device).cumsum(0) - torch.tensor(lengths, device=device)
     targets = torch.tensor([example.label for example in examples], device=device)
-    return Stream(ids[None], positions[None], Packing.of_whole_examples(lengths), firsts, targets)
+    packing = Packing.of_whole_examples(lengths)
+    return Stream(ids[None], positions[None], packing, firsts, targets, tuple(range(len(lengths))))
 
 
 def pad(rows: Sequence[Sequence[int]], pad_id: int, device: torch.device, left: bool = False) -> tuple[Tensor, Tensor]:

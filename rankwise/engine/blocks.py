@@ -1,10 +1,10 @@
 """The model's list of blocks, and other modules in the place of some of them for one pass."""
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 
 def blocks_of(model: Any) -> nn.ModuleList | None:
@@ -46,3 +46,29 @@ def replaced(blocks: nn.ModuleList, stands: Mapping[int, Stand]) -> Iterator[Non
     finally:
         for index, stand in stands.items():
             blocks[index] = stand.block
+
+
+def inputs_of(blocks: Sequence[nn.Module], run: Callable[[], Any]) -> list[Tensor]:
+    """The hidden states that enter each of these blocks; `run` runs the model, and is left at the last of them.
+
+    Raises RuntimeError if the model does not call each of them once, in this order.
+    """
+    seen: list[tuple[nn.Module, Tensor]] = []
+
+    def note(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        seen.append((block, args[0] if args else kwargs["hidden_states"]))
+        if block is blocks[-1]:
+            raise _Reached
+
+    with ExitStack() as hooks:
+        for block in blocks:
+            hooks.callback(block.register_forward_pre_hook(note, with_kwargs=True).remove)
+        with suppress(_Reached):
+            run()
+    if [block for block, _ in seen] != list(blocks):
+        raise RuntimeError("the model does not call its blocks one after the other")
+    return [hidden for _, hidden in seen]
+
+
+class _Reached(Exception):
+    """Leaves the model at a block."""

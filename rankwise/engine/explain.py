@@ -9,12 +9,18 @@ from rankwise.engine.batch import Stream, pack, pack_texts
 from rankwise.engine.blocks import is_watched
 from rankwise.engine.engine import Engine, LanguageEngine
 from rankwise.engine.last_block import PAYS_UP_TO
+from rankwise.engine.state_cache import plan_states
 from rankwise.lora.layers import named_base_modules, named_lora_layers
 from rankwise.lora.linear import LoraLinear
 
 
-def explain(engine: Engine[Any], batches: Sequence[Sequence[Any]]) -> str:
-    """A line for each technique; the shares are those of `batches`, the first ones of the run."""
+def explain(
+    engine: Engine[Any], batches: Sequence[Sequence[Any]], cached: Sequence[Any] = (), cache_bytes: float = 0
+) -> str:
+    """A line for each technique; the shares are those of `batches`, the first ones of the run.
+
+    `cached`: all rows of the run, whose states at the lowest adapted block may take `cache_bytes`.
+    """
     rows = [row for batch in batches for row in batch]
     useful = sum(len(row.ids) for row in rows)
     padded = sum(len(batch) * max(len(row.ids) for row in batch) for batch in batches)
@@ -27,7 +33,15 @@ def explain(engine: Engine[Any], batches: Sequence[Sequence[Any]]) -> str:
     streams = [(pack if of_text else pack_texts)(batch, engine.model.device) for batch in batches]
     if of_text:
         lines += [*_of_text(engine, streams, useful, sum(sum(row.trained) for row in rows)), _of_head(engine)]
-    return "\n  ".join([*lines, _of_last_block(engine, streams), *_of_layers(engine), *_of_memory(engine)])
+    return "\n  ".join(
+        [
+            *lines,
+            _of_last_block(engine, streams),
+            *_of_layers(engine),
+            *_of_memory(engine),
+            _of_states(engine, cached or rows, cache_bytes),
+        ]
+    )
 
 
 def _of_text(engine: LanguageEngine, streams: Sequence[Stream], useful: int, trained: int) -> list[str]:
@@ -72,6 +86,13 @@ def _of_layers(engine: Engine[Any]) -> list[str]:
     if by_hand < len(layers):
         line += " (not with dropout, DoRA, a bias of B, and for quantised or other than linear layers)"
     return [line, f"the backward pass ends at the lowest adapter: {layers[0][0]}"] if layers else []
+
+
+def _of_states(engine: Engine[Any], examples: Sequence[Any], most_bytes: float) -> str:
+    plan, line = plan_states(engine, examples, most_bytes), "blocks below the lowest adapted one computed once a row: "
+    if isinstance(plan, str):
+        return f"{line}no, because {plan}"
+    return f"{line}yes, {plan.depth} blocks; what they put out takes {plan.bytes / 1e9:.2f} GB of the cache"
 
 
 def _of_memory(engine: Engine[Any]) -> list[str]:

@@ -16,6 +16,7 @@ Start = Literal["default", "gaussian", "orthogonal", "pissa", "olora", "eva", "c
 AUTO_RANK = 32
 """The rank that trains where the rank is to be found: most tasks need less."""
 LEAST = {
+    "cache_gb": 0,
     "batch_size": 1,
     "batch_tokens": 1,
     "accumulate": 1,
@@ -73,6 +74,9 @@ class TrainConfig:
     """Dropout on the adapter's input, in [0, 1)."""
     target_modules: tuple[str, ...] = ("all-linear",)
     """Module names (whole, or the last parts), or one regular expression of whole names, or all-linear."""
+    layers_to_transform: tuple[int, ...] = ()
+    """Adapt only the blocks of these indices, counted from 0; without it, all. What enters the lowest adapted block is
+    then computed once a row and kept (--cache-gb)."""
     init_lora_weights: Literal["default", "gaussian", "orthogonal", "pissa", "olora", "eva", "corda", "lora_ga"] = (
         "default"
     )
@@ -129,6 +133,9 @@ class TrainConfig:
     recompute: Literal["never", "always", "auto"] = "never"
     """Keep of each block its input alone and compute its activations again in the backward pass: the same numbers with
     less memory, in more time. auto: if the run would otherwise need more memory than is free (docs/engine.md)."""
+    cache_gb: float = 4.0
+    """How much of the user's cache folder the hidden states may take that enter the lowest adapted block. They are the
+    same in every epoch, and for every rank and seed. 0: none are kept."""
     explain_engine: bool = False
     """Say before training which of the engine's techniques the run uses, and why not the others."""
     seed: int = 0
@@ -194,6 +201,7 @@ class TrainConfig:
         plain = {name: str(value) if isinstance(value, Path) else value for name, value in asdict(self).items()}
         data = [str(entry) for entry in self.data]
         lists = {
+            "layers_to_transform": list(self.layers_to_transform),
             "target_modules": list(self.target_modules),
             "columns": list(self.columns),
             "tracker": list(self.tracker),
