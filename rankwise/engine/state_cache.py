@@ -2,8 +2,8 @@
 
 The rows are sorted, so that those that begin alike share a group, and a group is one packed stream and one file. A
 file's name is a hash of all that decides its numbers: the frozen weights below that block, the model's settings, the
-stream, the block, the number of threads and the version of torch. So every epoch, rank and seed over the same rows finds
-it, and whether it was found changes no bit of what follows.
+stream, the block, the number of threads and the version of torch. So every epoch, rank and seed over the same rows
+finds it, and whether it was found changes no bit of what follows.
 """
 
 import hashlib

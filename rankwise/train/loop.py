@@ -87,6 +87,8 @@ class Training:
         begin = time.perf_counter()
         keep_freed_memory()
         model = self.engine.model
+        # What runs before the first step must draw no random numbers for dropout, which a resumed run would draw again.
+        set_adapter_training(model, False)
         rows = [example for step in self.plan for batch in step for example in batch]
         with (
             states_kept(self.engine, rows, self.cache_bytes),
@@ -97,8 +99,6 @@ class Training:
         set_adapter_training(model, False)
 
     def _run_once(self) -> None:
-        # Not in training: dropout would draw random numbers that a resumed run draws again.
-        set_adapter_training(self.engine.model, False)
         self.engine.logits([self.plan[0][0][0].short()])
 
     def _steps(self, begin: float, stopped: Callable[[], bool]) -> Iterator[Step]:
