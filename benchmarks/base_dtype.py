@@ -92,7 +92,7 @@ def main() -> None:
             print(f"SmolLM2-135M, base in {base_dtype}: {speed:.0f} useful tokens/s, peak memory {peak / 1e9:.2f} GB")
     if arguments.only != "smollm2":
         with tempfile.TemporaryDirectory() as folder:
-            subprocess.run([sys.executable, __file__, "--make", folder], check=True)
+            subprocess.run([sys.executable, __file__, "--make", folder], check=True, capture_output=True)
             figures["1b"] = train(folder, "bf16", 2, batch_size=2)
         peak = figures["1b"]["peak_memory_bytes"]
         figures["1b"]["fits"] = peak < LIMIT

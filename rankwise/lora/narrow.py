@@ -76,39 +76,41 @@ def compute_in_(model: nn.Module, dtype: torch.dtype, widened: Sequence[str] = (
     other kinds, layers whose weight the model reads without calling them, and the modules that `widened` names (exact
     name or dotted suffix), which are about to train.
     """
-    modules = dict(model.named_modules())
-    refused = {name for name in modules if name and any(matches_name(name, other) for other in widened)}
-    fit, unfit = {}, set()
-    for name, module in modules.items():
-        inside = any(name == other or name.startswith(other + ".") for other in refused)
-        fits = _kind(module) is not None and not inside and not weight_is_read(name, modules)
-        fit |= {name: module} if fits else {}
-        unfit |= {id(parameter) for key, parameter in _own(module) if not (fits and key == "weight")}
+    modules = dict(model.named_modules(remove_duplicate=False))
+    fit = {
+        name: module
+        for name, module in modules.items()
+        if _has_a_narrow_kind(module) and not _lies_in(name, widened) and not weight_is_read(name, modules)
+    }
+    wide = {id(p) for name, module in modules.items() for key, p in _own(module) if name not in fit or key != "weight"}
     # A weight that two modules share stays narrow only if both can do with it.
-    fit = {name: module for name, module in fit.items() if id(module.weight) not in unfit}
-    kept = {id(module.weight) for module in fit.values()}
+    fit = {name: module for name, module in fit.items() if id(module.weight) not in wide}
+    narrow = {id(module.weight) for module in fit.values()}
     for module in modules.values():
-        for _, parameter in _own(module):
-            if id(parameter) not in kept:
-                parameter.data = parameter.data.to(dtype)
-        for _, buffer in module.named_buffers(recurse=False):
-            if buffer.is_floating_point():
-                buffer.data = buffer.data.to(dtype)
+        for _, tensor in (*_own(module), *module.named_buffers(recurse=False)):
+            if tensor.is_floating_point() and id(tensor) not in narrow:
+                tensor.data = tensor.data.to(dtype)
     for name, module in fit.items():
         model.set_submodule(name, _narrow(module, dtype))
 
 
 def _own(module: nn.Module) -> list[tuple[str, nn.Parameter]]:
-    return [(key, p) for key, p in module.named_parameters(recurse=False) if p.is_floating_point()]
+    return list(module.named_parameters(recurse=False))
 
 
-def _kind(module: nn.Module) -> type[nn.Module] | None:
-    """The class of this file that computes what a module does, if there is one."""
-    if type(module) is nn.Linear:
-        return NarrowLinear
-    # transformers' embeddings with a forward of their own and a scale multiply by it, and do nothing else.
-    plain = type(module) is nn.Embedding or (isinstance(module, nn.Embedding) and hasattr(module, "embed_scale"))
-    return NarrowEmbedding if plain and getattr(module, "max_norm", None) is None else None
+def _lies_in(name: str, places: Sequence[str]) -> bool:
+    """Whether a module is one of those that `places` name, or lies in one."""
+    parts = name.split(".")
+    inside = [".".join(parts[:end]) for end in range(1, len(parts) + 1)]
+    return any(matches_name(outer, place) for outer in inside for place in places)
+
+
+def _has_a_narrow_kind(module: Any) -> bool:
+    """Whether there is a class in this file that computes what a module does."""
+    if isinstance(module, nn.Embedding):
+        # transformers' embeddings with a forward of their own and a scale multiply by it, and do nothing else.
+        return module.max_norm is None and (type(module) is nn.Embedding or hasattr(module, "embed_scale"))
+    return type(module) is nn.Linear
 
 
 def _narrow(module: Any, dtype: torch.dtype) -> nn.Module:
