@@ -75,6 +75,7 @@ def lora_config(config: TrainConfig, held_out: int | None = None) -> LoraConfig:
         lora_alpha=config.lora_alpha,
         lora_dropout=config.lora_dropout,
         target_modules=config.targets,
+        layers_to_transform=config.layers_to_transform or None,
         init_lora_weights=True if config.init_lora_weights == "default" else config.init_lora_weights,
         use_rslora=config.use_rslora,
         use_dora=config.use_dora,
@@ -90,7 +91,7 @@ def _finetune(config: TrainConfig, run: RunFolder, reporter: Reporter) -> dict[s
     with reporter.stage(f"loading {config.model}"):
         tokenizer = load_tokenizer(config.model)
         labels = labels_of(train_rows)
-        model = load_model(config.model, config.task, labels, problem_type(train_rows))
+        model = load_model(config.model, config.task, labels, problem_type(train_rows), config.base_dtype)
     data = _tokenise(config, train_rows, held_out_rows, tokenizer, labels, longest_input(model))
     lora, rank_rule = _ranks_that_fit(model, lora, config, len(held_out_rows))
     report = inject_(model, lora)
@@ -99,8 +100,9 @@ def _finetune(config: TrainConfig, run: RunFolder, reporter: Reporter) -> dict[s
     described = _describe(data, engine, len(train_rows) - len(data.train)) + rank_rule
     reporter.say(described)
 
-    _prepare(engine, data, config, reporter)
     predicted = forecast(data.train, config, lora, len(labels), engine.packs)
+    engine.recomputes = predicted["recompute"]
+    _prepare(engine, data, config, reporter)
     start, training = _start(engine, tokenizer, data, config, run, reporter)
     outcome = run_training(training, data.held_out, labels, config, run, reporter)
     steps, interrupted = outcome.steps, outcome.interrupted
@@ -156,7 +158,7 @@ def _prepare(engine: Engine[Any], data: Dataset, config: TrainConfig, reporter: 
         return
     first = [batch for step in planned_steps(data.train, config)[:START_STEPS] for batch in step]
     if config.explain_engine:
-        reporter.say(explain(engine, first))
+        reporter.say(explain(engine, first, data.train, config.cache_gb * 1e9))
     if config.init_lora_weights in FROM_DATA:
         with reporter.stage("starting the adapter from the first batches"):
             start_from_data_(engine.model, first, engine.loss)

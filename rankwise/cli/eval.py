@@ -27,6 +27,8 @@ class EvalConfig:
     """Adapter folder, or the folder of a run; without it the base model is measured."""
     model: str | None = None
     """Base model; without it, the one that the adapter names."""
+    base_dtype: Literal["fp32", "bf16"] = "fp32"
+    """How the base model's weights are kept, as in training."""
     answers: int | None = None
     """At most so many prompts are answered to count exact matches; without it, all. 0: none."""
     metrics: bool = False
@@ -57,7 +59,7 @@ def main(options: list[str]) -> int:
         text_metrics.check_installed()
     reporter = Reporter()
     with reporter.stage("loading"):
-        adapted = load_adapted(config.model, config.adapter)
+        adapted = load_adapted(config.model, config.adapter, base_dtype=config.base_dtype)
     if config.metrics and adapted.task != "causal_lm":
         raise ConfigError("--metrics is for answers; a classifier's scores are always measured")
     rows, tokenizer = read_rows(config.data, adapted.task, layout), adapted.tokenizer

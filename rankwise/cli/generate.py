@@ -22,6 +22,8 @@ class GenerateConfig:
     """Adapter folder, or the folder of a run."""
     model: str | None = None
     """Base model; without it, the one that the adapter names."""
+    base_dtype: Literal["fp32", "bf16"] = "fp32"
+    """How the base model's weights are kept, as in training."""
     use: Literal["adapter", "base", "both"] = "adapter"
     """Which of them answers; without --adapter the base model does."""
     max_new_tokens: int = 256
@@ -48,7 +50,7 @@ def main(options: list[str]) -> int:
     rows = read_prompts(config.file)[: config.first] if config.file else []
     reporter = Reporter()
     with reporter.stage("loading"):
-        adapted = load_adapted(config.model, config.adapter)
+        adapted = load_adapted(config.model, config.adapter, base_dtype=config.base_dtype)
     if adapted.task != "causal_lm":
         raise ConfigError("this adapter is a classifier and cannot answer prompts; measure it with rankwise eval")
     model, tokenizer = adapted.model, adapted.tokenizer

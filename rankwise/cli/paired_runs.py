@@ -33,6 +33,7 @@ from rankwise.rank.start import freeze_updates_, inject_nested_
 from rankwise.rank.sweep import BASE, FULL
 from rankwise.train.batches import planned_steps
 from rankwise.train.config import TrainConfig
+from rankwise.train.forecast import forecast
 from rankwise.train.learning_rate import default_rate
 from rankwise.train.loop import training_steps
 from rankwise.train.progress import forget_peak_memory, peak_memory_bytes
@@ -75,9 +76,9 @@ class PairedRuns:
         self._length = min(config.max_length, longest_input(model))
         self.held_out_rows = held_out
         self.train, self.held_out = self.examples(train), self.examples(held_out)
-        self._loaded = config.seed, engine_for(config.task, model, pad_id(self._tokenizer), self.train)
         if config.lr == "auto":
             raise ConfigError("a sweep checks learning rates itself; give --lr a number, or leave it out")
+        self._loaded = config.seed, self._engine(model)
         self.rate = config.lr or default_rate(len(planned_steps(self.train, config)))
 
     def __call__(self, rank: int, seed: int, factor: float) -> RunResult:
@@ -135,9 +136,14 @@ class PairedRuns:
         """The engine of the base model as `rankwise train --seed` loads it, a new classifier head drawn by the seed."""
         if self._loaded is None or (self.labels and self._loaded[0] != seed):
             self._loaded = None  # Two models at once need not fit into memory.
-            engine = engine_for(self.config.task, self._load_model(seed), pad_id(self._tokenizer), self.train)
-            self._loaded = seed, engine
+            self._loaded = seed, self._engine(self._load_model(seed))
         return self._loaded[1]
+
+    def _engine(self, model: Any) -> Engine[Any]:
+        engine = engine_for(self.config.task, model, pad_id(self._tokenizer), self.train)
+        predicted = forecast(self.train, self.config, self.lora(self.largest), len(self.labels), engine.packs)
+        engine.recomputes = predicted["recompute"]
+        return engine
 
     def lora(self, rank: int) -> LoraConfig:
         """The settings of an adapter of this rank."""
@@ -147,6 +153,7 @@ class PairedRuns:
             lora_alpha=self.config.lora_alpha,
             lora_dropout=self.config.lora_dropout,
             target_modules=self.config.targets,
+            layers_to_transform=self.config.layers_to_transform or None,
         )
 
     def fit(self, engine: Any, seed: int, factor: float, parameters: Sequence[nn.Parameter] | None = None) -> Cost:
@@ -167,7 +174,7 @@ class PairedRuns:
 
     def _load_model(self, seed: int) -> Any:
         torch.manual_seed(seed)
-        return load_model(self.config.model, self.config.task, self.labels, self._problem_type)
+        return load_model(self.config.model, self.config.task, self.labels, self._problem_type, self.config.base_dtype)
 
 
 class SettingRuns:

@@ -74,11 +74,13 @@ def main(options: list[str]) -> int:
         task_type=TASK_TYPES[config.task],
         r=config.trained_rank(held_out),
         target_modules=config.targets,
+        layers_to_transform=config.layers_to_transform or None,
     )
     if config.r == "auto":
         print(config.rank_rule(held_out), file=sys.stderr)
         lora = lora.lowered_to(shape.largest_ranks(lora))
-    plan = make_plan(shape, lora, batches, _machine(config) if config.time and batches else None)
+    machine = _machine(config) if config.time and batches else None
+    plan = make_plan(shape, lora, batches, machine, config.choices)
     print(json.dumps(plan.as_dict()) if config.json else plan_text(plan))
     return 0
 

@@ -68,6 +68,9 @@ class SweepConfig(TrainConfig):
         if self.delta is not None and not self.delta > 0:
             yield f"--delta must be above 0, found {self.delta}"
 
+        if self.with_full and self.base_dtype != "fp32":
+            yield f"--with-full trains the weights themselves, which --base-dtype {self.base_dtype} keeps too coarse"
+
     def _problems_of_over(self, name: str, values: str):
         if name not in SETTINGS:
             yield f"--over must begin with {', '.join(SETTINGS)} and =, found {self.over!r}{nearest(name, SETTINGS)}"

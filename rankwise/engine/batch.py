@@ -29,6 +29,14 @@ class Stream:
     """[n], where in the stream the hidden state lies that predicts each trained token, text or word"""
     targets: Tensor
     """[n], the trained tokens, labels or tags; [n, labels] 0 or 1 where a text may have several labels"""
+    own: tuple[int, ...]
+    """For each example the segment that it ends with."""
+
+    def places(self, example: int) -> Tensor:
+        """[t], where in the stream the tokens of an example stand"""
+        ends = list(accumulate(self.packing.lengths))
+        path = self.packing.path(self.own[example])
+        return torch.cat([torch.arange(ends[part] - self.packing.lengths[part], ends[part]) for part in path])
 
 
 def stream_of(examples: Sequence[Any], device: torch.device) -> Stream:
@@ -50,7 +58,7 @@ def pack(examples: Sequence[TextExample], device: torch.device) -> Stream:
         targets += [example.ids[place] for place in places]
     tensors = [torch.tensor(values, device=device) for values in (layout.ids, layout.positions, predictors, targets)]
     packing = Packing(tuple(layout.lengths), tuple(layout.before))
-    return Stream(tensors[0][None], tensors[1][None], packing, tensors[2], tensors[3])
+    return Stream(tensors[0][None], tensors[1][None], packing, tensors[2], tensors[3], tuple(layout.own))
 
 
 class _Layout:
@@ -123,7 +131,8 @@ def _whole(
     ids = [token for example in examples for token in example.ids]
     positions = [place for length in lengths for place in range(length)]
     tensors = [torch.tensor(values, device=device) for values in (ids, positions, predictors, targets)]
-    return Stream(tensors[0][None], tensors[1][None], Packing.of_whole_examples(lengths), tensors[2], tensors[3])
+    packing, own = Packing.of_whole_examples(lengths), tuple(range(len(lengths)))
+    return Stream(tensors[0][None], tensors[1][None], packing, tensors[2], tensors[3], own)
 
 
 _PACKERS: dict[type, Callable[[Any, torch.device], Stream]] = {

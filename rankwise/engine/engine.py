@@ -1,20 +1,23 @@
 """Logits and losses of a batch of examples: packed where the model allows it, which is checked and not assumed."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, Generic, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from rankwise.data.examples import E, TextExample
 from rankwise.data.labelled import SEVERAL_LABELS, LabelExample, LabelSetExample, TagExample
-from rankwise.engine.attention import PACKED, Packing
+from rankwise.engine.attention import PACKED
 from rankwise.engine.batch import Stream, pack, pad, stream_of
+from rankwise.engine.blocks import blocks_of, inputs_of, is_watched
+from rankwise.engine.frozen_states import FrozenStates
 from rankwise.engine.head import OutputHead, head_that_gives, why_not_plain
-from rankwise.engine.last_block import PAYS_UP_TO, is_watched, last_block, only_at
+from rankwise.engine.last_block import PAYS_UP_TO, only_at
+from rankwise.engine.recompute import recomputing
 from rankwise.errors import ConfigError
 
 # Packing changes the order of sums and nothing else; fp32 logits of real models then differ by less than this share.
@@ -41,7 +44,13 @@ class Engine(ABC, Generic[E]):
         self.model = model
         self.pad_id = pad_id
         self.packs = True
-        self._last_block = last_block(model)
+        self.recomputes = False
+        """Whether the backward pass computes the blocks' activations again; may be set at any time."""
+        self.states: FrozenStates | None = None
+        """What enters the lowest block that trains, as far as it is known."""
+        self.blocks = blocks_of(model)
+        """None if they were not found."""
+        self._last_block = self.blocks[-1] if self.blocks else None
         self._cuts_up_to = 0.0
         self.padded_because = self._why_not_packed(sample)
         self.packs = self.padded_because is None
@@ -90,6 +99,14 @@ class Engine(ABC, Generic[E]):
         return self.model.device
 
     @abstractmethod
+    def stream(self, examples: Sequence[E]) -> Stream:
+        """The examples one after the other, as the packed path runs them."""
+
+    @abstractmethod
+    def _body(self, stream: Stream) -> Tensor:
+        """[1, T, k] the last hidden states of a stream, in whatever attention is set."""
+
+    @abstractmethod
     def _packed(self, examples: Sequence[E]) -> tuple[Tensor, Tensor]: ...
 
     @abstractmethod
@@ -101,25 +118,75 @@ class Engine(ABC, Generic[E]):
         return block is not None and read <= self._cuts_up_to * tokens and not is_watched(block)
 
     @contextmanager
-    def _packed_attention(self, packing: Packing, read: Tensor) -> Iterator[None]:
-        """Let the model attend within `packing`; of what it puts out, only the tokens at `read` [n] may be used."""
+    def _packed_pass(self, stream: Stream, read: Tensor, examples: Sequence[E]) -> Iterator[None]:
+        """Let the model run a stream of `examples`; of what it puts out, only the tokens at `read` [n] may be used."""
+        packing = stream.packing
         block = self._last_block if self.cuts_last_block(len(read), sum(packing.lengths)) else None
+        flagged = self._recomputed_by_transformers()
+        with (
+            self._exchanged(flagged),
+            only_at(read, block, packing) if block else nullcontext(),
+            self._from_states(stream, examples),
+            self._recomputing(lambda: self._exchanged(flagged), also=bool(flagged)),
+        ):
+            yield
+
+    @contextmanager
+    def _from_states(self, stream: Stream, examples: Sequence[E]) -> Iterator[None]:
+        """Let the model begin at the lowest block that trains, if what enters it is known for all examples."""
+        states, blocks = self.states, self.blocks
+        with (
+            states.begin_at(blocks, stream, examples) if blocks and states and states.cover(examples) else nullcontext()
+        ):
+            yield
+
+    def entering(self, examples: Sequence[E], blocks: Sequence[nn.Module]) -> list[Tensor]:
+        """[1, T, d] what enters each of these blocks when a stream of `examples` runs, as far as the last of them.
+
+        Raises RuntimeError if the model does not call each of them once, in this order.
+        """
+        stream = self.stream(examples)
+        with self._exchanged(self._recomputed_by_transformers()):
+            return inputs_of(blocks, lambda: self._body(stream))
+
+    @contextmanager
+    def _exchanged(self, flagged: Sequence[Any]) -> Iterator[None]:
+        """Let the model use packed attention, and no recomputation of its own in the modules that are `flagged`."""
         before = self.model.config._attn_implementation
         self.model.set_attn_implementation(PACKED)
+        for module in flagged:
+            module.gradient_checkpointing = False
         try:
-            with only_at(read, block, packing) if block else nullcontext():
-                yield
+            yield
         finally:
             self.model.set_attn_implementation(before)
+            for module in flagged:
+                module.gradient_checkpointing = True
+
+    @contextmanager
+    def _recomputing(
+        self, again: Callable[[], AbstractContextManager[None]] = nullcontext, also: bool = False
+    ) -> Iterator[None]:
+        """Let the model's blocks keep their input alone, if the engine (or `also`) wants it and there are gradients."""
+        wanted = (self.recomputes or also) and torch.is_grad_enabled()
+        with recomputing(self.blocks, again) if wanted and self.blocks else nullcontext():
+            yield
+
+    def _recomputed_by_transformers(self) -> list[Any]:
+        """Modules that activation_checkpointing_enable() has told to compute their activations again.
+
+        Their recomputation would meet the model's own attention in the backward pass, so the engine takes it over.
+        """
+        return [module for module in self.model.modules() if getattr(module, "gradient_checkpointing", False)]
 
     @torch.no_grad()
     def _why_not_packed(self, sample: Sequence[E]) -> str | None:
         if not getattr(self.model, "_supports_attention_backend", False):
             return "its attention cannot be exchanged in transformers"
-        if any(getattr(module, "gradient_checkpointing", False) for module in self.model.modules()):
-            return "it computes its activations again in the backward pass, where the exchanged attention is gone"
+        if self.blocks is None and self._recomputed_by_transformers():
+            return "it computes its activations again in the backward pass, and no list of blocks was found in it"
         short: list[E] = [example.short() for example in sample[:3]]
-        return self._why_not("packing", short, self._padded(short)[0])
+        return self.why_not("packing", short, self._padded(short)[0])
 
     @torch.no_grad()
     def _why_not_cut(self, sample: Sequence[E]) -> str | None:
@@ -134,9 +201,9 @@ class Engine(ABC, Generic[E]):
         short: list[E] = [example.short() for example in sample[:3]]
         whole = self._packed(short)[0]
         self._cuts_up_to = 1.0
-        return self._why_not("cutting it", short, whole)
+        return self.why_not("cutting it", short, whole)
 
-    def _why_not(self, technique: str, examples: Sequence[E], expected: Tensor) -> str | None:
+    def why_not(self, technique: str, examples: Sequence[E], expected: Tensor) -> str | None:
         """Why the packed path, as it is set, does not give the `expected` logits; None if it does."""
         try:
             logits = self._packed(examples)[0]
@@ -187,22 +254,30 @@ class LanguageEngine(Engine[TextExample]):
         """([n, k] what the head makes logits of, [n] targets)."""
         if not self.packs:
             ids, mask, trained = self._pad(examples)
-            hidden = self.model.base_model(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state
+            with self._recomputing():
+                hidden = self.model.base_model(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state
             return hidden[:, :-1][trained], ids[:, 1:][trained]
-        stream = pack(examples, self._device)
-        with self._packed_attention(stream.packing, stream.predictors):
-            hidden = self.model.base_model(**_inputs(stream), use_cache=False).last_hidden_state
+        stream = self.stream(examples)
+        with self._packed_pass(stream, stream.predictors, examples):
+            hidden = self._body(stream)
         return hidden[0, stream.predictors], stream.targets
 
+    def stream(self, examples: Sequence[TextExample]) -> Stream:
+        return pack(examples, self._device)
+
+    def _body(self, stream: Stream) -> Tensor:
+        return self.model.base_model(**_inputs(stream), use_cache=False).last_hidden_state
+
     def _packed(self, examples: Sequence[TextExample]) -> tuple[Tensor, Tensor]:
-        stream = pack(examples, self._device)
-        with self._packed_attention(stream.packing, stream.predictors):
+        stream = self.stream(examples)
+        with self._packed_pass(stream, stream.predictors, examples):
             output = self.model(**_inputs(stream), logits_to_keep=stream.predictors, use_cache=False)
         return output.logits[0], stream.targets
 
     def _padded(self, examples: Sequence[TextExample]) -> tuple[Tensor, Tensor]:
         ids, mask, trained = self._pad(examples)
-        logits = self.model(input_ids=ids, attention_mask=mask, use_cache=False).logits
+        with self._recomputing():
+            logits = self.model(input_ids=ids, attention_mask=mask, use_cache=False).logits
         return logits[:, :-1][trained], ids[:, 1:][trained]
 
     def _pad(self, examples: Sequence[TextExample]) -> tuple[Tensor, Tensor, Tensor]:
@@ -226,19 +301,26 @@ class _HeadedEngine(Engine[C]):
         return None if super()._why_not_packed(sample) is None else reason
 
     def _packed(self, examples: Sequence[C]) -> tuple[Tensor, Tensor]:
-        stream = stream_of(examples, self._device)
+        stream = self.stream(examples)
+        read = self._read(stream)
+        with self._packed_pass(stream, read, examples):
+            hidden = self._body(stream)[0]
+        return self._classify(hidden[read]), stream.targets
+
+    def stream(self, examples: Sequence[C]) -> Stream:
+        return stream_of(examples, self._device)
+
+    def _body(self, stream: Stream) -> Tensor:
         inputs = _inputs(stream)
         inputs["position_ids"] = stream.positions + self._first_position
         if getattr(self.model.config, "use_cache", None) is not None:
             inputs["use_cache"] = False
-        read = self._read(stream)
-        with self._packed_attention(stream.packing, read):
-            hidden = self.model.base_model(**inputs).last_hidden_state[0]
-        return self._classify(hidden[read]), stream.targets
+        return self.model.base_model(**inputs).last_hidden_state
 
     def _padded(self, examples: Sequence[C]) -> tuple[Tensor, Tensor]:
         ids, mask = pad([example.ids for example in examples], self.pad_id, self._device)
-        logits = self.model(input_ids=ids, attention_mask=mask).logits
+        with self._recomputing():
+            logits = self.model(input_ids=ids, attention_mask=mask).logits
         return self._taken(logits, examples), stream_of(examples, self._device).targets
 
     @property

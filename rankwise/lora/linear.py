@@ -9,6 +9,7 @@ from torch.nn import functional as F
 from rankwise.lora.frozen_product import PreparedWeight
 from rankwise.lora.layers import LoraLayer
 from rankwise.lora.linear_function import Term, linear_with_update
+from rankwise.lora.narrow import NarrowLinear, is_plain_linear
 from rankwise.lora.shared_input import SharedInput
 from rankwise.lora.update import Update
 
@@ -36,7 +37,7 @@ class LoraLinear(LoraLayer):
                 return self.shared_input.result(self, x)
             return linear_with_update(x, [self._term(matrix, A, B, update.scale)])[0]
         # Few and cheap calls: for one token they are what an adapter costs.
-        result = self.base(x) if matrix is None else F.linear(x, *matrix)
+        result = F.linear(x, *matrix) if matrix is not None and matrix[0].dtype == x.dtype else self.base(x)
         if result.dtype != A.dtype:
             return result + self.product(update, x).to(result.dtype)
         hidden = F.linear(F.dropout(x, update.dropout) if dropped else x, A)
@@ -76,12 +77,12 @@ class LoraLinear(LoraLayer):
         """(W, bias) if base(x) is W·x + bias and nothing else, with both frozen."""
         base: Any = self._modules["base"]
         # Some libraries give a layer another forward, which moves its weight to where the input is.
-        if type(base) is not nn.Linear or "forward" in base.__dict__ or base._forward_hooks or base._forward_pre_hooks:
+        if not is_plain_linear(base) or "forward" in base.__dict__ or base._forward_hooks or base._forward_pre_hooks:
             return None
         weight, bias = base._parameters.get("weight"), base._parameters.get("bias")
         if (
             type(weight) is not nn.Parameter
-            or weight.dtype != x.dtype
+            or (weight.dtype != x.dtype and type(base) is not NarrowLinear)
             or weight.requires_grad
             or (bias is not None and bias.requires_grad)
             or torch.is_autocast_enabled("cpu" if x.is_cpu else x.device.type)

@@ -27,8 +27,8 @@ class Adapted:
     labels: list[str]
 
 
-def load_adapted(base: str | None, adapter: Path | None, task: str | None = None) -> Adapted:
-    """Load `base` and put `adapter` (its folder, or its run's folder) on it, if given.
+def load_adapted(base: str | None, adapter: Path | None, task: str | None = None, base_dtype: str = "fp32") -> Adapted:
+    """Load `base` (`base_dtype` as in load_model) and put `adapter` (its folder, or its run's folder) on it, if given.
 
     Without `base` or `task`, the adapter's own notes of its base model and its task are used.
     Raises ConfigError, ModelError, CheckpointError.
@@ -36,7 +36,7 @@ def load_adapted(base: str | None, adapter: Path | None, task: str | None = None
     if adapter is None:
         if base is None:
             raise ConfigError("give a base model with --model, an adapter with --adapter, or both")
-        return Adapted(load_model(base, "causal_lm"), load_tokenizer(base), "causal_lm", [])
+        return Adapted(load_model(base, "causal_lm", base_dtype=base_dtype), load_tokenizer(base), "causal_lm", [])
     folder = adapter_folder(adapter)
     config = read_adapter(folder).config
     base = base or config.base_model_name_or_path
@@ -47,7 +47,7 @@ def load_adapted(base: str | None, adapter: Path | None, task: str | None = None
     if task is None:
         raise ConfigError(f"the adapter in {folder} is for {config.task_type}, which this command does not serve")
     labels, problem_type = ([], None) if task == "causal_lm" else read_labels(folder)
-    model = load_model(base, task, labels, problem_type if task == "seq_cls" else None)
+    model = load_model(base, task, labels, problem_type if task == "seq_cls" else None, base_dtype)
     load_adapter_(model, folder)
     return Adapted(model, load_tokenizer(base), task, labels)
 

@@ -9,9 +9,11 @@ import torch
 from torch import nn
 
 from rankwise import atomic
+from rankwise.data.shapes import TASK_TYPES
 from rankwise.errors import ModelError
 from rankwise.lora.inject import adapters_off
 from rankwise.lora.layers import named_base_modules
+from rankwise.lora.narrow import compute_in_
 from rankwise.models.locate import local_path
 from rankwise.models.quiet import quiet
 
@@ -22,17 +24,25 @@ _AUTO_CLASSES = {
 }
 
 
-def load_model(name: str, task: str, labels: Sequence[str] = (), problem_type: str | None = None) -> Any:
+def load_model(
+    name: str,
+    task: str,
+    labels: Sequence[str] = (),
+    problem_type: str | None = None,
+    base_dtype: str = "fp32",
+) -> Any:
     """The base model for `task`, a classifier with one output for each of `labels`, in evaluation mode.
 
     `problem_type` says whether a text has one label or several, in transformers' words (rankwise.data.labelled).
-    Weights are loaded in fp32, on the GPU if there is one. A classifier head that the model lacks is drawn from
-    torch's global generator. Raises ModelError if transformers cannot load it.
+    The model computes in fp32, on the GPU if there is one. With a `base_dtype` of "bf16" the weights of linear layers
+    and embeddings, a classifier's head excepted, are loaded and kept in bf16 (lora/narrow.py). A classifier head that
+    the model lacks is drawn from torch's global generator. Raises ModelError if transformers cannot load it.
     """
     import transformers
 
     folder = local_path(name)
-    source: dict[str, Any] = {"dtype": torch.float32, "local_files_only": True, "use_safetensors": True}
+    dtype = torch.bfloat16 if base_dtype == "bf16" else torch.float32
+    source: dict[str, Any] = {"dtype": dtype, "local_files_only": True, "use_safetensors": True}
     kind: Any = getattr(transformers, _AUTO_CLASSES[task])
     if labels:
         source |= {"id2label": dict(enumerate(labels)), "label2id": {label: i for i, label in enumerate(labels)}}
@@ -52,6 +62,8 @@ def load_model(name: str, task: str, labels: Sequence[str] = (), problem_type: s
         )
     if task == "seq_cls" and model.config.pad_token_id is None:
         model.config.pad_token_id = model.config.eos_token_id
+    if base_dtype == "bf16":
+        compute_in_(model, torch.float32, TASK_TYPES[task].head_names)
     return model.to(_device()).eval()
 
 

@@ -90,6 +90,11 @@ class ModelShape:
         return self.other + blocks + outside + (0 if self.head_is_tied else self.head.parameters)
 
     @property
+    def keeps_linears_wide(self) -> bool:
+        """Whether the blocks' linear layers are of their own kind, which is not stored in bf16 (lora/narrow.py)."""
+        return self.model_type in ("gpt2", "falcon")
+
+    @property
     def attended(self) -> int:
         """Width of all query heads together."""
         return self.heads * self.head_width
@@ -121,11 +126,25 @@ class ModelShape:
             chosen = [linear for linear in free if min(linear.d, linear.k) > 1]
         else:
             chosen = _matching(lora, free if self.head in in_full else [*free, self.head], self.model_type)
+        chosen = self._in_layers(chosen, lora)
         matrices = tuple(AdaptedMatrix(m.name, m.d, m.k, lora.rank_of(m.name)) for m in chosen)
         too_high = [f"{m.name} is {m.d} × {m.k}, and r = {m.r} is larger" for m in matrices if m.r > min(m.d, m.k)]
         if too_high:
             raise ConfigError("an update cannot have a higher rank than min(d, k):\n" + listing(too_high))
         return InjectReport(matrices, {m.name: m.parameters for m in in_full}, self.total_parameters)
+
+    def _in_layers(self, linears: list[Linear], lora: LoraConfig) -> list[Linear]:
+        """Those that lie in the blocks of layers_to_transform, if it is set."""
+        wanted = lora.layers_to_transform
+        if wanted is None:
+            return linears
+        indices = {wanted} if isinstance(wanted, int) else set(wanted)
+        blocks = tuple(f"{self.path}.{index}." for index in indices)
+        if missing := sorted(index for index in indices if index >= self.layers):
+            raise TargetError(
+                f"layers_to_transform: there are {self.layers} blocks from 0 on, and none of index {missing}"
+            )
+        return [linear for linear in linears if linear.name.startswith(blocks)]
 
 
 def _matching(lora: LoraConfig, linears: list[Linear], model_type: str) -> list[Linear]:

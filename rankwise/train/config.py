@@ -9,6 +9,7 @@ import yaml
 from rankwise.data.shapes import Format, Task
 from rankwise.data.transcripts import TrainOn
 from rankwise.errors import ConfigError, listing
+from rankwise.plan.choices import Choices
 from rankwise.train.trackers import TrackerName
 
 Start = Literal["default", "gaussian", "orthogonal", "pissa", "olora", "eva", "corda", "lora_ga"]
@@ -19,6 +20,7 @@ FIXED_RANK = 8
 ROWS_TO_CHOOSE = 75
 """Held-out rows without which `rankwise shrink` cannot choose ranks."""
 LEAST = {
+    "cache_gb": 0,
     "batch_size": 1,
     "batch_tokens": 1,
     "accumulate": 1,
@@ -76,6 +78,9 @@ class TrainConfig:
     """Dropout on the adapter's input, in [0, 1)."""
     target_modules: tuple[str, ...] = ("all-linear",)
     """Module names (whole, or the last parts), or one regular expression of whole names, or all-linear."""
+    layers_to_transform: tuple[int, ...] = ()
+    """Adapt only the blocks of these indices, counted from 0; without it, all. What enters the lowest adapted block is
+    then computed once a row and kept (--cache-gb)."""
     init_lora_weights: Literal["default", "gaussian", "orthogonal", "pissa", "olora", "eva", "corda", "lora_ga"] = (
         "default"
     )
@@ -126,6 +131,15 @@ class TrainConfig:
     """Save a checkpoint every so many steps; without it, about ten times a run. The last two are kept."""
     tracker: tuple[TrackerName, ...] = ()
     """Send the curves there too; tensorboard and aim write into the run's folder."""
+    base_dtype: Literal["fp32", "bf16"] = "fp32"
+    """How the frozen weights are kept: bf16 takes half the memory, and is exact for a model that is published in it.
+    The computation, the adapter and all that trains are in fp32 either way."""
+    recompute: Literal["never", "always", "auto"] = "never"
+    """Keep of each block its input alone and compute its activations again in the backward pass: the same numbers with
+    less memory, in more time. auto: if the run would otherwise need more memory than is free (docs/engine.md)."""
+    cache_gb: float = 4.0
+    """How much of the user's cache folder the hidden states may take that enter the lowest adapted block. They are the
+    same in every epoch, and for every rank and seed. 0: none are kept."""
     explain_engine: bool = False
     """Say before training which of the engine's techniques the run uses, and why not the others."""
     seed: int = 0
@@ -171,6 +185,11 @@ class TrainConfig:
         if self.batches == "alike" and self.task != "causal_lm":
             yield "--batches alike needs --task causal_lm; a classifier's rows share nothing"
 
+    @property
+    def choices(self) -> Choices:
+        """The settings that trade memory for time, as a plan takes them; "auto" is yet to be settled."""
+        return Choices(base_dtype=self.base_dtype, recompute=self.recompute == "always")
+
     def fixed_because(self, held_out: int | None = None) -> str | None:
         """Why the ranks are not chosen after training; None if they are. `held_out`: rows, where that is known."""
         if self.r != "auto":
@@ -207,6 +226,7 @@ class TrainConfig:
         plain = {name: str(value) if isinstance(value, Path) else value for name, value in asdict(self).items()}
         data = [str(entry) for entry in self.data]
         lists = {
+            "layers_to_transform": list(self.layers_to_transform),
             "target_modules": list(self.target_modules),
             "columns": list(self.columns),
             "tracker": list(self.tracker),

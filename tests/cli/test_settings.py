@@ -30,6 +30,7 @@ OTHER = {
     "lora_alpha": 5.5,
     "lora_dropout": 0.1,
     "target_modules": [r".*\.(q|v)_proj"],
+    "layers_to_transform": [1, 3],
     "init_lora_weights": "pissa",
     "use_rslora": True,
     "use_dora": True,
@@ -52,6 +53,9 @@ OTHER = {
     "patience": 0,
     "save_steps": 13,
     "tracker": ["tensorboard", "wandb"],
+    "base_dtype": "bf16",
+    "recompute": "auto",
+    "cache_gb": 0.5,
     "explain_engine": True,
     "seed": 14,
 }

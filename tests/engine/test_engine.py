@@ -199,15 +199,6 @@ def test_a_model_that_packing_cannot_serve_says_why_and_is_padded():
     assert engine.padded_because
 
 
-def test_a_model_that_computes_its_activations_again_is_padded_and_has_the_same_gradients():
-    model, examples = adapted("llama"), conversations(5, 0)
-    expected = gradients(model, reference_loss(model, examples))
-    model.activation_checkpointing_enable()
-    engine = LanguageEngine(model.train(), 2, examples)
-    assert "computes its activations again" in engine.padded_because
-    torch.testing.assert_close(gradients(model, engine.loss(examples)), expected, rtol=1e-10, atol=1e-12)
-
-
 def test_packed_classification_is_that_of_each_text_by_itself():
     model = adapted("bert")
     draw = random.Random(0)

@@ -45,14 +45,7 @@ PACKED = {
 PACKED |= {"qwen3", "smollm3", "starcoder2", "cohere", "helium", "bert", "roberta", "electra"}
 
 
-@pytest.fixture(autouse=True)
-def all_in_fp64(monkeypatch):
-    """Models that compute their norms and rotations in fp32 do so in fp64 here, so that 1e-10 can be asked of them."""
-    monkeypatch.setattr(torch, "float32", torch.float64)
-    monkeypatch.setattr(torch.Tensor, "float", torch.Tensor.double)
-    torch.set_default_dtype(torch.float64)
-    yield
-    torch.set_default_dtype(torch.float)
+pytestmark = pytest.mark.usefixtures("in_fp64")
 
 
 def build(auto, kind, overrides, r, **more):

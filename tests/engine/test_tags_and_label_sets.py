@@ -11,8 +11,8 @@ from torch.nn import functional as F
 from transformers import AutoModelForSequenceClassification, AutoModelForTokenClassification
 
 from rankwise.data.labelled import SEVERAL_LABELS, LabelExample, LabelSetExample, TagExample
+from rankwise.engine.blocks import blocks_of
 from rankwise.engine.engine import ClassifierEngine, LabelSetEngine, TagEngine, engine_for
-from rankwise.engine.last_block import last_block
 from rankwise.errors import ConfigError
 
 __all__ = ["all_in_fp64"]
@@ -89,7 +89,7 @@ def test_no_layer_behind_attention_sees_more_than_the_first_token_of_each_word()
     model, examples = tagger("bert"), sentences(most=6)
     engine = TagEngine(model, 0, examples)
     read = sum(len(example.words) for example in examples)
-    with linear_inputs(last_block(model)) as seen:
+    with linear_inputs(blocks_of(model)[-1]) as seen:
         engine.loss(examples)
     behind = {name: counts for name, counts in seen.items() if "self" not in name}
     assert behind == {name: [read] for name in ("attention.output.dense", "intermediate.dense", "output.dense")}
