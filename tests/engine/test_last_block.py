@@ -17,6 +17,7 @@ from rankwise.data.labelled import LabelExample
 from rankwise.engine.batch import pack
 from rankwise.engine.blocks import blocks_of
 from rankwise.engine.engine import ClassifierEngine, LanguageEngine
+from rankwise.lora.layers import named_base_modules
 
 pytestmark = pytest.mark.usefixtures("in_fp64")
 DECODERS = ["llama", "gpt2", "mistral", "opt", "phi", "qwen2"]
@@ -52,7 +53,9 @@ def linear_inputs(block):
     Told without hooks, because a block with hooks in it is not cut.
     """
     seen = {}
-    layers = {name: layer for name, layer in block.named_modules() if type(layer).__name__ in ("LoraLinear", "Linear")}
+    layers = {
+        name: block.get_submodule(name) for name, base in named_base_modules(block) if isinstance(base, nn.Linear)
+    }
     for name, layer in layers.items():
 
         def forward(x, *more, name=name, before=layer.forward):

@@ -6,7 +6,7 @@ import pytest
 import torch
 from conftest import tiny
 from test_last_block import linear_inputs
-from test_model_types import CAUSAL, CLASSIFIERS, all_in_fp64, assert_same, build
+from test_model_types import CAUSAL, CLASSIFIERS, assert_same, build
 from torch.nn import functional as F
 from transformers import AutoModelForSequenceClassification, AutoModelForTokenClassification
 
@@ -15,7 +15,7 @@ from rankwise.engine.blocks import blocks_of
 from rankwise.engine.engine import ClassifierEngine, LabelSetEngine, TagEngine, engine_for
 from rankwise.errors import ConfigError
 
-__all__ = ["all_in_fp64"]
+pytestmark = pytest.mark.usefixtures("in_fp64")
 LABELS = 4
 PACKED = {*CLASSIFIERS, "llama", "mistral", "qwen2", "gpt2", "gpt_neox"} - {"deberta-v2"}
 DECODERS = {kind: CAUSAL[kind] for kind in ("llama", "mistral", "qwen2", "gpt2", "gpt_neox")}
