@@ -2,8 +2,9 @@
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from math import ceil
 from typing import Any
 
 import numpy as np
@@ -14,19 +15,21 @@ from rankwise.data.examples import examples_for
 from rankwise.engine.engine import Engine, engine_for
 from rankwise.errors import ConfigError, RankwiseError
 from rankwise.finetune import labels_of, read_data
+from rankwise.lora.adapters import activate_
 from rankwise.lora.config import LoraConfig
-from rankwise.lora.inject import eject_, trainable_parameters
+from rankwise.lora.inject import DEFAULT, eject_, trainable_parameters
 from rankwise.models.adapted import TASK_TYPES
 from rankwise.models.load import load_model, load_tokenizer, longest_input, pad_id
 from rankwise.rank.crossed import Array
 from rankwise.rank.measure import per_example
-from rankwise.rank.runs import RunResult
+from rankwise.rank.runs import Key, RunResult
 from rankwise.rank.start import freeze_updates_, inject_nested_
-from rankwise.rank.sweep import FULL
+from rankwise.rank.sweep import BASE, FULL
 from rankwise.train.batches import planned_steps
 from rankwise.train.config import TrainConfig
 from rankwise.train.learning_rate import default_rate
-from rankwise.train.loop import training_steps
+from rankwise.train.loop import Training, training_steps
+from rankwise.train.together import train_together
 
 FULL_RATE = 0.1
 """Full fine-tuning's learning rate, in units of an adapter's: the best ones were found to differ by about ten (Schulman
@@ -62,16 +65,59 @@ class PairedRuns:
         if rank == FULL:
             return self._full(seed, factor)
         engine = self.engine(seed)
-        inject_nested_(engine.model, self.lora(max(rank, 1)), self.largest, seed)
+        parameters = self._inject(engine.model, Key(rank, seed), DEFAULT)
         try:
-            if rank == 0:
-                freeze_updates_(engine.model)
-            parameters = sum(p.numel() for p in trainable_parameters(engine.model))
             seconds = self.fit(engine, seed, factor) if parameters else 0.0
             losses, counts = per_example(engine, self.held_out)
         finally:
             eject_(engine.model)
         return _result(losses, counts, seconds, parameters)
+
+    def together(self, keys: Sequence[Key], at_once: int) -> Iterator[tuple[Key, RunResult]]:
+        """The results of these runs, of which up to `at_once` train in one pass over the base."""
+        by_model: dict[Any, list[Key]] = {}
+        for key in keys:
+            trains_adapter = key.rank > 0 or (key.rank == BASE and self.labels)
+            model = (key.seed if self.labels else None) if trains_adapter else key
+            by_model.setdefault(model, []).append(key)
+        for of_model in by_model.values():
+            passes = ceil(len(of_model) / at_once)
+            for number in range(passes):
+                yield from self._in_one_pass(of_model[number::passes])
+
+    def _in_one_pass(self, keys: Sequence[Key]) -> Iterator[tuple[Key, RunResult]]:
+        if len(keys) == 1:
+            yield keys[0], self(keys[0].rank, keys[0].seed, keys[0].factor)
+            return
+        engine, trainings = self.engine(keys[0].seed), {}
+        try:
+            for index, key in enumerate(keys):
+                self._inject(engine.model, key, f"run{index}")
+                trainings[Training(engine, self.train, self._config(key.seed, self.rate * key.factor))] = key
+            for training, step in train_together(list(trainings)):
+                if step.number == step.of:
+                    yield trainings[training], self._measured(training)
+            for training, key in trainings.items():
+                if training.failed and key.factor == 1:
+                    raise training.failed
+                if training.failed:
+                    yield key, self._measured(training)
+        finally:
+            eject_(engine.model)
+
+    def _inject(self, model: nn.Module, key: Key, adapter: str) -> int:
+        """Put in the adapter of a run; returns how many numbers it trains."""
+        inject_nested_(model, self.lora(max(key.rank, 1)), self.largest, key.seed, adapter)
+        if key.rank == BASE:
+            freeze_updates_(model, adapter)
+        return sum(parameter.numel() for parameter in trainable_parameters(model))
+
+    def _measured(self, training: Training) -> RunResult:
+        """What a training left that shared its passes with others."""
+        activate_(training.engine.model, training.adapters)
+        losses, counts = per_example(training.engine, self.held_out)
+        parameters = sum(parameter.numel() for parameter in training.parameters)
+        return _result(losses, counts, None if training.failed else training.seconds, parameters)
 
     def _full(self, seed: int, factor: float) -> RunResult:
         engine = self.engine(seed)
@@ -105,7 +151,7 @@ class PairedRuns:
         """Train the adapter of the engine's model, or `parameters`; returns the seconds, None if training diverged."""
         torch.manual_seed(seed)
         rate = self.rate * (1 if parameters is None else FULL_RATE)
-        config = replace(self.config, seed=seed, lr=rate * factor)
+        config = self._config(seed, rate * factor)
         seconds = 0.0
         try:
             for step in training_steps(engine, self.train, config, parameters=parameters):
@@ -116,6 +162,9 @@ class PairedRuns:
                 raise
             return None
         return seconds
+
+    def _config(self, seed: int, rate: float) -> TrainConfig:
+        return replace(self.config, seed=seed, lr=rate)
 
     def _load_model(self, seed: int) -> Any:
         torch.manual_seed(seed)

@@ -28,6 +28,26 @@ class Stream:
     targets: Tensor
     """[n], the trained tokens"""
 
+    @property
+    def tokens(self) -> int:
+        """T"""
+        return sum(self.packing.lengths)
+
+
+def join(streams: Sequence[Stream]) -> Stream:
+    """Streams one after the other in one. They share nothing."""
+    starts = [0, *accumulate(stream.tokens for stream in streams)]
+    packing = Packing((), ())
+    for stream in streams:
+        packing = packing.followed_by(stream.packing)
+    return Stream(
+        torch.cat([stream.ids for stream in streams], dim=1),
+        torch.cat([stream.positions for stream in streams], dim=1),
+        packing,
+        torch.cat([stream.predictors + start for stream, start in zip(streams, starts, strict=False)]),
+        torch.cat([stream.targets for stream in streams]),
+    )
+
 
 def pack(examples: Sequence[TextExample], device: torch.device) -> Stream:
     """Pack conversations; a beginning that several of them share stands once in the stream."""

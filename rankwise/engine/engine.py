@@ -1,7 +1,7 @@
 """Logits and losses of a batch of examples: packed where the model allows it, which is checked and not assumed."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any, Generic
 
@@ -11,9 +11,11 @@ from torch.nn import functional as F
 
 from rankwise.data.examples import E, LabelExample, TextExample
 from rankwise.engine.attention import PACKED, Packing
-from rankwise.engine.batch import Stream, pack, pack_texts, pad
+from rankwise.engine.batch import Stream, join, pack, pack_texts, pad
 from rankwise.engine.head import OutputHead, head_that_gives, why_not_plain
 from rankwise.engine.last_block import PAYS_UP_TO, is_watched, last_block, only_at
+from rankwise.errors import ConfigError
+from rankwise.lora.adapters import adapters_by_part
 
 # Packing changes the order of sums and nothing else; fp32 logits of real models then differ by less than this share.
 _SAME = 1e-3
@@ -47,12 +49,27 @@ class Engine(ABC, Generic[E]):
 
         n is the number of trained tokens and the classes are the vocabulary, or n is the number of texts to classify.
         """
-        logits, targets = self._packed(examples) if self.packs else self._padded(examples)
-        return logits.to(torch.promote_types(logits.dtype, torch.float32)), targets
+        return _at_least_fp32(*(self._packed(examples) if self.packs else self._padded(examples)))
 
     def loss(self, examples: Sequence[E], label_smoothing: float = 0.0) -> Tensor:
         """The mean cross-entropy, in nats, over all that the batch's loss counts."""
         return self._losses(examples, label_smoothing).mean()
+
+    def losses(self, batches: Mapping[str, Sequence[E]], label_smoothing: float = 0.0) -> list[Tensor]:
+        """For each adapter the mean cross-entropy, in nats, over all that its own batch's loss counts, in one pass.
+
+        Raises ConfigError if the adapters, or this model's, cannot share a pass.
+        """
+        if not self.packs:
+            raise ConfigError(
+                f"adapters share a pass only in packed streams; this model is padded: {self.padded_because}"
+            )
+        streams = [self._stream(batch) for batch in batches.values()]
+        tokens, counts = ([x.tokens for x in streams], [len(x.targets) for x in streams])
+        sizes = {sum(parts): tuple(parts) for parts in (tokens, counts)}
+        with adapters_by_part(self.model, list(batches), sizes):
+            losses = self._losses_in(join(streams), label_smoothing)
+        return [part.mean() for part in losses.split(counts)]
 
     def example_losses(self, examples: Sequence[E]) -> tuple[Tensor, Tensor]:
         """([B] cross-entropy in nats summed over all that is counted, [B] how much that is), example by example."""
@@ -62,14 +79,24 @@ class Engine(ABC, Generic[E]):
 
     def _losses(self, examples: Sequence[E], label_smoothing: float = 0.0) -> Tensor:
         """[n] cross-entropies in nats, in the order of `logits`."""
-        return F.cross_entropy(*self.logits(examples), reduction="none", label_smoothing=label_smoothing)
+        return _cross_entropies(*self.logits(examples), label_smoothing)
 
     @property
     def _device(self) -> torch.device:
         return self.model.device
 
+    def _packed(self, examples: Sequence[E]) -> tuple[Tensor, Tensor]:
+        return self._logits_in(self._stream(examples))
+
+    def _losses_in(self, stream: Stream, label_smoothing: float) -> Tensor:
+        """[n] cross-entropies in nats of a packed stream."""
+        return _cross_entropies(*_at_least_fp32(*self._logits_in(stream)), label_smoothing)
+
     @abstractmethod
-    def _packed(self, examples: Sequence[E]) -> tuple[Tensor, Tensor]: ...
+    def _stream(self, examples: Sequence[E]) -> Stream: ...
+
+    @abstractmethod
+    def _logits_in(self, stream: Stream) -> tuple[Tensor, Tensor]: ...
 
     @abstractmethod
     def _padded(self, examples: Sequence[E]) -> tuple[Tensor, Tensor]: ...
@@ -162,19 +189,28 @@ class LanguageEngine(Engine[TextExample]):
             return super()._losses(examples, label_smoothing)
         return self.head.losses(*self._hidden(examples), label_smoothing)
 
+    def _losses_in(self, stream: Stream, label_smoothing: float) -> Tensor:
+        if self.head is None or self.head_unchunked_because is not None:
+            return super()._losses_in(stream, label_smoothing)
+        return self.head.losses(*self._hidden_in(stream), label_smoothing)
+
     def _hidden(self, examples: Sequence[TextExample]) -> tuple[Tensor, Tensor]:
         """([n, k] what the head makes logits of, [n] targets)."""
-        if not self.packs:
-            ids, mask, trained = self._pad(examples)
-            hidden = self.model.base_model(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state
-            return hidden[:, :-1][trained], ids[:, 1:][trained]
-        stream = pack(examples, self._device)
+        if self.packs:
+            return self._hidden_in(self._stream(examples))
+        ids, mask, trained = self._pad(examples)
+        hidden = self.model.base_model(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state
+        return hidden[:, :-1][trained], ids[:, 1:][trained]
+
+    def _hidden_in(self, stream: Stream) -> tuple[Tensor, Tensor]:
         with self._packed_attention(stream.packing, stream.predictors):
             hidden = self.model.base_model(**_inputs(stream), use_cache=False).last_hidden_state
         return hidden[0, stream.predictors], stream.targets
 
-    def _packed(self, examples: Sequence[TextExample]) -> tuple[Tensor, Tensor]:
-        stream = pack(examples, self._device)
+    def _stream(self, examples: Sequence[TextExample]) -> Stream:
+        return pack(examples, self._device)
+
+    def _logits_in(self, stream: Stream) -> tuple[Tensor, Tensor]:
         with self._packed_attention(stream.packing, stream.predictors):
             output = self.model(**_inputs(stream), logits_to_keep=stream.predictors, use_cache=False)
         return output.logits[0], stream.targets
@@ -204,15 +240,17 @@ class ClassifierEngine(Engine[LabelExample]):
         self._first_position = self.pad_id + 1
         return None if super()._why_not_packed(sample) is None else reason
 
-    def _packed(self, examples: Sequence[LabelExample]) -> tuple[Tensor, Tensor]:
-        stream = pack_texts(examples, self._device)
+    def _stream(self, examples: Sequence[LabelExample]) -> Stream:
+        return pack_texts(examples, self._device)
+
+    def _logits_in(self, stream: Stream) -> tuple[Tensor, Tensor]:
         inputs = _inputs(stream)
         inputs["position_ids"] = stream.positions + self._first_position
         read = stream.predictors
         if self._reads_last:
             inputs["use_cache"] = False
             read = read + torch.tensor(stream.packing.lengths, device=read.device) - 1
-        with self._packed_attention(stream.packing, read):
+        with self._packed_attention(stream.packing, read), _without_pooler(self.model.base_model):
             hidden = self.model.base_model(**inputs).last_hidden_state[0]
         return self._classify(hidden[read]), stream.targets
 
@@ -237,6 +275,27 @@ class ClassifierEngine(Engine[LabelExample]):
 def engine_for(task: str, model: Any, pad_id: int, sample: Sequence[Any]) -> Engine[Any]:
     """The engine for "causal_lm" or "seq_cls"."""
     return (ClassifierEngine if task == "seq_cls" else LanguageEngine)(model, pad_id, sample)
+
+
+@contextmanager
+def _without_pooler(body: Any) -> Iterator[None]:
+    """BERT's body pools the first token of what it is given, which says nothing about a stream."""
+    pooler = getattr(body, "pooler", None)
+    if pooler is not None:
+        body.pooler = None
+    try:
+        yield
+    finally:
+        if pooler is not None:
+            body.pooler = pooler
+
+
+def _at_least_fp32(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    return logits.to(torch.promote_types(logits.dtype, torch.float32)), targets
+
+
+def _cross_entropies(logits: Tensor, targets: Tensor, label_smoothing: float) -> Tensor:
+    return F.cross_entropy(logits, targets, reduction="none", label_smoothing=label_smoothing)
 
 
 def _inputs(stream: Stream) -> dict[str, Any]:

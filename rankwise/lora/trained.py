@@ -14,10 +14,14 @@ from torch.nn import functional as F
 from rankwise.lora.base_weight import bias_name
 from rankwise.lora.config import LoraConfig
 from rankwise.lora.layers import Wrapper
+from rankwise.lora.parts import Parts
 
 
 class TrainedCopy(Wrapper):
     """A module that is trained in full (a classifier head): each adapter trains a copy, the original stays."""
+
+    parts: Parts | None = None
+    """Which adapter's copy computes which part of the input, while several work in one pass."""
 
     def add(self, adapter: str, config: LoraConfig) -> None:
         """Give an adapter its copy of the original."""
@@ -28,7 +32,11 @@ class TrainedCopy(Wrapper):
         return next((self.shares[adapter] for adapter in self.active), self.base)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        return self.chosen()(*args, **kwargs)
+        if self.parts is None:
+            return self.chosen()(*args, **kwargs)
+        inputs, dim = self.parts.split(*args, **kwargs)
+        copies = [dict(self.shares.items()).get(name, self.base) for name in self.parts.adapters]
+        return torch.cat([module(own) for module, own in zip(copies, inputs, strict=True)], dim)
 
 
 class Rows(nn.Module):
