@@ -3,6 +3,7 @@
 import hashlib
 import json
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from math import ceil
 from typing import Any
@@ -15,7 +16,7 @@ from rankwise.data.examples import examples_for
 from rankwise.engine.engine import Engine, engine_for
 from rankwise.errors import ConfigError, RankwiseError
 from rankwise.finetune import labels_of, read_data
-from rankwise.lora.adapters import activate_
+from rankwise.lora.adapters import activate_, adapter_names
 from rankwise.lora.config import LoraConfig
 from rankwise.lora.inject import DEFAULT, eject_, trainable_parameters
 from rankwise.models.adapted import TASK_TYPES
@@ -29,7 +30,7 @@ from rankwise.train.batches import planned_steps
 from rankwise.train.config import TrainConfig
 from rankwise.train.learning_rate import default_rate
 from rankwise.train.loop import Training, training_steps
-from rankwise.train.together import train_together
+from rankwise.train.together import at_once, train_together, why_not_together
 
 FULL_RATE = 0.1
 """Full fine-tuning's learning rate, in units of an adapter's: the best ones were found to differ by about ten (Schulman
@@ -65,20 +66,39 @@ class PairedRuns:
         if rank == FULL:
             return self._full(seed, factor)
         engine = self.engine(seed)
-        parameters = self._inject(engine.model, Key(rank, seed), DEFAULT)
-        try:
+        with _taken_out_again(engine.model):
+            parameters = self._inject(engine.model, Key(rank, seed), DEFAULT)
             seconds = self.fit(engine, seed, factor) if parameters else 0.0
             losses, counts = per_example(engine, self.held_out)
-        finally:
-            eject_(engine.model)
         return _result(losses, counts, seconds, parameters)
 
+    def at_once(self, wanted: int | None) -> tuple[int, str]:
+        """How many runs should share passes over the base (`wanted`, if it is given), and a sentence on the reason.
+
+        Raises ConfigError if several are wanted that cannot share a pass.
+        """
+        if wanted == 1:
+            return 1, "runs train one after the other"
+        engine = self.engine(self.config.seed)
+        with _taken_out_again(engine.model):
+            pair = [self._training(engine, Key(1, self.config.seed), f"run{index}") for index in range(2)]
+            reason = why_not_together(pair)
+        if reason and wanted:
+            raise ConfigError(f"--at-once {wanted} cannot be: {reason}")
+        if reason:
+            return 1, f"runs train one after the other: {reason}"
+        batches = [batch for step in pair[0].plan for batch in step]
+        tokens = sum(len(example.ids) for batch in batches for example in batch) / len(batches)
+        count = wanted or at_once(tokens)
+        how = f"up to {count} runs share a pass over the base" if count > 1 else "runs train one after the other"
+        return count, f"{how}: a batch has {tokens:.0f} tokens"
+
     def together(self, keys: Sequence[Key], at_once: int) -> Iterator[tuple[Key, RunResult]]:
-        """The results of these runs, of which up to `at_once` train in one pass over the base."""
+        """The results of these runs, each once it has ended; up to `at_once` share passes over the base."""
         by_model: dict[Any, list[Key]] = {}
         for key in keys:
-            trains_adapter = key.rank > 0 or (key.rank == BASE and self.labels)
-            model = (key.seed if self.labels else None) if trains_adapter else key
+            has_adapter = key.rank > 0 or (key.rank == BASE and self.labels)
+            model = (key.seed if self.labels else None) if has_adapter else key
             by_model.setdefault(model, []).append(key)
         for of_model in by_model.values():
             passes = ceil(len(of_model) / at_once)
@@ -89,21 +109,22 @@ class PairedRuns:
         if len(keys) == 1:
             yield keys[0], self(keys[0].rank, keys[0].seed, keys[0].factor)
             return
-        engine, trainings = self.engine(keys[0].seed), {}
-        try:
-            for index, key in enumerate(keys):
-                self._inject(engine.model, key, f"run{index}")
-                trainings[Training(engine, self.train, self._config(key.seed, self.rate * key.factor))] = key
-            for training, step in train_together(list(trainings)):
+        engine = self.engine(keys[0].seed)
+        with _taken_out_again(engine.model):
+            runs = {self._training(engine, key, f"run{index}"): key for index, key in enumerate(keys)}
+            for training, step in train_together(list(runs)):
                 if step.number == step.of:
-                    yield trainings[training], self._measured(training)
-            for training, key in trainings.items():
+                    yield runs[training], self._measured(training)
+            for training, key in runs.items():
+                # At another rate nothing but the rate can be wrong: with that of the settings the run went through.
                 if training.failed and key.factor == 1:
                     raise training.failed
                 if training.failed:
                     yield key, self._measured(training)
-        finally:
-            eject_(engine.model)
+
+    def _training(self, engine: Engine[Any], key: Key, adapter: str) -> Training:
+        self._inject(engine.model, key, adapter)
+        return Training(engine, self.train, self._config(key.seed, self.rate * key.factor))
 
     def _inject(self, model: nn.Module, key: Key, adapter: str) -> int:
         """Put in the adapter of a run; returns how many numbers it trains."""
@@ -169,6 +190,16 @@ class PairedRuns:
     def _load_model(self, seed: int) -> Any:
         torch.manual_seed(seed)
         return load_model(self.config.model, self.config.task, self.labels)
+
+
+@contextmanager
+def _taken_out_again(model: nn.Module) -> Iterator[None]:
+    """Whatever adapters the block puts into the model."""
+    try:
+        yield
+    finally:
+        if adapter_names(model):
+            eject_(model)
 
 
 def rows_sha256(config: TrainConfig) -> str:

@@ -28,6 +28,8 @@ class SweepConfig(TrainConfig):
     """Try other learning rates at three ranks (about seven runs more), at all ranks if the three do not agree."""
     with_full: bool = False
     """Also train all of the model with every seed (its rate is a tenth, checked too), to compare with."""
+    at_once: int | None = None
+    """So many runs train in one pass over the base; without it, as many as make it faster. 1: one after the other."""
     r: tyro.conf.Suppress[int] = 8
     eval_answers: tyro.conf.Suppress[int] = 0
 
@@ -40,6 +42,8 @@ class SweepConfig(TrainConfig):
             yield f"--ranks must be whole numbers with commas between them, found {self.ranks}"
         if self.seeds < 2:
             yield f"--seeds must be at least 2 (one says nothing on how much seeds differ), found {self.seeds}"
+        if self.at_once is not None and self.at_once < 1:
+            yield f"--at-once must be at least 1, found {self.at_once}"
         if self.delta is not None and not self.delta > 0:
             yield f"--delta must be above 0, found {self.delta}"
 
@@ -50,6 +54,8 @@ class SweepConfig(TrainConfig):
 
 def main(options: list[str]) -> int:
     config = parse(SweepConfig, options, "rank sweep")
+    from functools import partial
+
     from rankwise import atomic
     from rankwise.cli.paired_runs import PairedRuns
     from rankwise.rank.report import as_dict, page, table
@@ -63,10 +69,13 @@ def main(options: list[str]) -> int:
     Runs(config.out, settings)  # A folder that cannot be used is found before a model is loaded.
     with reporter.stage(f"loading {config.model}"):
         run = PairedRuns(config, max(config.rank_list))
+    at_once, reason = run.at_once(config.at_once)
+    reporter.say(reason)
     found = sweep(
         run,
         config.rank_list,
         range(config.seed, config.seed + config.seeds),
+        together=partial(run.together, at_once=at_once),
         margin=config.delta,
         with_full=config.with_full,
         check_rates=config.check_rates,
@@ -86,6 +95,6 @@ def _settings(config: SweepConfig) -> dict[str, Any]:
     from rankwise.cli.paired_runs import rows_sha256
 
     settings = config.as_dict()
-    for name in ("out", "seeds", "delta", "check_rates", "with_full", "r", "eval_answers"):
+    for name in ("out", "seeds", "delta", "check_rates", "with_full", "at_once", "r", "eval_answers"):
         del settings[name]
     return settings | {"rows_sha256": rows_sha256(config)}

@@ -3,12 +3,16 @@
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
-from rankwise.errors import ConfigError, listing
+from rankwise.errors import ConfigError
 from rankwise.lora.adapters import activate_
 from rankwise.lora.layers import named_lora_layers
 from rankwise.train.loop import Step, Training, steps_of
+
+MOST_TOKENS = 1024
+"""TODO"""
 
 
 def train_together(
@@ -19,11 +23,11 @@ def train_together(
     A step computes the batches of all in one pass over the base. Each training was made while its own adapter was the
     one at work (as `inject_` leaves it), and has its own rows, plan, optimiser and end. One whose loss is no longer
     finite ends with the reason in its `failed`; the others go on.
-    Raises ConfigError if they cannot share a pass.
+    Raises ConfigError, before any step, if they cannot share a pass.
     """
-    problems = list(_problems(trainings))
-    if problems:
-        raise ConfigError("these adapters cannot train together:\n" + listing(problems))
+    reason = why_not_together(trainings)
+    if reason:
+        raise ConfigError(f"these adapters cannot train together: {reason}")
     engine, smoothing = trainings[0].engine, trainings[0].label_smoothing
 
     def losses(batches: Mapping[Training, Sequence[Any]]) -> list[Tensor]:
@@ -31,6 +35,25 @@ def train_together(
 
     activate_(engine.model, _adapter(trainings[0]))
     yield from steps_of(trainings, losses, stopped)
+
+
+def why_not_together(trainings: Sequence[Training]) -> str | None:
+    """Why these trainings cannot share a pass over the base; None if they can. A short pass is tried."""
+    problems = list(_problems(trainings))
+    if problems:
+        return "; ".join(problems)
+    short = {_adapter(training): [training.plan[0][0][0].short()] for training in trainings}
+    try:
+        with torch.no_grad():
+            trainings[0].engine.losses(short)
+    except ConfigError as error:
+        return str(error)
+    return None
+
+
+def at_once(tokens: float) -> int:
+    """How many trainings should share a pass, each with so many tokens a batch, to be fastest."""
+    return max(1, round(MOST_TOKENS / tokens))
 
 
 def _adapter(training: Training) -> str:
