@@ -56,6 +56,7 @@ if TYPE_CHECKING:
     from rankwise.rank.shrink import shrink_ as shrink_
     from rankwise.train.config import TrainConfig as TrainConfig
     from rankwise.train.optimizer import lora_optimizer as lora_optimizer
+    from rankwise.train.together import train_together as train_together
 
 __version__ = "0.1.0"
 
@@ -88,6 +89,7 @@ _HOMES = {
     "start_from_data_": "rankwise.lora.start",
     "start_from_original_": "rankwise.lora.start",
     "swap_adapter_": "rankwise.lora.checkpoint",
+    "train_together": "rankwise.train.together",
     "trainable_parameters": "rankwise.lora.inject",
     "unmerge_": "rankwise.lora.merge",
 }

@@ -42,9 +42,7 @@ class LoraLinear(LoraLayer):
         if result.dtype != A.dtype:
             return result + self.product(update, x).to(result.dtype)
         # Few and cheap calls: for one token they are what an adapter costs.
-        dropped = update.dropout > 0 and update.training
-        hidden = F.linear(F.dropout(x, update.dropout) if dropped else x, A)
-        return torch.add(result, F.linear(hidden, B), alpha=update.scale)
+        return torch.add(result, F.linear(F.linear(update.drop(x), A), B), alpha=update.scale)
 
     def with_changes(self, x: Tensor, plain: Tensor) -> Tensor:
         if self.parts is None:

@@ -59,6 +59,7 @@ class Training:
         Raises ConfigError if the plan cannot be, or if the learning rate is yet to be found ("auto")."""
         self.engine = engine
         self.label_smoothing = config.label_smoothing
+        self.seed = config.seed
         self.plan = planned_steps(examples, config)
         rate = default_rate(len(self.plan)) if config.lr is None else config.lr
         if isinstance(rate, str):

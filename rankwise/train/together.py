@@ -1,6 +1,7 @@
 """Several adapters of one base trained at once: each as it would train alone, in one pass over the base."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -8,6 +9,7 @@ from torch import Tensor
 
 from rankwise.errors import ConfigError
 from rankwise.lora.adapters import activate_
+from rankwise.lora.inject import set_adapter_training
 from rankwise.lora.layers import named_lora_layers
 from rankwise.train.loop import Step, Training, steps_of
 
@@ -22,7 +24,8 @@ def train_together(
 
     A step computes the batches of all in one pass over the base. Each training was made while its own adapter was the
     one at work (as `inject_` leaves it), and has its own rows, plan, optimiser and end. One whose loss is no longer
-    finite ends with the reason in its `failed`; the others go on.
+    finite ends with the reason in its `failed`; the others go on. Dropout draws the masks that a training by itself
+    draws after torch.manual_seed(seed), on a CPU.
     Raises ConfigError, before any step, if they cannot share a pass.
     """
     reason = why_not_together(trainings)
@@ -34,7 +37,8 @@ def train_together(
         return engine.losses({_adapter(training): batch for training, batch in batches.items()}, smoothing)
 
     activate_(engine.model, _adapter(trainings[0]))
-    yield from steps_of(trainings, losses, stopped)
+    with _own_masks(trainings):
+        yield from steps_of(trainings, losses, stopped)
 
 
 def why_not_together(trainings: Sequence[Training]) -> str | None:
@@ -42,6 +46,7 @@ def why_not_together(trainings: Sequence[Training]) -> str | None:
     problems = list(_problems(trainings))
     if problems:
         return "; ".join(problems)
+    set_adapter_training(trainings[0].engine.model, False)
     short = {_adapter(training): [training.plan[0][0][0].short()] for training in trainings}
     try:
         with torch.no_grad():
@@ -71,6 +76,21 @@ def _problems(trainings: Sequence[Training]) -> Iterator[str]:
         yield "all must be of one model and its engine"
     if len({training.label_smoothing for training in trainings}) > 1:
         yield "all must have the same label_smoothing"
-    layers = named_lora_layers(trainings[0].engine.model)
-    if any(layer.update(name).dropout for _, layer in layers for name in adapters if name in layer.shares):
-        yield "lora_dropout would draw other masks than in a run by itself"
+
+
+@contextmanager
+def _own_masks(trainings: Sequence[Training]) -> Iterator[None]:
+    """Let each adapter's dropout draw as it would alone after torch.manual_seed(its seed)."""
+    updates = []
+    for training in trainings:
+        adapter, generator = _adapter(training), None
+        for _, layer in named_lora_layers(training.engine.model):
+            if adapter in layer.shares and (update := layer.update(adapter)).dropout:
+                generator = generator or torch.Generator(update.lora_A.device).manual_seed(training.seed)
+                update.masks = generator
+                updates.append(update)
+    try:
+        yield
+    finally:
+        for update in updates:
+            update.masks = None

@@ -78,6 +78,7 @@ class Jobs:
         """For each job (its steps, what it trained)."""
         for index in range(len(self.jobs)):
             training = self.training(self.engine([index]), index)
+            torch.manual_seed(self.jobs[index][1].seed)
             yield list(training.steps()), training.parameters
 
     def together(self):
@@ -143,6 +144,17 @@ def test_adapters_of_other_modules_and_kinds_share_a_pass():
     ).check()
 
 
+def test_dropout_draws_the_masks_of_a_run_by_itself():
+    Jobs(
+        "llama",
+        [
+            ({"r": 2, "target_modules": ALL, "lora_dropout": 0.3}, {"epochs": 2, "accumulate": 2}, texts(9, 1)),
+            ({"r": 3, "target_modules": ALL, "lora_dropout": 0.1}, {"epochs": 2, "seed": 5}, texts(9, 2)),
+            ({"r": 1, "target_modules": ALL}, {"epochs": 1}, texts(9, 2)),
+        ],
+    ).check()
+
+
 def test_classifiers_train_their_own_heads():
     Jobs(
         "bert",
@@ -193,7 +205,6 @@ def test_an_adapter_may_be_used_and_stays_as_it_is_once_its_training_has_ended()
 @pytest.mark.parametrize(
     ("lora", "changes", "message"),
     [
-        ({"lora_dropout": 0.1}, {}, "lora_dropout would draw other masks"),
         ({"target_modules": ["embed_tokens"]}, {}, "embed_tokens is no linear layer"),
         ({"bias": "all", "target_modules": ["q_proj"]}, {}, "biases cannot share a pass"),
         ({}, {"label_smoothing": 0.1}, "the same label_smoothing"),
