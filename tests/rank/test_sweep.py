@@ -259,11 +259,14 @@ def test_a_sweep_in_shared_passes_gives_what_it_gives_run_by_run(tiny_llama_fold
 
 
 def test_classifiers_of_a_sweep_share_passes_within_a_seed(tiny_bert_folder, tmp_path):
-    for name, count in (("train", 24), ("valid", 8)):
-        rows = (ROOT / f"examples/intents/{name}.jsonl").read_text().splitlines(keepends=True)
-        (tmp_path / f"{name}.jsonl").write_text("".join(rows[:count]))
+    lines = [
+        json.dumps({"text": f"{'good ' * (n % 5)}day {n}", "label": "weather" if n % 3 else "greeting"})
+        for n in range(32)
+    ]
+    for name, part in (("train", lines[:24]), ("test", lines[24:])):
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(part))
     options = ["rank", "sweep", "--task", "seq_cls", "--model", str(tiny_bert_folder), "--batch-size", "8"]
-    options += ["--data", str(tmp_path / "train.jsonl"), "--eval-data", str(tmp_path / "train.jsonl")]
+    options += ["--data", str(tmp_path / "train.jsonl"), "--eval-data", str(tmp_path / "test.jsonl")]
     options += ["--max-steps", "3", "--ranks", "1,2", "--seeds", "2", "--no-check-rates", "--lr", "0.01"]
     for at_once in ("1", "4"):
         assert main([*options, "--at-once", at_once, "--out", str(tmp_path / at_once)]) == 0
