@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from rankwise.errors import ConfigError
 from rankwise.lora.base_weight import bias_name
 from rankwise.lora.config import LoraConfig
 from rankwise.lora.layers import Wrapper
@@ -34,7 +35,9 @@ class TrainedCopy(Wrapper):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         if self.parts is None:
             return self.chosen()(*args, **kwargs)
-        inputs, dim = self.parts.split(*args, **kwargs)
+        if len(args) != 1 or kwargs:
+            raise ConfigError("a module trained in full that is called with more than its input cannot share a pass")
+        inputs, dim = self.parts.split(args[0])
         copies = [dict(self.shares.items()).get(name, self.base) for name in self.parts.adapters]
         return torch.cat([module(own) for module, own in zip(copies, inputs, strict=True)], dim)
 

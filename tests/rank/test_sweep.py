@@ -2,6 +2,7 @@
 
 import json
 import re
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,11 +12,13 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, BertConfig, BertMo
 
 from rankwise import LoraConfig, eject_, inject_
 from rankwise.cli.main import main
+from rankwise.cli.paired_runs import PairedRuns
+from rankwise.cli.rank_sweep import SweepConfig
 from rankwise.errors import ConfigError, RankwiseError
 from rankwise.lora.inject import DEFAULT
 from rankwise.lora.layers import named_lora_layers
 from rankwise.rank.report import HEIGHT, LEFT, WIDTH, as_dict, page, table
-from rankwise.rank.runs import RunResult
+from rankwise.rank.runs import Key, RunResult
 from rankwise.rank.start import inject_nested_
 from rankwise.rank.sweep import FULL, sweep
 from rankwise.rank.verdict import achieved_power, notes, verdict
@@ -246,8 +249,19 @@ def held_out_losses(out):
 
 
 def test_a_sweep_in_shared_passes_gives_what_it_gives_run_by_run(tiny_llama_folder, sql, tmp_path, capsys):
-    # With a rate of 27 times 0.3 some runs diverge, and end before the others in their pass.
-    options = ["rank", "sweep", "--model", str(tiny_llama_folder), *sql, "--max-steps", "3", "--lr", "0.3", "--lora-dropout", "0.1"]
+    options = [
+        "rank",
+        "sweep",
+        "--model",
+        str(tiny_llama_folder),
+        *sql,
+        "--max-steps",
+        "3",
+        "--lr",
+        "0.3",
+        "--lora-dropout",
+        "0.1",
+    ]
     options += ["--ranks", "1,2,4", "--seeds", "2"]
     assert main([*options, "--at-once", "1", "--out", str(tmp_path / "alone")]) == 0
     assert main([*options, "--at-once", "3", "--out", str(tmp_path / "shared")]) == 0
@@ -256,6 +270,20 @@ def test_a_sweep_in_shared_passes_gives_what_it_gives_run_by_run(tiny_llama_fold
     assert alone.keys() == shared.keys()
     for name, losses in alone.items():
         np.testing.assert_allclose(shared[name], losses, rtol=2e-5, err_msg=name)
+
+
+def test_a_rate_that_diverges_in_a_shared_pass_is_infinitely_bad_and_harms_no_other(tiny_llama_folder, sql, tmp_path):
+    config = SweepConfig(
+        model=str(tiny_llama_folder), data=(Path(sql[1]),), eval_data=Path(sql[3]), out=tmp_path, max_steps=3, lr=0.01
+    )
+    runs = PairedRuns(config, 2)
+    keys = [Key(1, 0), Key(2, 0, 1e30), Key(2, 1)]
+    found = dict(runs.together(keys, at_once=3))
+    assert np.isinf(found[keys[1]].losses).all()
+    for key in (keys[0], keys[2]):
+        alone = runs(key.rank, key.seed, key.factor)
+        np.testing.assert_allclose(found[key].losses, alone.losses, rtol=2e-5)
+        assert found[key].parameters == alone.parameters
 
 
 def test_classifiers_of_a_sweep_share_passes_within_a_seed(tiny_bert_folder, tmp_path):
