@@ -47,7 +47,7 @@ class _LinearWithUpdate(torch.autograd.Function):
         ctx.lengths = lengths = [len(rows)] if lengths is None else list(lengths)
         terms = [Term(*values[start : start + _VALUES]) for start in range(0, len(values), _VALUES)]
         layers = [terms[start : start + len(lengths)] for start in range(0, len(terms), len(lengths))]
-        parts = list(zip(*layers, strict=True))
+        parts = [terms[part :: len(lengths)] for part in range(len(lengths))]
         stacked = [torch.cat([term.A for term in part]) if len(part) > 1 else part[0].A for part in parts]
         hidden = [F.linear(own, A) for own, A in zip(rows.split(lengths), stacked, strict=True)]
         ctx.ranks = [[term.A.shape[0] for term in part] for part in parts]

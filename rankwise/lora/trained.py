@@ -38,8 +38,9 @@ class TrainedCopy(Wrapper):
         if len(args) != 1 or kwargs:
             raise ConfigError("a module trained in full that is called with more than its input cannot share a pass")
         inputs, dim = self.parts.split(args[0])
-        copies = [dict(self.shares.items()).get(name, self.base) for name in self.parts.adapters]
-        return torch.cat([module(own) for module, own in zip(copies, inputs, strict=True)], dim)
+        copies: dict[str, Any] = dict(self.shares.items())
+        own = [copies.get(name, self.base)(x) for name, x in zip(self.parts.adapters, inputs, strict=True)]
+        return torch.cat(own, dim)
 
 
 class Rows(nn.Module):

@@ -14,9 +14,9 @@ from rankwise.lora.layers import named_lora_layers
 from rankwise.train.loop import Step, Training, steps_of
 
 MOST_TOKENS = 800
-"""Of a pass that several trainings share by default. Two of 488 tokens each ran no faster than one after the other (1.01
-times, SmolLM2-135M), two of 350 hardly (1.04, MiniLM), four of about 100 clearly (1.15 and 1.34); and a pass holds the
-activations of all its tokens at once."""
+"""Of a pass that several trainings share by default. Two of 488 tokens each ran no faster than one after the other
+(1.01 times, SmolLM2-135M), two of 350 hardly (1.04, MiniLM), four of about 100 clearly (1.15 and 1.34); and a pass
+holds the activations of all its tokens at once."""
 
 
 def train_together(

@@ -40,7 +40,7 @@ def labelled(count, seed):
 
 def settings(**changes):
     plain = {"batch_size": 3, "lr": 0.02, "seed": 3}
-    return TrainConfig(model="m", data=Path("d"), out=Path("o"), **{**plain, **changes})
+    return TrainConfig(model="m", data=(Path("d"),), out=Path("o"), **{**plain, **changes})
 
 
 def base(family):
