@@ -53,7 +53,7 @@ def train(task: str, data: Path, r: int, steps: int | None, folder: Path) -> Pat
     from rankwise.finetune import finetune
 
     if not (folder / "result.json").is_file():
-        settings = SETTINGS[task] | ({"max_steps": steps} if steps else {})
+        settings: dict[str, Any] = SETTINGS[task] | ({"max_steps": steps} if steps else {})
         finetune(TrainConfig(data=(data,), out=folder, r=r, eval_fraction=0, **settings))
     return folder / "adapter"
 

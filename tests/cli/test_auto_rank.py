@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from pathlib import Path
 
 import pytest
 from transformers import AutoModelForCausalLM
@@ -118,7 +119,7 @@ def test_an_adapter_that_starts_from_the_weights_is_cut_and_loads(tiny_llama_fol
 
 
 def test_so_many_rows_as_are_said_to_be_needed_can_be_split():
-    rows = [Row("f", n, {"prompt": f"{n}", "completion": "x"}) for n in range(ROWS_TO_CHOOSE)]
+    rows = [Row(Path("f"), n, {"prompt": f"{n}", "completion": "x"}) for n in range(ROWS_TO_CHOOSE)]
     assert sum(map(len, vars(split_held_out(rows, 0)).values())) == ROWS_TO_CHOOSE
     with pytest.raises(DataError, match=f"at least {ROWS_TO_CHOOSE}"):
         split_held_out(rows[1:], 0)
