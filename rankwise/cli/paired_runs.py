@@ -15,7 +15,7 @@ from rankwise.data.examples import examples_for
 from rankwise.data.rows import Row
 from rankwise.engine.engine import Engine, engine_for
 from rankwise.errors import ConfigError, DataError, RankwiseError
-from rankwise.finetune import labels_of, read_data
+from rankwise.finetune import ROWS_OF_CUT, labels_of, read_data
 from rankwise.lora.checkpoint import load_adapter_, save_adapter
 from rankwise.lora.config import LoraConfig
 from rankwise.lora.inject import eject_, trainable_parameters
@@ -117,7 +117,7 @@ class PairedRuns:
         engine = self.engine(self.config.seed)
         load_adapter_(engine.model, adapter)
         try:
-            parts = split_held_out(self.held_out_rows, self.config.seed)
+            parts = split_held_out(self.held_out_rows, self.config.seed, ROWS_OF_CUT)
             return shrink_(engine, HeldOut(*map(self.examples, vars(parts).values())), margin).ranks_after
         except (ConfigError, DataError):
             return None
