@@ -35,6 +35,8 @@ from rankwise.train.learning_rate import default_rate
 from rankwise.train.loop import training_steps
 from rankwise.train.progress import forget_peak_memory, peak_memory_bytes
 
+NOT_PLAIN = ("init_lora_weights", "use_rslora", "use_dora")
+"""Settings with which two ranks would differ by more than the rank: by their start, or by their scale."""
 KEPT_SEEDS = 2
 """Seeds whose adapters are kept: enough to compare what two of them learned."""
 FULL_RATE = 0.1
@@ -62,6 +64,11 @@ class PairedRuns:
         self.config = config
         self.largest = largest
         self.adapters = adapters
+        problems = [
+            f"--{name.replace('_', '-')}" for name in NOT_PLAIN if getattr(config, name) not in (False, "default")
+        ]
+        if problems:
+            raise ConfigError(f"ranks are compared with plain LoRA; leave out {' and '.join(problems)}")
         train, held_out = read_data(config)
         if not held_out:
             raise ConfigError("ranks are compared on held-out rows; give --eval-data, or an --eval-fraction above 0")
