@@ -11,10 +11,11 @@ from transformers import AutoModelForCausalLM
 
 from rankwise import LoraConfig, eject_, inject_, read_adapter
 from rankwise.cli.main import main
+from rankwise.cli.paired_runs import PairedRuns
 from rankwise.errors import ConfigError, RankwiseError
 from rankwise.lora.inject import DEFAULT
 from rankwise.lora.layers import named_lora_layers
-from rankwise.rank.illustrate import Illustrations
+from rankwise.rank.illustrate import Illustrations, illustrate
 from rankwise.rank.page import HEIGHT, LEFT, WIDTH, page
 from rankwise.rank.report import as_dict, table
 from rankwise.rank.runs import RunResult
@@ -22,6 +23,7 @@ from rankwise.rank.similarity import Similarity, layer_map
 from rankwise.rank.start import inject_nested_
 from rankwise.rank.sweep import FULL, sweep
 from rankwise.rank.verdict import achieved_power, notes, verdict
+from rankwise.train.config import TrainConfig
 
 EXAMPLES = 150
 
@@ -255,6 +257,32 @@ def test_the_command_leaves_table_page_and_all_differences_and_goes_on_in_its_fo
     assert {name: (out / "runs" / name).stat().st_mtime_ns for name in times} == times
     assert main([*options, "--seeds", "3", "--lr", "0.01"]) == 2
     assert "lr: 0.02 there, 0.01 now" in capsys.readouterr().err
+
+
+def test_a_kept_adapter_is_cut_to_ranks_by_module_and_the_model_is_the_base_again(tiny_llama_folder, tmp_path):
+    for name, rows in (("train", range(100)), ("test", range(100, 180))):
+        lines = [json.dumps({"prompt": f"what is {n}?", "completion": " it is so"}) for n in rows]
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(lines) + "\n")
+    config = TrainConfig(
+        model=str(tiny_llama_folder),
+        data=(tmp_path / "train.jsonl",),
+        eval_data=tmp_path / "test.jsonl",
+        out=tmp_path / "out",
+        target_modules=("gate_proj", "up_proj"),
+        lr=0.02,
+        r=4,
+    )
+    runs = PairedRuns(config, 4, tmp_path / "adapters")
+    result = runs(4, 0, 1.0)
+    found = sweep(lambda rank, seed, factor: result if rank else runs(0, 0, 1.0), [2, 4], range(2), check_rates=False)
+    cut = runs.cut_ranks(tmp_path / "adapters/rank4-seed0-rate1", margin=1.0)
+    assert cut is not None
+    assert 0 < sum(cut.values()) < 4 * 4
+    assert runs.cut_ranks(tmp_path / "adapters/rank4-seed0-rate1", margin=1e-12) is None
+    torch.testing.assert_close(torch.tensor(runs(0, 0, 1.0).losses), torch.tensor(found.losses[0][0]))
+    maps = illustrate(found, tmp_path / "adapters", cut).maps
+    assert {value for row in maps[0].kinds.values() for value in row} == set(cut.values())
+    assert maps[0].layers == ("0", "1")
 
 
 def test_settings_that_cannot_be_are_all_named_on_the_command_line(tmp_path, capsys):
