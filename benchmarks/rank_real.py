@@ -140,7 +140,7 @@ def shrunk(runs: Any, reporter: Any, factor: float) -> dict[str, Any]:
     from rankwise.rank.shrink import HeldOut, shrink_, split_held_out
 
     config = runs.config
-    engine = EvaluationClock(runs.engine(config.seed))
+    engine: Any = EvaluationClock(runs.engine(config.seed))
     inject_(engine.model, runs.lora(runs.largest))
     with reporter.stage(f"training at rank {runs.largest}"):
         runs.fit(engine.engine, config.seed, factor)
@@ -167,6 +167,7 @@ def main() -> None:
 
     out: Path = options.out
     train, held_out = write_rows(options.task, options.data, out / "data", options.rows)
+    settings: dict[str, Any] = SETTINGS[options.task] | ({"lr": options.lr} if options.lr else {})
     config = TrainConfig(
         data=(train,),
         eval_data=held_out,
@@ -174,7 +175,7 @@ def main() -> None:
         r=max(options.ranks),
         max_steps=options.steps,
         epochs=options.epochs,
-        **SETTINGS[options.task] | ({"lr": options.lr} if options.lr else {}),
+        **settings,
     )
     reporter = Reporter()
     largest = max(options.ranks)
@@ -184,7 +185,7 @@ def main() -> None:
         "nested": once(out / "nested.json", lambda: nested(fresh(largest), reporter)),
     }
     runs = WatchedRuns(fresh(largest), out / "calls.jsonl")
-    settings = config.as_dict() | {"rows_sha256": rows_sha256(config), "ranks": options.ranks}
+    decisive = config.as_dict() | {"rows_sha256": rows_sha256(config), "ranks": options.ranks}
     found = sweep(
         runs,
         options.ranks,
@@ -192,7 +193,7 @@ def main() -> None:
         with_full=options.full,
         check_rates=options.check_rates,
         folder=out / "sweep",
-        settings={name: value for name, value in settings.items() if name not in ("out", "data", "eval_data")},
+        settings={name: value for name, value in decisive.items() if name not in ("out", "data", "eval_data")},
         say=reporter.say,
     )
     atomic.write_text(out / "sweep" / "sweep.html", page(found, config.as_dict()))

@@ -53,7 +53,7 @@ def train(task: str, data: Path, r: int, steps: int | None, folder: Path) -> Pat
     from rankwise.finetune import finetune
 
     if not (folder / "result.json").is_file():
-        settings = SETTINGS[task] | ({"max_steps": steps} if steps else {})
+        settings: dict[str, Any] = SETTINGS[task] | ({"max_steps": steps} if steps else {})
         finetune(TrainConfig(data=(data,), out=folder, r=r, eval_fraction=0, **settings))
     return folder / "adapter"
 
@@ -149,8 +149,11 @@ class Contest:
             name: 1 + int((own.sizes.square().cumsum(0) < ENERGY * own.sizes.square().sum()).sum())
             for name, own in parts.items()
         }
-        uniform = {"rank": chosen, **test("confirmation", self._uniform(parts, chosen))}
-        return {"uniform": uniform, "energy": test("confirmation", energy)}
+        confirmed = test("confirmation", self._uniform(parts, chosen))
+        while not confirmed["within_delta"] and chosen < largest:
+            chosen += 1
+            confirmed = test("confirmation", self._uniform(parts, chosen))
+        return {"uniform": {"rank": chosen, **confirmed}, "energy": test("confirmation", energy)}
 
     @staticmethod
     def _uniform(parts: Mapping[str, Any], rank: int) -> dict[str, int]:

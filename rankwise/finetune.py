@@ -38,6 +38,10 @@ START_STEPS = 8
 """Steps whose batches an adapter that starts from data looks at."""
 
 
+ROWS_OF_CUT = 600
+"""At most so many held-out rows choose and confirm ranks, so that the cut is a small part of a long run."""
+
+
 @dataclass(frozen=True)
 class Dataset:
     """Everything that a run learns from and is measured on."""
@@ -235,7 +239,7 @@ def _shrink(
     """
     length = min(config.max_length, longest_input(engine.model))
     try:
-        parts = split_held_out(rows, config.seed)
+        parts = split_held_out(rows, config.seed, ROWS_OF_CUT)
         held_out = HeldOut(
             *(
                 examples_for(config.task, part, tokenizer, labels, length, config.long_rows, config.train_on)

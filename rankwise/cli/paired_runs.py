@@ -19,7 +19,7 @@ from rankwise.data.rows import Row
 from rankwise.data.shapes import TASK_TYPES
 from rankwise.engine.engine import Engine, engine_for
 from rankwise.errors import ConfigError, DataError, RankwiseError
-from rankwise.finetune import labels_of, read_data
+from rankwise.finetune import ROWS_OF_CUT, labels_of, read_data
 from rankwise.lora.adapters import activate_, adapter_names
 from rankwise.lora.checkpoint import load_adapter_, save_adapter
 from rankwise.lora.config import LoraConfig
@@ -43,6 +43,8 @@ from rankwise.train.loop import Training, training_steps
 from rankwise.train.progress import forget_peak_memory, peak_memory_bytes
 from rankwise.train.together import at_once, train_together, why_not_together
 
+NOT_PLAIN = ("init_lora_weights", "use_rslora", "use_dora")
+"""Settings with which two ranks would differ by more than the rank: by their start, or by their scale."""
 KEPT_SEEDS = 2
 """Seeds whose adapters are kept: enough to compare what two of them learned."""
 FULL_RATE = 0.1
@@ -70,6 +72,11 @@ class PairedRuns:
         self.config = config
         self.largest = largest
         self.adapters = adapters
+        problems = [
+            f"--{name.replace('_', '-')}" for name in NOT_PLAIN if getattr(config, name) not in (False, "default")
+        ]
+        if problems:
+            raise ConfigError(f"ranks are compared with plain LoRA; leave out {' and '.join(problems)}")
         train, held_out = read_data(config)
         if not held_out:
             raise ConfigError("ranks are compared on held-out rows; give --eval-data, or an --eval-fraction above 0")
@@ -202,7 +209,7 @@ class PairedRuns:
         engine = self.engine(self.config.seed)
         load_adapter_(engine.model, adapter)
         try:
-            parts = split_held_out(self.held_out_rows, self.config.seed)
+            parts = split_held_out(self.held_out_rows, self.config.seed, ROWS_OF_CUT)
             return shrink_(engine, HeldOut(*map(self.examples, vars(parts).values())), margin).ranks_after
         except (ConfigError, DataError):
             return None

@@ -63,9 +63,8 @@ def _cut(out: Path, shrunk: dict[str, Any]) -> str:
     before, after = (sum(shrunk[f"ranks_{when}"].values()) for when in ("before", "after"))
     return (
         f"cut: total rank {before:,} → {after:,}, {shrunk['parameters_before']:,} → {shrunk['parameters_after']:,} "
-        f"numbers; held-out loss {shrunk['loss_full']:.4f} → {shrunk['loss_shrunk']:.4f} on the "
-        f"{shrunk['rows']['confirmation']} rows by which no rank was chosen (the others chose the ranks); "
-        f"uncut: {out / 'adapter-full'}"
+        f"numbers; held-out loss {shrunk['loss_full']:.4f} → {shrunk['loss_shrunk']:.4f} on "
+        f"{shrunk['rows']['confirmation']} rows that chose no rank; uncut: {out / 'adapter-full'}"
     )
 
 

@@ -4,7 +4,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from rankwise.rank.crossed import estimate
-from rankwise.rank.sweep import BASE, FULL, Sweep
+from rankwise.rank.sweep import FULL, Sweep
 from rankwise.rank.verdict import achieved_power, learned, margin_rule, notes, verdict
 
 
@@ -31,18 +31,28 @@ def lines(sweep: Sweep) -> list[Line]:
     compared = {r.rank: r for r in c.ranks}
     result = []
     for rank in sorted(sweep.losses, key=lambda rank: (rank == FULL, rank)):
-        cost = vars(sweep.costs[rank]).values()
-        loss = float(sweep.losses[rank].sum() / (len(sweep.seeds) * sweep.counts.sum()))
+        cost = sweep.costs[rank]
+        difference = lower = upper = None
+        outcome = "reference" if rank == c.reference else ""
         if rank in compared:
             r = compared[rank]
-            bounds = r.difference, r.lower, r.upper
-            result.append(Line(sweep.label(rank), *cost, loss, *bounds, r.outcome if learned(sweep) else ""))
+            difference, lower, upper = r.difference, r.lower, r.upper
+            outcome = r.outcome if learned(sweep) else ""
         elif rank == FULL:
             full = estimate(sweep.losses[FULL] - sweep.losses[c.reference], sweep.counts)
-            result.append(Line(sweep.label(rank), *cost, loss, full.mean, full.lower, full.upper, ""))
-        else:
-            outcome = "" if rank == BASE else "reference"
-            result.append(Line(sweep.label(rank), *cost, loss, None, None, None, outcome))
+            difference, lower, upper = full.mean, full.lower, full.upper
+        loss = float(sweep.losses[rank].sum() / (len(sweep.seeds) * sweep.counts.sum()))
+        result.append(
+            Line(
+                sweep.label(rank),
+                **vars(cost),
+                loss=loss,
+                difference=difference,
+                lower=lower,
+                upper=upper,
+                outcome=outcome,
+            )
+        )
     return result
 
 
@@ -54,8 +64,8 @@ def table(sweep: Sweep) -> str:
     for line in lines(sweep):
         interval = "" if line.lower is None or line.upper is None else f"{line.lower:+.4f} to {line.upper:+.4f}"
         difference = "" if line.difference is None else f"{line.difference:+.4f}"
-        sizes = (f"{size:.2f}" if size else "" for size in (line.adapter_bytes / 1e6, line.peak_bytes / 1e9))
-        cost = (f"{line.parameters:,}", *sizes, f"{line.seconds:.1f}")
+        size, peak = (f"{size:.2f}" if size else "" for size in (line.adapter_bytes / 1e6, line.peak_bytes / 1e9))
+        cost = f"{line.parameters:,}", size, peak, f"{line.seconds:.1f}"
         rows.append((line.name, *cost, f"{line.loss:.4f}", difference, interval, line.outcome))
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     return "\n".join(

@@ -8,6 +8,7 @@ confirmation part, which no decision has seen; what is promised comes from there
 """
 
 import math
+import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -107,12 +108,15 @@ class ShrinkReport:
         return "\n".join(lines)
 
 
-def split_held_out(rows: Sequence[Row], seed: int) -> HeldOut:
+def split_held_out(rows: Sequence[Row], seed: int, most: int | None = None) -> HeldOut:
     """Cut rows into a fifth for calibration and two fifths each for choice and confirmation, drawn by `seed`.
 
-    Rows with the same content stay in one part. Raises DataError if a tested part would have fewer than 30 rows.
+    Rows with the same content stay in one part. `most`: so many of the rows are drawn first, to spare time.
+    Raises DataError if a tested part would have fewer than 30 rows.
     """
     least = math.ceil(_LEAST_ROWS / _PARTS["choice"])
+    if most is not None and len(rows) > most:
+        rows = random.Random(seed).sample(rows, most)
     if len(rows) >= least:
         rest, confirmation = split_rows(list(rows), _PARTS["confirmation"], seed)
         calibration, choice = split_rows(rest, _PARTS["choice"] / (1 - _PARTS["confirmation"]), seed)

@@ -70,7 +70,7 @@ def verdict(result: dict[str, Any], steps: Sequence[Step]) -> Verdict:
         return Verdict("bad", f"It did not learn: {facts}.")
     if cut := result.get("shrunk"):
         facts += (
-            f"; some of these rows chose the ranks, and on the {cut['rows']['confirmation']} others the loss is "
+            f"; some of these rows chose the ranks, and on {cut['rows']['confirmation']} others the loss is "
             f"{cut['loss_shrunk']:.4f} ({cut['loss_full']:.4f} before the cut)"
         )
     first, last = (result[f"metrics_{side}"].get("loss", {}) for side in ("before", "after"))

@@ -187,3 +187,17 @@ def test_a_resumed_run_ends_with_the_bytes_of_the_whole_one(task, tiny_bert_fold
     names = ("adapter_model.safetensors", "labels.json")
     ends = [[(tmp_path / side / "adapter" / name).read_bytes() for name in names] for side in ("whole", "cut")]
     assert ends[0] == ends[1]
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_a_language_model_becomes_a_classifier(task, tiny_llama_folder, tmp_path, capsys):
+    (tmp_path / "train.jsonl").write_text(rows_of(task, "train", 60))
+    options = ["--model", str(tiny_llama_folder), "--task", task, "--data", str(tmp_path / "train.jsonl")]
+    assert main(["train", *options, "--out", str(tmp_path / "run"), "--max-steps", "6", "--lr", "0.01"]) == 0
+    result = json.loads((tmp_path / "run/result.json").read_text())
+    assert result["packed"]
+    assert result["eval_loss_after"] < result["eval_loss_before"]
+    assert result["predicted_peak_memory_bytes"]
+    capsys.readouterr()
+    assert main(["eval", "--adapter", str(tmp_path / "run"), "--data", str(tmp_path / "train.jsonl")]) == 0
+    assert json.loads(capsys.readouterr().out)["rows"] == 60

@@ -140,3 +140,6 @@ def test_the_command_prints_a_loss_for_every_rank_and_keeps_the_result(tiny_llam
     assert "errs high" in capsys.readouterr().out
     assert main(["rank", "nested", *options]) == 2
     assert "exists already" in capsys.readouterr().err
+    out.unlink()
+    assert main(["rank", "nested", *options, "--use-dora", "--init-lora-weights", "pissa"]) == 2
+    assert "leave out --init-lora-weights and --use-dora" in capsys.readouterr().err

@@ -17,7 +17,7 @@ from rankwise.cli.rank_sweep import SweepConfig
 from rankwise.errors import ConfigError, RankwiseError
 from rankwise.lora.inject import DEFAULT
 from rankwise.lora.layers import named_lora_layers
-from rankwise.rank.illustrate import Illustrations
+from rankwise.rank.illustrate import Illustrations, illustrate
 from rankwise.rank.page import HEIGHT, LEFT, WIDTH, page
 from rankwise.rank.report import as_dict, table
 from rankwise.rank.runs import Key, RunResult
@@ -25,6 +25,7 @@ from rankwise.rank.similarity import Similarity, layer_map
 from rankwise.rank.start import inject_nested_
 from rankwise.rank.sweep import FULL, sweep
 from rankwise.rank.verdict import achieved_power, notes, verdict
+from rankwise.train.config import TrainConfig
 
 EXAMPLES = 150
 
@@ -279,19 +280,8 @@ def held_out_losses(out):
 
 
 def test_a_sweep_in_shared_passes_gives_what_it_gives_run_by_run(tiny_llama_folder, sql, tmp_path, capsys):
-    options = [
-        "rank",
-        "sweep",
-        "--model",
-        str(tiny_llama_folder),
-        *sql,
-        "--max-steps",
-        "3",
-        "--lr",
-        "0.3",
-        "--lora-dropout",
-        "0.1",
-    ]
+    options = ["rank", "sweep", "--model", str(tiny_llama_folder), *sql, "--max-steps", "3", "--lr", "0.3"]
+    options += ["--lora-dropout", "0.1"]
     options += ["--ranks", "1,2,4", "--seeds", "2"]
     assert main([*options, "--at-once", "1", "--out", str(tmp_path / "alone")]) == 0
     assert main([*options, "--at-once", "3", "--out", str(tmp_path / "shared")]) == 0
@@ -341,6 +331,32 @@ def test_runs_that_cannot_share_a_pass_go_one_by_one_unless_it_was_asked_for(tin
     assert "--at-once 2 cannot be: model.embed_tokens is no linear layer" in capsys.readouterr().err
     assert main(options) == 0
     assert "runs train one after the other: model.embed_tokens" in capsys.readouterr().err
+
+
+def test_a_kept_adapter_is_cut_to_ranks_by_module_and_the_model_is_the_base_again(tiny_llama_folder, tmp_path):
+    for name, rows in (("train", range(100)), ("test", range(100, 180))):
+        lines = [json.dumps({"prompt": f"what is {n}?", "completion": " it is so"}) for n in rows]
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(lines) + "\n")
+    config = TrainConfig(
+        model=str(tiny_llama_folder),
+        data=(tmp_path / "train.jsonl",),
+        eval_data=tmp_path / "test.jsonl",
+        out=tmp_path / "out",
+        target_modules=("gate_proj", "up_proj"),
+        lr=0.02,
+        r=4,
+    )
+    runs = PairedRuns(config, 4, tmp_path / "adapters")
+    result = runs(4, 0, 1.0)
+    found = sweep(lambda rank, seed, factor: result if rank else runs(0, 0, 1.0), [2, 4], range(2), check_rates=False)
+    cut = runs.cut_ranks(tmp_path / "adapters/rank4-seed0-rate1", margin=1.0)
+    assert cut is not None
+    assert 0 < sum(cut.values()) < 4 * 4
+    assert runs.cut_ranks(tmp_path / "adapters/rank4-seed0-rate1", margin=1e-12) is None
+    torch.testing.assert_close(torch.tensor(runs(0, 0, 1.0).losses), torch.tensor(found.losses[0][0]))
+    maps = illustrate(found, tmp_path / "adapters", cut).maps
+    assert {value for row in maps[0].kinds.values() for value in row} == set(cut.values())
+    assert maps[0].layers == ("0", "1")
 
 
 def test_settings_that_cannot_be_are_all_named_on_the_command_line(tmp_path, capsys):
