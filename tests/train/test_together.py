@@ -155,6 +155,18 @@ def test_dropout_draws_the_masks_of_a_run_by_itself():
     ).check()
 
 
+@pytest.mark.parametrize("lower", [0, 1])
+def test_a_pass_begins_at_the_lowest_block_that_trains_in_all_of_them(lower, monkeypatch, tmp_path):
+    monkeypatch.setenv("RANKWISE_CACHE", str(tmp_path))
+    Jobs(
+        "llama",
+        [
+            ({"r": 2, "target_modules": ALL, "layers_to_transform": [1]}, {"epochs": 2}, texts(9, 1)),
+            ({"r": 3, "target_modules": ALL, "layers_to_transform": [lower]}, {"epochs": 2}, texts(9, 2)),
+        ],
+    ).check()
+
+
 def test_classifiers_train_their_own_heads():
     Jobs(
         "bert",
