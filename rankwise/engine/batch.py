@@ -32,6 +32,11 @@ class Stream:
     own: tuple[int, ...]
     """For each example the segment that it ends with."""
 
+    @property
+    def tokens(self) -> int:
+        """T"""
+        return sum(self.packing.lengths)
+
     def places(self, example: int) -> Tensor:
         """[t], where in the stream the tokens of an example stand"""
         ends = list(accumulate(self.packing.lengths))
@@ -42,6 +47,23 @@ class Stream:
 def stream_of(examples: Sequence[Any], device: torch.device) -> Stream:
     """The stream of examples of any one kind."""
     return _PACKERS[type(examples[0])](examples, device)
+
+
+def join(streams: Sequence[Stream]) -> Stream:
+    """Streams one after the other in one. They share nothing."""
+    starts = [0, *accumulate(stream.tokens for stream in streams)]
+    packing, own = Packing((), ()), ()
+    for stream in streams:
+        own = (*own, *(segment + len(packing.lengths) for segment in stream.own))
+        packing = packing.followed_by(stream.packing)
+    return Stream(
+        torch.cat([stream.ids for stream in streams], dim=1),
+        torch.cat([stream.positions for stream in streams], dim=1),
+        packing,
+        torch.cat([stream.predictors + start for stream, start in zip(streams, starts, strict=False)]),
+        torch.cat([stream.targets for stream in streams]),
+        own,
+    )
 
 
 def pack(examples: Sequence[TextExample], device: torch.device) -> Stream:

@@ -1,7 +1,7 @@
 """Logits and losses of a batch of examples: packed where the model allows it, which is checked and not assumed."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, Generic, TypeVar
 
@@ -12,13 +12,14 @@ from torch.nn import functional as F
 from rankwise.data.examples import E, TextExample
 from rankwise.data.labelled import SEVERAL_LABELS, LabelExample, LabelSetExample, TagExample
 from rankwise.engine.attention import PACKED
-from rankwise.engine.batch import Stream, pack, pad, stream_of
+from rankwise.engine.batch import Stream, join, pack, pad, stream_of
 from rankwise.engine.blocks import blocks_of, inputs_of, is_watched
 from rankwise.engine.frozen_states import FrozenStates
 from rankwise.engine.head import OutputHead, head_that_gives, why_not_plain
 from rankwise.engine.last_block import PAYS_UP_TO, only_at
 from rankwise.engine.recompute import recomputing
 from rankwise.errors import ConfigError
+from rankwise.lora.adapters import adapters_by_part
 
 # Packing changes the order of sums and nothing else; fp32 logits of real models then differ by less than this share.
 _SAME = 1e-3
@@ -63,12 +64,28 @@ class Engine(ABC, Generic[E]):
         n is the number of trained tokens and the classes are the vocabulary, or n is the number of texts to classify or
         of words to tag. Where a text may have several labels, its targets are [n, classes] of 0 and 1.
         """
-        logits, targets = self._packed(examples) if self.packs else self._padded(examples)
-        return logits.to(torch.promote_types(logits.dtype, torch.float32)), targets
+        return _at_least_fp32(*(self._packed(examples) if self.packs else self._padded(examples)))
 
     def loss(self, examples: Sequence[E], label_smoothing: float = 0.0) -> Tensor:
         """The mean cross-entropy, in nats, over all that the batch's loss counts."""
         return self._losses(examples, label_smoothing).mean()
+
+    def losses(self, batches: Mapping[str, Sequence[E]], label_smoothing: float = 0.0) -> list[Tensor]:
+        """For each adapter the mean cross-entropy, in nats, over all that its own batch's loss counts, in one pass.
+
+        Raises ConfigError if the adapters, or this model's, cannot share a pass.
+        """
+        if not self.packs:
+            raise ConfigError(
+                f"adapters share a pass only in packed streams; this model is padded: {self.padded_because}"
+            )
+        streams = [self.stream(batch) for batch in batches.values()]
+        tokens, counts = ([x.tokens for x in streams], [len(x.targets) for x in streams])
+        sizes = {sum(parts): tuple(parts) for parts in (tokens, counts)}
+        examples = [example for batch in batches.values() for example in batch]
+        with adapters_by_part(self.model, list(batches), sizes):
+            losses = self._losses_in(join(streams), examples, label_smoothing)
+        return [part.mean() for part in losses.split(counts)]
 
     def example_losses(self, examples: Sequence[E]) -> tuple[Tensor, Tensor]:
         """([B] cross-entropy in nats summed over all that is counted, [B] how much that is), example by example."""
@@ -98,6 +115,13 @@ class Engine(ABC, Generic[E]):
     def _device(self) -> torch.device:
         return self.model.device
 
+    def _packed(self, examples: Sequence[E]) -> tuple[Tensor, Tensor]:
+        return self._logits_in(self.stream(examples), examples)
+
+    def _losses_in(self, stream: Stream, examples: Sequence[E], label_smoothing: float) -> Tensor:
+        """[n] cross-entropies in nats of a stream of examples."""
+        return self.losses_of(*_at_least_fp32(*self._logits_in(stream, examples)), label_smoothing)
+
     @abstractmethod
     def stream(self, examples: Sequence[E]) -> Stream:
         """The examples one after the other, as the packed path runs them."""
@@ -107,7 +131,8 @@ class Engine(ABC, Generic[E]):
         """[1, T, k] the last hidden states of a stream, in whatever attention is set."""
 
     @abstractmethod
-    def _packed(self, examples: Sequence[E]) -> tuple[Tensor, Tensor]: ...
+    def _logits_in(self, stream: Stream, examples: Sequence[E]) -> tuple[Tensor, Tensor]:
+        """The logits and targets of a stream of examples."""
 
     @abstractmethod
     def _padded(self, examples: Sequence[E]) -> tuple[Tensor, Tensor]: ...
@@ -250,14 +275,21 @@ class LanguageEngine(Engine[TextExample]):
             return super()._losses(examples, label_smoothing)
         return self.head.losses(*self._hidden(examples), label_smoothing)
 
+    def _losses_in(self, stream: Stream, examples: Sequence[TextExample], label_smoothing: float) -> Tensor:
+        if self.head is None or self.head_unchunked_because is not None:
+            return super()._losses_in(stream, examples, label_smoothing)
+        return self.head.losses(*self._hidden_in(stream, examples), label_smoothing)
+
     def _hidden(self, examples: Sequence[TextExample]) -> tuple[Tensor, Tensor]:
         """([n, k] what the head makes logits of, [n] targets)."""
-        if not self.packs:
-            ids, mask, trained = self._pad(examples)
-            with self._recomputing():
-                hidden = self.model.base_model(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state
-            return hidden[:, :-1][trained], ids[:, 1:][trained]
-        stream = self.stream(examples)
+        if self.packs:
+            return self._hidden_in(self.stream(examples), examples)
+        ids, mask, trained = self._pad(examples)
+        with self._recomputing():
+            hidden = self.model.base_model(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state
+        return hidden[:, :-1][trained], ids[:, 1:][trained]
+
+    def _hidden_in(self, stream: Stream, examples: Sequence[TextExample]) -> tuple[Tensor, Tensor]:
         with self._packed_pass(stream, stream.predictors, examples):
             hidden = self._body(stream)
         return hidden[0, stream.predictors], stream.targets
@@ -268,8 +300,7 @@ class LanguageEngine(Engine[TextExample]):
     def _body(self, stream: Stream) -> Tensor:
         return self.model.base_model(**_inputs(stream), use_cache=False).last_hidden_state
 
-    def _packed(self, examples: Sequence[TextExample]) -> tuple[Tensor, Tensor]:
-        stream = self.stream(examples)
+    def _logits_in(self, stream: Stream, examples: Sequence[TextExample]) -> tuple[Tensor, Tensor]:
         with self._packed_pass(stream, stream.predictors, examples):
             output = self.model(**_inputs(stream), logits_to_keep=stream.predictors, use_cache=False)
         return output.logits[0], stream.targets
@@ -300,8 +331,7 @@ class _HeadedEngine(Engine[C]):
         self._first_position = self.pad_id + 1
         return None if super()._why_not_packed(sample) is None else reason
 
-    def _packed(self, examples: Sequence[C]) -> tuple[Tensor, Tensor]:
-        stream = self.stream(examples)
+    def _logits_in(self, stream: Stream, examples: Sequence[C]) -> tuple[Tensor, Tensor]:
         read = self._read(stream)
         with self._packed_pass(stream, read, examples):
             hidden = self._body(stream)[0]
@@ -315,7 +345,8 @@ class _HeadedEngine(Engine[C]):
         inputs["position_ids"] = stream.positions + self._first_position
         if getattr(self.model.config, "use_cache", None) is not None:
             inputs["use_cache"] = False
-        return self.model.base_model(**inputs).last_hidden_state
+        with _without_pooler(self.model.base_model):
+            return self.model.base_model(**inputs).last_hidden_state
 
     def _padded(self, examples: Sequence[C]) -> tuple[Tensor, Tensor]:
         ids, mask = pad([example.ids for example in examples], self.pad_id, self._device)
@@ -403,6 +434,23 @@ def engine_for(task: str, model: Any, pad_id: int, sample: Sequence[Any]) -> Eng
         shapes = ("text/label", "text/labels") if several else ("text/labels", "text/label")
         raise ConfigError(f"this model was trained on rows of the shape {shapes[0]}, and these are {shapes[1]}")
     return (LabelSetEngine if several else ClassifierEngine)(model, pad_id, sample)
+
+
+@contextmanager
+def _without_pooler(body: Any) -> Iterator[None]:
+    """BERT's body pools the first token of what it is given, which says nothing about a stream."""
+    pooler = getattr(body, "pooler", None)
+    if pooler is not None:
+        body.pooler = None
+    try:
+        yield
+    finally:
+        if pooler is not None:
+            body.pooler = pooler
+
+
+def _at_least_fp32(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    return logits.to(torch.promote_types(logits.dtype, torch.float32)), targets
 
 
 def _inputs(stream: Stream) -> dict[str, Any]:
