@@ -74,6 +74,11 @@ class Engine(ABC, Generic[E]):
         return F.cross_entropy(*self.logits(examples), reduction="none", label_smoothing=label_smoothing)
 
     @property
+    def inner(self) -> "Engine[E]":
+        """The engine that runs the passes: this one. What stands around an engine (rank/nested.py) names that."""
+        return self
+
+    @property
     def _device(self) -> torch.device:
         return self.model.device
 

@@ -91,7 +91,7 @@ class Training:
         set_adapter_training(model, False)
         rows = [example for step in self.plan for batch in step for example in batch]
         with (
-            states_kept(self.engine, rows, self.cache_bytes),
+            states_kept(self.engine.inner, rows, self.cache_bytes),
             prepared_weights(model, most_bytes_of_copies()),
             shared_inputs(model, self._run_once),
         ):
