@@ -112,6 +112,11 @@ class Engine(ABC, Generic[E]):
         return logits.argmax(-1)
 
     @property
+    def inner(self) -> "Engine[E]":
+        """The engine that runs the passes: this one. What stands around an engine (rank/nested.py) names that."""
+        return self
+
+    @property
     def _device(self) -> torch.device:
         return self.model.device
 

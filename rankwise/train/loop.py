@@ -175,7 +175,7 @@ def _states_kept(trainings: Sequence[Training]) -> AbstractContextManager[None]:
         most_bytes = 0.0
     plans = (training.plan for training in trainings)
     rows = [example for plan in plans for step in plan for batch in step for example in batch]
-    return states_kept(trainings[0].engine, rows, most_bytes)
+    return states_kept(trainings[0].engine.inner, rows, most_bytes)
 
 
 def _run_once(training: Training) -> None:
