@@ -164,7 +164,7 @@ def peak_memory() -> int:
 
 def run_rankwise(task: Task, name: str, steps: int) -> Result:
     from rankwise import LoraConfig, inject_
-    from rankwise.engine.engine import engine_for
+    from rankwise.engine.tasks import engine_for
     from rankwise.models.load import pad_id
     from rankwise.train.config import TrainConfig
     from rankwise.train.loop import training_steps

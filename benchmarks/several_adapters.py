@@ -23,7 +23,8 @@ import torch
 from rankwise import LoraConfig, TrainConfig, activate_, inject_
 from rankwise.data.examples import examples_for
 from rankwise.data.rows import read_rows
-from rankwise.engine.engine import Engine, engine_for
+from rankwise.engine.engine import Engine
+from rankwise.engine.tasks import engine_for
 from rankwise.finetune import labels_of
 from rankwise.models.adapted import TASK_TYPES
 from rankwise.models.load import load_model, load_tokenizer, pad_id

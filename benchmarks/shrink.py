@@ -92,7 +92,7 @@ class Contest:
 
     def engine(self) -> Any:
         """The model with the full adapter, fresh."""
-        from rankwise.engine.engine import engine_for
+        from rankwise.engine.tasks import engine_for
         from rankwise.models.adapted import load_adapted
         from rankwise.models.load import pad_id
 

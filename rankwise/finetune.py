@@ -12,8 +12,9 @@ from rankwise.data.labelled import label_counts, lacks_labels, problem_type
 from rankwise.data.report import measure
 from rankwise.data.rows import Row, divide
 from rankwise.data.shapes import TASK_TYPES, Layout
-from rankwise.engine.engine import Engine, engine_for
+from rankwise.engine.engine import Engine
 from rankwise.engine.explain import explain
+from rankwise.engine.tasks import engine_for
 from rankwise.errors import ConfigError, DataError
 from rankwise.lora.config import LoraConfig
 from rankwise.lora.inject import inject_, largest_ranks

@@ -48,7 +48,7 @@ def main(options: list[str]) -> int:
     layout = Layout.parse(config.format, config.columns)
     from rankwise.data.examples import asked, examples_for
     from rankwise.data.rows import read_rows
-    from rankwise.engine.engine import engine_for
+    from rankwise.engine.tasks import engine_for
     from rankwise.models.adapted import load_adapted
     from rankwise.models.load import longest_input, pad_id
     from rankwise.train import text_metrics

@@ -17,7 +17,8 @@ from rankwise.data.examples import examples_for
 from rankwise.data.labelled import problem_type
 from rankwise.data.rows import Row
 from rankwise.data.shapes import TASK_TYPES
-from rankwise.engine.engine import Engine, engine_for
+from rankwise.engine.engine import Engine
+from rankwise.engine.tasks import engine_for
 from rankwise.errors import ConfigError, DataError, RankwiseError
 from rankwise.finetune import ROWS_OF_CUT, labels_of, read_data
 from rankwise.lora.adapters import activate_, adapter_names

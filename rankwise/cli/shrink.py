@@ -44,7 +44,7 @@ def main(options: list[str]) -> int:
     from rankwise import atomic
     from rankwise.data.examples import examples_for
     from rankwise.data.rows import read_rows
-    from rankwise.engine.engine import engine_for
+    from rankwise.engine.tasks import engine_for
     from rankwise.lora.checkpoint import save_adapter
     from rankwise.models.adapted import load_adapted, write_labels
     from rankwise.models.load import longest_input, pad_id

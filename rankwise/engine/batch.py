@@ -37,6 +37,10 @@ class Stream:
         """T"""
         return sum(self.packing.lengths)
 
+    def inputs(self) -> dict[str, Any]:
+        """What the model is called with."""
+        return {"input_ids": self.ids, "position_ids": self.positions, "packing": self.packing}
+
     def places(self, example: int) -> Tensor:
         """[t], where in the stream the tokens of an example stand"""
         ends = list(accumulate(self.packing.lengths))

@@ -3,16 +3,15 @@
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from rankwise.data.examples import E, TextExample
-from rankwise.data.labelled import SEVERAL_LABELS, LabelExample, LabelSetExample, TagExample
 from rankwise.engine.attention import PACKED
-from rankwise.engine.batch import Stream, join, pack, pad, stream_of
+from rankwise.engine.batch import Stream, join, pack, pad
 from rankwise.engine.blocks import blocks_of, inputs_of, is_watched
 from rankwise.engine.frozen_states import FrozenStates
 from rankwise.engine.head import OutputHead, head_that_gives, why_not_plain
@@ -27,8 +26,6 @@ EVALUATED_AT_ONCE = 16
 """Examples in one forward pass of an evaluation."""
 # What a model raises whose parts do not work as the engine expects.
 _FAILURES = (TypeError, ValueError, RuntimeError, AttributeError, IndexError)
-
-C = TypeVar("C", LabelExample, LabelSetExample, TagExample)
 
 
 class Engine(ABC, Generic[E]):
@@ -303,11 +300,11 @@ class LanguageEngine(Engine[TextExample]):
         return pack(examples, self._device)
 
     def _body(self, stream: Stream) -> Tensor:
-        return self.model.base_model(**_inputs(stream), use_cache=False).last_hidden_state
+        return self.model.base_model(**stream.inputs(), use_cache=False).last_hidden_state
 
     def _logits_in(self, stream: Stream, examples: Sequence[TextExample]) -> tuple[Tensor, Tensor]:
         with self._packed_pass(stream, stream.predictors, examples):
-            output = self.model(**_inputs(stream), logits_to_keep=stream.predictors, use_cache=False)
+            output = self.model(**stream.inputs(), logits_to_keep=stream.predictors, use_cache=False)
         return output.logits[0], stream.targets
 
     def _padded(self, examples: Sequence[TextExample]) -> tuple[Tensor, Tensor]:
@@ -323,140 +320,5 @@ class LanguageEngine(Engine[TextExample]):
         return ids, mask, trained
 
 
-class _HeadedEngine(Engine[C]):
-    """For models whose head gives classes to what it reads of a text."""
-
-    _first_position = 0
-
-    def _why_not_packed(self, sample: Sequence[C]) -> str | None:
-        reason = super()._why_not_packed(sample)
-        if reason is None:
-            return None
-        # RoBERTa and its kin count positions from the one after that of padding.
-        self._first_position = self.pad_id + 1
-        return None if super()._why_not_packed(sample) is None else reason
-
-    def _logits_in(self, stream: Stream, examples: Sequence[C]) -> tuple[Tensor, Tensor]:
-        read = self._read(stream)
-        with self._packed_pass(stream, read, examples):
-            hidden = self._body(stream)[0]
-        return self._classify(hidden[read]), stream.targets
-
-    def stream(self, examples: Sequence[C]) -> Stream:
-        return stream_of(examples, self._device)
-
-    def _body(self, stream: Stream) -> Tensor:
-        inputs = _inputs(stream)
-        inputs["position_ids"] = stream.positions + self._first_position
-        if getattr(self.model.config, "use_cache", None) is not None:
-            inputs["use_cache"] = False
-        with _without_pooler(self.model.base_model):
-            return self.model.base_model(**inputs).last_hidden_state
-
-    def _padded(self, examples: Sequence[C]) -> tuple[Tensor, Tensor]:
-        ids, mask = pad([example.ids for example in examples], self.pad_id, self._device)
-        with self._recomputing():
-            logits = self.model(input_ids=ids, attention_mask=mask).logits
-        return self._taken(logits, examples), stream_of(examples, self._device).targets
-
-    @property
-    def _is_decoder(self) -> bool:
-        return hasattr(self.model, "score")
-
-    def _read(self, stream: Stream) -> Tensor:
-        """[n], what the head reads of a stream."""
-        return stream.predictors
-
-    def _taken(self, logits: Tensor, _examples: Sequence[C]) -> Tensor:
-        """[n, classes], what the loss counts of a padded batch's logits."""
-        return logits
-
-    @abstractmethod
-    def _classify(self, hidden: Tensor) -> Tensor:
-        """The model's own head on the tokens that it reads: hidden [n, d] → [n, classes]."""
-
-
-class _TextEngine(_HeadedEngine[C]):
-    def _read(self, stream: Stream) -> Tensor:
-        """The last token of each text, as decoders' `score` does, or the first one."""
-        if not self._is_decoder:
-            return stream.predictors
-        return stream.predictors + torch.tensor(stream.packing.lengths, device=self._device) - 1
-
-    def _classify(self, hidden: Tensor) -> Tensor:
-        if self._is_decoder:
-            return self.model.score(hidden)
-        pooler = getattr(self.model.base_model, "pooler", None)
-        return self.model.classifier(hidden[:, None] if pooler is None else pooler(hidden[:, None]))
-
-
-class ClassifierEngine(_TextEngine[LabelExample]):
-    """For sequence classifiers: the loss counts texts."""
-
-
-class LabelSetEngine(_TextEngine[LabelSetExample]):
-    """For classifiers of texts with any number of labels: each label is a question of its own, yes (1) or no (0).
-
-    The loss of a text is the mean over all labels of the binary cross-entropy, as transformers takes it for
-    problem_type "multi_label_classification".
-    """
-
-    def losses_of(self, logits: Tensor, targets: Tensor, label_smoothing: float = 0.0) -> Tensor:
-        # A share of each answer is spread over both of its classes.
-        smoothed = targets.to(logits.dtype) * (1 - label_smoothing) + label_smoothing / 2
-        return F.binary_cross_entropy_with_logits(logits, smoothed, reduction="none").mean(-1)
-
-    def answers(self, logits: Tensor) -> Tensor:
-        """[n, classes], which labels are more likely than not."""
-        return logits > 0
-
-
-class TagEngine(_HeadedEngine[TagExample]):
-    """For token classifiers: the loss counts words, at their first tokens."""
-
-    def _taken(self, logits: Tensor, examples: Sequence[TagExample]) -> Tensor:
-        return torch.cat([row[list(example.words)] for row, example in zip(logits, examples, strict=True)])
-
-    def _classify(self, hidden: Tensor) -> Tensor:
-        if self._is_decoder:
-            return self.model.score(hidden)
-        # ModernBERT has a layer before the classifier.
-        return self.model.classifier(self.model.head(hidden) if hasattr(self.model, "head") else hidden)
-
-
-_ENGINES = {"causal_lm": LanguageEngine, "seq_cls": ClassifierEngine, "token_cls": TagEngine}
-
-
-def engine_for(task: str, model: Any, pad_id: int, sample: Sequence[Any]) -> Engine[Any]:
-    """The engine of a task for these examples.
-
-    Raises ConfigError for texts with several labels and a model that gives each text one, and the other way round.
-    """
-    if task != "seq_cls":
-        return _ENGINES[task](model, pad_id, sample)
-    several = isinstance(sample[0], LabelSetExample)
-    if several != (model.config.problem_type == SEVERAL_LABELS):
-        shapes = ("text/label", "text/labels") if several else ("text/labels", "text/label")
-        raise ConfigError(f"this model was trained on rows of the shape {shapes[0]}, and these are {shapes[1]}")
-    return (LabelSetEngine if several else ClassifierEngine)(model, pad_id, sample)
-
-
-@contextmanager
-def _without_pooler(body: Any) -> Iterator[None]:
-    """BERT's body pools the first token of what it is given, which says nothing about a stream."""
-    pooler = getattr(body, "pooler", None)
-    if pooler is not None:
-        body.pooler = None
-    try:
-        yield
-    finally:
-        if pooler is not None:
-            body.pooler = pooler
-
-
 def _at_least_fp32(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
     return logits.to(torch.promote_types(logits.dtype, torch.float32)), targets
-
-
-def _inputs(stream: Stream) -> dict[str, Any]:
-    return {"input_ids": stream.ids, "position_ids": stream.positions, "packing": stream.packing}

@@ -14,7 +14,8 @@ from rankwise.data.examples import TextExample, text_examples
 from rankwise.data.files import Row
 from rankwise.data.labelled import LabelExample
 from rankwise.engine.batch import pack
-from rankwise.engine.engine import ClassifierEngine, LanguageEngine
+from rankwise.engine.classifiers import ClassifierEngine
+from rankwise.engine.engine import LanguageEngine
 
 CAUSAL = ["llama", "llama-tied", "qwen2", "mistral-window", "gpt2", "gpt-neox"]
 

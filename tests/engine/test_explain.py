@@ -7,7 +7,8 @@ from conftest import tiny
 from rankwise import LoraConfig, inject_
 from rankwise.data.examples import TextExample
 from rankwise.data.labelled import LabelExample
-from rankwise.engine.engine import ClassifierEngine, LanguageEngine
+from rankwise.engine.classifiers import ClassifierEngine
+from rankwise.engine.engine import LanguageEngine
 from rankwise.engine.explain import explain
 
 

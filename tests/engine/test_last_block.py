@@ -16,7 +16,8 @@ from rankwise.data.examples import TextExample
 from rankwise.data.labelled import LabelExample
 from rankwise.engine.batch import pack
 from rankwise.engine.blocks import blocks_of
-from rankwise.engine.engine import ClassifierEngine, LanguageEngine
+from rankwise.engine.classifiers import ClassifierEngine
+from rankwise.engine.engine import LanguageEngine
 from rankwise.lora.layers import named_base_modules
 
 pytestmark = pytest.mark.usefixtures("in_fp64")

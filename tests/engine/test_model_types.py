@@ -11,7 +11,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceC
 
 from rankwise import LoraConfig, activate_, inject_
 from rankwise.data.labelled import LabelExample
-from rankwise.engine.engine import ClassifierEngine, LanguageEngine
+from rankwise.engine.classifiers import ClassifierEngine
+from rankwise.engine.engine import LanguageEngine
 from rankwise.lora.inject import DEFAULT, trainable_parameters
 
 SMALL = {

@@ -13,7 +13,8 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 import rankwise
 from rankwise import LoraConfig, inject_
 from rankwise.data.examples import LabelExample, Prompt
-from rankwise.engine.engine import ClassifierEngine, LanguageEngine
+from rankwise.engine.classifiers import ClassifierEngine
+from rankwise.engine.engine import LanguageEngine
 from rankwise.engine.generate import generate
 from rankwise.lora import frozen_product
 from rankwise.lora.narrow import NarrowEmbedding, NarrowLinear, compute_in_, is_narrow

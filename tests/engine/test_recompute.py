@@ -12,7 +12,8 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 from rankwise import LoraConfig, inject_
 from rankwise.data.examples import LabelExample
 from rankwise.engine.blocks import blocks_of
-from rankwise.engine.engine import ClassifierEngine, LanguageEngine
+from rankwise.engine.classifiers import ClassifierEngine
+from rankwise.engine.engine import LanguageEngine
 from rankwise.lora.inject import set_adapter_training
 from rankwise.lora.prepared import shared_inputs
 

@@ -15,7 +15,8 @@ import rankwise
 from rankwise import LoraConfig, TrainConfig, inject_, trainable_parameters
 from rankwise.data.examples import LabelExample
 from rankwise.engine import state_cache
-from rankwise.engine.engine import ClassifierEngine, LanguageEngine
+from rankwise.engine.classifiers import ClassifierEngine
+from rankwise.engine.engine import LanguageEngine
 from rankwise.engine.state_cache import plan_states, states_kept
 from rankwise.rank.nested import NestedEngine
 from rankwise.train.loop import training_steps

@@ -12,7 +12,8 @@ from transformers import AutoModelForSequenceClassification, AutoModelForTokenCl
 
 from rankwise.data.labelled import SEVERAL_LABELS, LabelExample, LabelSetExample, TagExample
 from rankwise.engine.blocks import blocks_of
-from rankwise.engine.engine import ClassifierEngine, LabelSetEngine, TagEngine, engine_for
+from rankwise.engine.classifiers import ClassifierEngine, LabelSetEngine, TagEngine
+from rankwise.engine.tasks import engine_for
 from rankwise.errors import ConfigError
 
 pytestmark = pytest.mark.usefixtures("in_fp64")

@@ -11,7 +11,7 @@ from transformers import BertForTokenClassification
 
 from rankwise import LoraConfig, inject_
 from rankwise.data.labelled import SEVERAL_LABELS, LabelSetExample, TagExample
-from rankwise.engine.engine import LabelSetEngine, TagEngine
+from rankwise.engine.classifiers import LabelSetEngine, TagEngine
 from rankwise.train.evaluate import evaluate, held_out_loss
 from rankwise.train.label_scores import entities, is_bio, label_set_scores, tag_scores
 from rankwise.train.metrics import Estimate

@@ -10,7 +10,8 @@ from torch import nn
 
 from rankwise import LoraConfig, TrainConfig, activate_, inject_
 from rankwise.data.examples import LabelExample, TextExample
-from rankwise.engine.engine import ClassifierEngine, LanguageEngine
+from rankwise.engine.classifiers import ClassifierEngine
+from rankwise.engine.engine import LanguageEngine
 from rankwise.errors import ConfigError
 from rankwise.train.loop import Training
 from rankwise.train.together import train_together
