@@ -179,7 +179,10 @@ def main() -> None:
     )
     reporter = Reporter()
     largest = max(options.ranks)
-    fresh = lambda rank: PairedRuns(config, rank)  # noqa: E731
+
+    def fresh(rank: int) -> PairedRuns:
+        return PairedRuns(config, rank)
+
     found_by = {
         "predict": once(out / "predict.json", lambda: predicted(fresh(2 * largest), reporter)),
         "nested": once(out / "nested.json", lambda: nested(fresh(largest), reporter)),

@@ -20,8 +20,9 @@ class _Recomputed(Stand):
         self.again = again
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        contexts = lambda: (nullcontext(), self.again())  # noqa: E731
-        return checkpoint(self.block, *args, use_reentrant=False, context_fn=contexts, **kwargs)
+        return checkpoint(
+            self.block, *args, use_reentrant=False, context_fn=lambda: (nullcontext(), self.again()), **kwargs
+        )
 
 
 @contextmanager
