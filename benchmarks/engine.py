@@ -52,8 +52,9 @@ class Task:
     """The rows of a shape, and the model that learns them."""
 
     def __init__(self, shape: str, data: Path | None) -> None:
-        from rankwise.data.examples import TextExample, examples_for
+        from rankwise.data.examples import TextExample
         from rankwise.data.rows import read_rows
+        from rankwise.data.tasks import examples_for
         from rankwise.models.load import load_tokenizer
 
         self.kind: Any = "seq_cls" if shape == "classify" else "causal_lm"
@@ -130,7 +131,7 @@ def peak_memory() -> int:
 
 def run_rankwise(task: Task, name: str, steps: int) -> Result:
     from rankwise import LoraConfig, inject_
-    from rankwise.engine.engine import engine_for
+    from rankwise.engine.tasks import engine_for
     from rankwise.models.load import pad_id
     from rankwise.train.config import TrainConfig
     from rankwise.train.loop import training_steps

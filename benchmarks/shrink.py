@@ -65,7 +65,7 @@ class Contest:
     """One adapter, one split, one δ, and what each rule makes of them."""
 
     def __init__(self, task: str, adapter: Path, rows: int, seed: int, delta: float | None) -> None:
-        from rankwise.data.examples import examples_for
+        from rankwise.data.tasks import examples_for
         from rankwise.models.adapted import adapter_folder, load_adapted
         from rankwise.models.load import longest_input
         from rankwise.rank.shrink import HeldOut, split_held_out
@@ -85,7 +85,7 @@ class Contest:
 
     def engine(self) -> Any:
         """The model with the full adapter, fresh."""
-        from rankwise.engine.engine import engine_for
+        from rankwise.engine.tasks import engine_for
         from rankwise.models.adapted import load_adapted
         from rankwise.models.load import pad_id
 

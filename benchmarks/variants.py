@@ -19,9 +19,10 @@ from typing import Any
 import torch
 
 import rankwise
-from rankwise.data.examples import examples_for
 from rankwise.data.rows import read_rows
-from rankwise.engine.engine import Engine, engine_for
+from rankwise.data.tasks import examples_for
+from rankwise.engine.engine import Engine
+from rankwise.engine.tasks import engine_for
 from rankwise.lora.inject import set_adapter_training
 from rankwise.models.load import load_model, load_tokenizer, pad_id
 from rankwise.train.batches import planned_steps

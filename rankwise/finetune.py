@@ -8,18 +8,21 @@ from typing import Any
 
 import torch
 
-from rankwise.data.examples import Prompt, asked, examples_for
+from rankwise.data.examples import Prompt, asked
 from rankwise.data.report import measure
 from rankwise.data.rows import Row, divide
-from rankwise.data.shapes import Layout
-from rankwise.engine.engine import Engine, engine_for
+from rankwise.data.shapes import ASKING, Layout
+from rankwise.data.tasks import examples_for
+from rankwise.engine.engine import Engine
 from rankwise.engine.explain import explain
+from rankwise.engine.tasks import engine_for
 from rankwise.errors import DataError
 from rankwise.lora.config import LoraConfig
 from rankwise.lora.inject import inject_
 from rankwise.lora.start import FROM_DATA, start_from_data_
 from rankwise.models.adapted import TASK_TYPES
 from rankwise.models.load import base_sha256, load_model, load_tokenizer, longest_input, pad_id
+from rankwise.models.pooling import unread_layers
 from rankwise.rank.inspect import inspect_adapter
 from rankwise.rank.shrink import HeldOut, ShrinkReport, shrink_, split_held_out
 from rankwise.train import text_metrics, trackers
@@ -44,12 +47,12 @@ class Dataset:
     """Everything that a run learns from and is measured on."""
 
     train: list[Any]
-    """TextExamples, or LabelExamples for seq_cls."""
+    """Examples of the task."""
     held_out: list[Any]
     questions: list[Prompt]
     """Held-out prompts to answer, for exact match."""
     labels: list[str]
-    """Names of the classes, in the order of the classifier's outputs; empty for causal_lm."""
+    """Names of the classes, in the order of the classifier's outputs; empty for other tasks than seq_cls."""
 
 
 def finetune(config: TrainConfig, reporter: Reporter | None = None, resume: bool = False) -> dict[str, Any]:
@@ -68,14 +71,15 @@ def finetune(config: TrainConfig, reporter: Reporter | None = None, resume: bool
         return _finetune(config, run, reporter or Reporter())
 
 
-def lora_config(config: TrainConfig) -> LoraConfig:
-    """The adapter's settings of a run."""
+def lora_config(config: TrainConfig, model: Any) -> LoraConfig:
+    """The adapter's settings of a run on `model`."""
     return LoraConfig(
         task_type=TASK_TYPES[config.task],
         r=config.trained_rank,
         lora_alpha=config.lora_alpha,
         lora_dropout=config.lora_dropout,
         target_modules=config.targets,
+        exclude_modules=unread_layers(model) if config.task == "embedding" else None,
         init_lora_weights=True if config.init_lora_weights == "default" else config.init_lora_weights,
         use_rslora=config.use_rslora,
         use_dora=config.use_dora,
@@ -84,7 +88,6 @@ def lora_config(config: TrainConfig) -> LoraConfig:
 
 
 def _finetune(config: TrainConfig, run: RunFolder, reporter: Reporter) -> dict[str, Any]:
-    lora = lora_config(config)
     train_rows, held_out_rows = read_data(config, reporter.say)
     torch.manual_seed(config.seed)
 
@@ -93,6 +96,7 @@ def _finetune(config: TrainConfig, run: RunFolder, reporter: Reporter) -> dict[s
         labels = labels_of(train_rows) if config.task == "seq_cls" else []
         model = load_model(config.model, config.task, labels)
     data = _tokenise(config, train_rows, held_out_rows, tokenizer, labels, longest_input(model))
+    lora = lora_config(config, model)
     report = inject_(model, lora)
     engine = engine_for(config.task, model, pad_id(tokenizer), data.train)
     reporter.say(report.summary())
@@ -199,7 +203,7 @@ def _tokenise(
         examples_for(config.task, rows, tokenizer, labels, length, config.long_rows, config.train_on)
         for rows in (train, held_out)
     ]
-    questions = held_out[: config.eval_answers] if config.task == "causal_lm" else []
+    questions = held_out[: config.eval_answers] if config.task in ASKING else []
     return Dataset(sides[0], sides[1], [asked(row, tokenizer) for row in questions], labels)
 
 

@@ -2,13 +2,14 @@
 
 import json
 from dataclasses import dataclass
+from itertools import zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import tyro
 
 from rankwise.cli.arguments import parse
-from rankwise.data.shapes import Format, Layout
+from rankwise.data.shapes import Format, Layout, Task
 from rankwise.data.transcripts import TrainOn
 from rankwise.errors import ConfigError, listing
 
@@ -28,8 +29,9 @@ class DataConfig:
     rows of b.csv twice."""
     model: str
     """The model whose tokenizer and chat template read the data."""
-    task: Literal["causal_lm", "seq_cls"] = "causal_lm"
-    """causal_lm: answer prompts. seq_cls: give texts a label."""
+    task: Task = "causal_lm"
+    """causal_lm: answer prompts. seq_cls: give texts a label. embedding: bring texts that belong together near to each
+    other. seq2seq_lm: answer prompts with an encoder and a decoder (T5, BART)."""
     format: Format | None = None
     """Shape of the rows; without it, the one that most rows have."""
     columns: tuple[str, ...] = ()
@@ -93,7 +95,7 @@ def _show_example(report: "DataReport", tokenizer: Any, console: Any) -> None:
     """The first row: trained tokens in colour on a terminal, in ⟦ ⟧ elsewhere."""
     from rich.text import Text
 
-    from rankwise.data.examples import LabelExample
+    from rankwise.data.examples import LabelExample, TextExample
     from rankwise.data.report import stretches
 
     example = report.example
@@ -102,6 +104,12 @@ def _show_example(report: "DataReport", tokenizer: Any, console: Any) -> None:
     if isinstance(example, LabelExample):
         label = sorted(report.labels)[example.label]
         console.print(f"\n{example.place}: {tokenizer.decode(example.ids)} → {label}", markup=False)
+        return
+    if not isinstance(example, TextExample):
+        names = ("encoder", "decoder, trained") if report.train.trained_tokens else ("anchor", "positive")
+        console.print(f"\n{example.place}, as the model reads it:", markup=False)
+        for name, ids in zip_longest(names, example.texts, fillvalue="negative"):
+            console.print(f"{name}: {tokenizer.decode(ids)}", markup=False)
         return
     marks = ("", "") if console.is_terminal else ("⟦", "⟧")
     text = Text()

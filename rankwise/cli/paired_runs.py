@@ -10,14 +10,16 @@ import numpy as np
 import torch
 from torch import nn
 
-from rankwise.data.examples import examples_for
-from rankwise.engine.engine import Engine, engine_for
+from rankwise.data.tasks import examples_for
+from rankwise.engine.engine import Engine
+from rankwise.engine.tasks import engine_for
 from rankwise.errors import ConfigError, RankwiseError
 from rankwise.finetune import labels_of, read_data
 from rankwise.lora.config import LoraConfig
 from rankwise.lora.inject import eject_, trainable_parameters
 from rankwise.models.adapted import TASK_TYPES
 from rankwise.models.load import load_model, load_tokenizer, longest_input, pad_id
+from rankwise.models.pooling import unread_layers
 from rankwise.rank.crossed import Array
 from rankwise.rank.measure import per_example
 from rankwise.rank.runs import RunResult
@@ -52,6 +54,7 @@ class PairedRuns:
             examples_for(config.task, rows, self._tokenizer, self.labels, length, config.long_rows, config.train_on)
             for rows in (train, held_out)
         )
+        self._left_out = unread_layers(model) if config.task == "embedding" else None
         self._loaded = config.seed, engine_for(config.task, model, pad_id(self._tokenizer), self.train)
         if config.lr == "auto":
             raise ConfigError("a sweep checks learning rates itself; give --lr a number, or leave it out")
@@ -97,6 +100,7 @@ class PairedRuns:
             lora_alpha=self.config.lora_alpha,
             lora_dropout=self.config.lora_dropout,
             target_modules=self.config.targets,
+            exclude_modules=self._left_out,
         )
 
     def fit(

@@ -8,6 +8,7 @@ from typing import Literal
 import tyro
 
 from rankwise.cli.arguments import parse
+from rankwise.data.shapes import Task
 from rankwise.errors import ConfigError, listing
 
 
@@ -23,7 +24,7 @@ class ShrinkConfig:
     """Folder of the smaller adapter; it must not exist yet."""
     model: str | None = None
     """Base model; without it, the one that the adapter names."""
-    task: Literal["causal_lm", "seq_cls"] | None = None
+    task: Task | None = None
     """What the adapter does; without it, what its configuration says."""
     delta: float | None = None
     """The most that may be lost, in nats for each trained token (or text); without it, 5 % of the adapter's gain."""
@@ -41,9 +42,9 @@ def main(options: list[str]) -> int:
     config = parse(ShrinkConfig, options, "shrink")
     _check(config)
     from rankwise import atomic
-    from rankwise.data.examples import examples_for
     from rankwise.data.rows import read_rows
-    from rankwise.engine.engine import engine_for
+    from rankwise.data.tasks import examples_for
+    from rankwise.engine.tasks import engine_for
     from rankwise.lora.checkpoint import save_adapter
     from rankwise.models.adapted import LABELS_FILE, load_adapted
     from rankwise.models.load import longest_input, pad_id

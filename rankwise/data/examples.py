@@ -1,9 +1,10 @@
 """Rows → tokens: the tokenizer's own chat template, and which tokens the loss counts."""
 
+from array import array
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
-from typing import Any, Literal, TypeVar
+from typing import ClassVar, Literal, Protocol, Self, TypeVar
 
 from rankwise.data.files import Problem, Row
 from rankwise.data.rows import MOST_PROBLEMS
@@ -11,19 +12,78 @@ from rankwise.data.transcripts import Tokenizer, TrainOn, Transcript, question, 
 from rankwise.errors import DataError, listing
 
 LongRows = Literal["error", "cut", "drop"]
+Ids = tuple[int, ...]
+"""Tokens."""
+
+
+class Example(Protocol):
+    """A row as tokens, of whichever task."""
+
+    counts_tokens: ClassVar[bool]
+    """Whether the loss counts tokens, or rows."""
+
+    @property
+    def place(self) -> str:
+        """file:line, for messages."""
+        ...
+
+    @property
+    def cut(self) -> int:
+        """Tokens that were cut off."""
+        ...
+
+    @property
+    def texts(self) -> tuple[Ids, ...]:
+        """What the model reads, text by text."""
+        ...
+
+    @property
+    def ids(self) -> Ids:
+        """All of its tokens."""
+        ...
+
+    @property
+    def taught(self) -> bytes:
+        """What the loss makes of the tokens: rows with equal `ids` and `taught` teach the same."""
+        ...
+
+    @property
+    def counted(self) -> int:
+        """How many predictions the loss counts."""
+        ...
+
+    def short(self) -> Self:
+        """A piece of a few tokens that still has something to predict."""
+        ...
+
+    def cut_to(self, length: int) -> Self:
+        """The example with each text cut off at its end after `length` tokens, and `cut` as many as that took."""
+        ...
+
+
+E = TypeVar("E", bound=Example)
 
 
 @dataclass(frozen=True)
 class TextExample:
     """A conversation as tokens."""
 
-    ids: tuple[int, ...]
+    counts_tokens: ClassVar[bool] = True
+    ids: Ids
     trained: tuple[bool, ...]
     """For each token whether it is trained: those of assistant turns with their end-of-turn token, or of a text all."""
     place: str
     """file:line, for messages."""
     cut: int = 0
     """Tokens that were cut off its end."""
+
+    @property
+    def texts(self) -> tuple[Ids, ...]:
+        return (self.ids,)
+
+    @property
+    def taught(self) -> bytes:
+        return bytes(self.trained)
 
     @property
     def prompt_length(self) -> int:
@@ -40,15 +100,27 @@ class TextExample:
         part = slice(max(0, self.prompt_length - 24), self.prompt_length + 1)
         return TextExample(self.ids[part], self.trained[part], self.place)
 
+    def cut_to(self, length: int) -> "TextExample":
+        return TextExample(self.ids[:length], self.trained[:length], self.place, max(0, len(self.ids) - length))
+
 
 @dataclass(frozen=True)
 class LabelExample:
     """A text as tokens and the index of its label."""
 
-    ids: tuple[int, ...]
+    counts_tokens: ClassVar[bool] = False
+    ids: Ids
     label: int
     place: str
     cut: int = 0
+
+    @property
+    def texts(self) -> tuple[Ids, ...]:
+        return (self.ids,)
+
+    @property
+    def taught(self) -> bytes:
+        return array("q", [self.label]).tobytes()
 
     @property
     def counted(self) -> int:
@@ -59,33 +131,16 @@ class LabelExample:
         """The first 24 tokens."""
         return LabelExample(self.ids[:24], self.label, self.place)
 
-
-E = TypeVar("E", TextExample, LabelExample)
+    def cut_to(self, length: int) -> "LabelExample":
+        return replace(self, ids=self.ids[:length], cut=max(0, len(self.ids) - length))
 
 
 @dataclass(frozen=True)
 class Prompt:
     """What a model is asked, as tokens, and the reference answer as text (None where there is none)."""
 
-    ids: tuple[int, ...]
+    ids: Ids
     answer: str | None
-
-
-def examples_for(
-    task: str,
-    rows: Sequence[Row],
-    tokenizer: Tokenizer,
-    labels: Sequence[str],
-    max_length: int,
-    long_rows: LongRows,
-    train_on: TrainOn = "completion",
-) -> list[Any]:
-    """TextExamples for "causal_lm" or LabelExamples for "seq_cls"; see `text_examples` and `label_examples`."""
-    if not rows:
-        return []
-    if task == "seq_cls":
-        return label_examples(rows, tokenizer, labels, max_length, long_rows)
-    return text_examples(rows, tokenizer, max_length, long_rows, train_on)
 
 
 def text_examples(
@@ -102,13 +157,17 @@ def text_examples(
     Raises DataError if rows are longer than `max_length` tokens and `long_rows` is "error", if a cut row would have no
     trained token, or if the chat template refuses a row or leaves open where its turns begin and end.
     """
-    examples, problems = tokenise(rows, tokenizer, train_on)
+    return usable(*tokenise(rows, tokenizer, train_on), max_length, long_rows)
+
+
+def usable(examples: list[E], problems: Sequence[Problem], max_length: int, long_rows: LongRows) -> list[E]:
+    """The examples, in their length. Raises DataError if there are problems, as `text_examples` says."""
     if problems:
         raise DataError(
             f"the chat template cannot render {len(problems)} rows:\n{listing(list(map(str, problems)), MOST_PROBLEMS)}"
         )
-    kept = _fit(examples, max_length, long_rows)
-    untrained = [e.place for e in kept if not any(e.trained[1:])]
+    kept = fit(examples, max_length, long_rows)
+    untrained = [e.place for e in kept if not e.counted]
     if untrained:
         raise DataError(
             f"{len(untrained)} rows have no trained token within --max-length {max_length} tokens: the prompt alone "
@@ -166,7 +225,7 @@ def label_examples(
         LabelExample(tuple(tokens), index[str(row.fields["label"])], row.place)
         for tokens, row in zip(ids, rows, strict=True)
     ]
-    return _fit(examples, max_length, long_rows)
+    return fit(examples, max_length, long_rows)
 
 
 def asked(row: Row, tokenizer: Tokenizer) -> Prompt:
@@ -195,7 +254,6 @@ def user_prompt(text: str, tokenizer: Tokenizer, answer: str | None = None) -> P
     return Prompt(ids, answer)
 
 
-Ids = tuple[int, ...]
 Encoded = tuple[Ids, tuple[bool, ...]]
 
 
@@ -252,15 +310,16 @@ def _tokens(transcripts: Sequence[Transcript], tokenizer: Tokenizer) -> list[Ids
     return found
 
 
-def _fit(examples: list[E], max_length: int, long_rows: LongRows) -> list[E]:
-    too_long = [e for e in examples if len(e.ids) > max_length]
+def fit(examples: list[E], max_length: int, long_rows: LongRows) -> list[E]:
+    """`fitted`, but raises DataError for long examples and "error", and where none is left."""
+    too_long = [e for e in examples if longest_text(e) > max_length]
     if too_long and long_rows == "error":
-        longest = max(len(e.ids) for e in too_long)
+        longest = max(map(longest_text, too_long))
         raise DataError(
             f"{len(too_long)} of {len(examples)} rows are longer than {max_length} tokens, all that --max-length and "
             f"the model allow (the longest has {longest}). Raise --max-length as far as the model goes, or say what to "
             "do with them: --long-rows cut (their end is cut off and not trained) or --long-rows drop (they are left "
-            "out):\n" + listing([f"{e.place}: {len(e.ids)} tokens" for e in too_long])
+            "out):\n" + listing([f"{e.place}: {longest_text(e)} tokens" for e in too_long])
         )
     kept = fitted(examples, max_length, long_rows)
     if not kept:
@@ -271,14 +330,12 @@ def _fit(examples: list[E], max_length: int, long_rows: LongRows) -> list[E]:
 def fitted(examples: list[E], max_length: int, long_rows: LongRows) -> list[E]:
     """The examples with longer ones than `max_length` cut or dropped; for "error" they stay as they are."""
     if long_rows == "drop":
-        return [e for e in examples if len(e.ids) <= max_length]
+        return [e for e in examples if longest_text(e) <= max_length]
     if long_rows == "cut":
-        return [_cut(e, max_length) if len(e.ids) > max_length else e for e in examples]
+        return [e.cut_to(max_length) if longest_text(e) > max_length else e for e in examples]
     return examples
 
 
-def _cut(example: E, length: int) -> E:
-    cut = len(example.ids) - length
-    if isinstance(example, TextExample):
-        return TextExample(example.ids[:length], example.trained[:length], example.place, cut)
-    return LabelExample(example.ids[:length], example.label, example.place, cut)
+def longest_text(example: Example) -> int:
+    """Tokens of the longest text that the model reads at once."""
+    return max(map(len, example.texts))

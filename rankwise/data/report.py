@@ -6,9 +6,11 @@ from dataclasses import asdict, dataclass
 from itertools import groupby
 from typing import Any
 
-from rankwise.data.examples import LabelExample, LongRows, TextExample, fitted, label_examples, tokenise
+from rankwise.data.examples import Example, LongRows, TextExample, fitted, label_examples, longest_text, tokenise
 from rankwise.data.files import Problem, Row
+from rankwise.data.pairs import tokenised_pairs
 from rankwise.data.rows import Division
+from rankwise.data.seq2seq import tokenised_answers
 from rankwise.data.transcripts import Tokenizer, TrainOn
 
 
@@ -19,9 +21,9 @@ class Measure:
     rows: int
     tokens: int
     trained_tokens: int
-    """0 for texts with labels, where the loss counts rows."""
+    """0 where the loss counts rows."""
     median: int
-    """Length in tokens, as p95, p99 and longest."""
+    """Length in tokens of a row's longest text, as p95, p99 and longest."""
     p95: int
     p99: int
     longest: int
@@ -40,15 +42,15 @@ class Measure:
         )
 
 
-def measure(examples: Sequence[TextExample] | Sequence[LabelExample]) -> Measure:
+def measure(examples: Sequence[Example]) -> Measure:
     """Count rows, tokens and duplicates of examples."""
-    lengths = sorted(len(example.ids) for example in examples) or [0]
+    lengths = sorted(map(longest_text, examples)) or [0]
     median, p95, p99 = (lengths[int(part * (len(lengths) - 1))] for part in (0.5, 0.95, 0.99))
-    different = {(e.ids, e.trained if isinstance(e, TextExample) else e.label) for e in examples}
+    different = {(example.ids, example.taught) for example in examples}
     return Measure(
         rows=len(examples),
-        tokens=sum(lengths),
-        trained_tokens=sum(sum(example.trained[1:]) for example in examples if isinstance(example, TextExample)),
+        tokens=sum(len(example.ids) for example in examples),
+        trained_tokens=sum(example.counted for example in examples if example.counts_tokens),
         median=median,
         p95=p95,
         p99=p99,
@@ -67,14 +69,14 @@ class DataReport:
     train: Measure
     held_out: Measure | None
     labels: dict[str, int]
-    """Rows of each label; empty for causal_lm."""
+    """Rows of each label; empty for other tasks than seq_cls."""
     left_out: int
     """Training rows that ask what an evaluation row asks."""
     problems: list[Problem]
     """Everything that would stop a training run, row by row."""
     dropped: int
     """Rows that are too long and left out."""
-    example: TextExample | LabelExample | None
+    example: Example | None
 
     @property
     def verdict(self) -> str:
@@ -119,8 +121,11 @@ def report_on(
             problems += [Problem(row.place, _unknown(row)) for row in rows if str(row.fields["label"]) not in labels]
             rows = [row for row in rows if str(row.fields["label"]) in labels]
             examples: list[Any] = label_examples(rows, tokenizer, sorted(labels), 10**9, "cut") if rows else []
+        elif task == "embedding":
+            examples = tokenised_pairs(rows, tokenizer)
         else:
-            examples, refused = tokenise(rows, tokenizer, train_on)
+            asking = task == "seq2seq_lm"
+            examples, refused = tokenised_answers(rows, tokenizer) if asking else tokenise(rows, tokenizer, train_on)
             problems += refused
         kept = fitted(examples, max_length, long_rows)
         problems += _problems(kept, max_length)
@@ -143,15 +148,15 @@ def _unknown(row: Row) -> str:
     return f"the label {row.fields['label']!r} is not among those that are trained"
 
 
-def _problems(kept: Sequence[TextExample] | Sequence[LabelExample], max_length: int) -> Iterator[Problem]:
+def _problems(kept: Sequence[Example], max_length: int) -> Iterator[Problem]:
     for example in kept:
-        if len(example.ids) > max_length:
+        if longest_text(example) > max_length:
             yield Problem(
                 example.place,
-                f"{len(example.ids)} tokens, more than {max_length}, all that --max-length and the model allow "
+                f"{longest_text(example)} tokens, more than {max_length}, all that --max-length and the model allow "
                 "(--long-rows cut or drop says what to do with such rows)",
             )
-        elif isinstance(example, TextExample) and not any(example.trained[1:]):
+        elif not example.counted:
             yield Problem(example.place, "no trained token: the prompt alone fills --max-length, or no turn is trained")
 
 

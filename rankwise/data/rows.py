@@ -68,7 +68,7 @@ def scan_rows(data: Data, task: str, layout: Layout | None = None) -> Scan:
 def read_rows(data: Data, task: str, layout: Layout | None = None) -> list[Row]:
     """All rows, in the standard fields of their shape (`rankwise.data.shapes`).
 
-    `task` is "causal_lm" or "seq_cls". Raises DataError with file and line of every bad row.
+    Raises DataError with file and line of every bad row.
     """
     scan = scan_rows(data, task, layout)
     refuse(scan.entries, scan.problems)
@@ -114,11 +114,11 @@ def _with(row: Row, fields: dict) -> Row:
 def question_key(row: Row) -> str:
     """What a row asks, with all white space alike: rows with the same key ask the same.
 
-    The prompt, the conversation before its last assistant message, or the text.
+    The prompt, the conversation before its last assistant message, the text, or the anchor of a pair.
     """
     fields = row.fields
     if "messages" not in fields:
-        return " ".join(fields["prompt" if "prompt" in fields else "text"].split())
+        return " ".join(next(fields[name] for name in ("prompt", "anchor", "text") if name in fields).split())
     messages = fields["messages"]
     answers = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
     asked = messages[: answers[-1]] if answers else messages

@@ -92,12 +92,17 @@ class _Layout:
 
 def pack_texts(examples: Sequence[LabelExample], device: torch.device) -> Stream:
     """Pack texts to be classified; predictors are the first tokens of the texts, targets their labels."""
-    lengths = tuple(len(example.ids) for example in examples)
-    ids = torch.tensor([token for example in examples for token in example.ids], device=device)
+    return pack_whole([example.ids for example in examples], [example.label for example in examples], device)
+
+
+def pack_whole(texts: Sequence[Sequence[int]], targets: Sequence[int], device: torch.device) -> Stream:
+    """Pack texts that share nothing; predictors are their first tokens, each of which has its target."""
+    lengths = tuple(map(len, texts))
+    ids = torch.tensor([token for text in texts for token in text], device=device)
     positions = torch.cat([torch.arange(length, device=device) for length in lengths])
     firsts = torch.tensor(lengths, device=device).cumsum(0) - torch.tensor(lengths, device=device)
-    targets = torch.tensor([example.label for example in examples], device=device)
-    return Stream(ids[None], positions[None], Packing.of_whole_examples(lengths), firsts, targets)
+    packing = Packing.of_whole_examples(lengths)
+    return Stream(ids[None], positions[None], packing, firsts, torch.tensor(targets, device=device))
 
 
 def pad(rows: Sequence[Sequence[int]], pad_id: int, device: torch.device, left: bool = False) -> tuple[Tensor, Tensor]:

@@ -15,10 +15,12 @@ from rankwise.engine.batch import Stream, pack, pack_texts, pad
 from rankwise.engine.head import OutputHead, head_that_gives, why_not_plain
 from rankwise.engine.last_block import PAYS_UP_TO, is_watched, last_block, only_at
 
+HELD_OUT_BATCH = 16
+"""Rows in one forward pass of an evaluation."""
 # Packing changes the order of sums and nothing else; fp32 logits of real models then differ by less than this share.
 _SAME = 1e-3
 # What a model raises whose parts do not work as the engine expects.
-_FAILURES = (TypeError, ValueError, RuntimeError, AttributeError, IndexError)
+FAILURES = (TypeError, ValueError, RuntimeError, AttributeError, IndexError)
 
 
 class Engine(ABC, Generic[E]):
@@ -79,6 +81,12 @@ class Engine(ABC, Generic[E]):
         block = self._last_block
         return block is not None and read <= self._cuts_up_to * tokens and not is_watched(block)
 
+    def held_out_batches(self, examples: Sequence[E]) -> list[list[int]]:
+        """The places of the rows of each forward pass of an evaluation."""
+        # Packed rows share what they begin with; padded ones should be equally long.
+        order = sorted(range(len(examples)), key=lambda i: examples[i].ids if self.packs else (len(examples[i].ids),))
+        return [order[start : start + HELD_OUT_BATCH] for start in range(0, len(order), HELD_OUT_BATCH)]
+
     @contextmanager
     def _packed_attention(self, packing: Packing, read: Tensor) -> Iterator[None]:
         """Let the model attend within `packing`; of what it puts out, only the tokens at `read` [n] may be used."""
@@ -119,7 +127,7 @@ class Engine(ABC, Generic[E]):
         """Why the packed path, as it is set, does not give the `expected` logits; None if it does."""
         try:
             logits = self._packed(examples)[0]
-        except _FAILURES as error:
+        except FAILURES as error:
             return f"{technique} failed: {str(error).splitlines()[0]}"
         if logits.shape != expected.shape:
             return f"{technique} would give logits of shape {[*logits.shape]} in place of {[*expected.shape]}"
@@ -153,7 +161,7 @@ class LanguageEngine(Engine[TextExample]):
         try:
             hidden = self._hidden(short)[0]
             self.head = head_that_gives(self.logits(short)[0], hidden, self.model)
-        except _FAILURES as error:
+        except FAILURES as error:
             return f"the head cannot be taken apart from the model: {str(error).splitlines()[0]}"
         return None if self.head else "the model does more to its logits than scale or cap them"
 
@@ -191,12 +199,12 @@ class LanguageEngine(Engine[TextExample]):
         return ids, mask, trained
 
 
-class ClassifierEngine(Engine[LabelExample]):
-    """For sequence classifiers: the loss counts texts."""
+class WholeTextEngine(Engine[E]):
+    """For models that make one result of a whole text."""
 
     _first_position = 0
 
-    def _why_not_packed(self, sample: Sequence[LabelExample]) -> str | None:
+    def _why_not_packed(self, sample: Sequence[E]) -> str | None:
         reason = super()._why_not_packed(sample)
         if reason is None:
             return None
@@ -204,17 +212,25 @@ class ClassifierEngine(Engine[LabelExample]):
         self._first_position = self.pad_id + 1
         return None if super()._why_not_packed(sample) is None else reason
 
-    def _packed(self, examples: Sequence[LabelExample]) -> tuple[Tensor, Tensor]:
-        stream = pack_texts(examples, self._device)
+    def _hidden(self, stream: Stream, read: Tensor) -> Tensor:
+        """The last hidden states [n, d] of the tokens at `read` [n] of a packed stream."""
         inputs = _inputs(stream)
         inputs["position_ids"] = stream.positions + self._first_position
+        if getattr(self.model.config, "use_cache", False):
+            inputs["use_cache"] = False
+        with self._packed_attention(stream.packing, read):
+            return self.model.base_model(**inputs).last_hidden_state[0, read]
+
+
+class ClassifierEngine(WholeTextEngine[LabelExample]):
+    """For sequence classifiers: the loss counts texts."""
+
+    def _packed(self, examples: Sequence[LabelExample]) -> tuple[Tensor, Tensor]:
+        stream = pack_texts(examples, self._device)
         read = stream.predictors
         if self._reads_last:
-            inputs["use_cache"] = False
             read = read + torch.tensor(stream.packing.lengths, device=read.device) - 1
-        with self._packed_attention(stream.packing, read):
-            hidden = self.model.base_model(**inputs).last_hidden_state[0]
-        return self._classify(hidden[read]), stream.targets
+        return self._classify(self._hidden(stream, read)), stream.targets
 
     def _padded(self, examples: Sequence[LabelExample]) -> tuple[Tensor, Tensor]:
         ids, mask = pad([example.ids for example in examples], self.pad_id, self._device)
@@ -232,11 +248,6 @@ class ClassifierEngine(Engine[LabelExample]):
             return self.model.score(hidden)
         pooler = getattr(self.model.base_model, "pooler", None)
         return self.model.classifier(hidden[:, None] if pooler is None else pooler(hidden[:, None]))
-
-
-def engine_for(task: str, model: Any, pad_id: int, sample: Sequence[Any]) -> Engine[Any]:
-    """The engine for "causal_lm" or "seq_cls"."""
-    return (ClassifierEngine if task == "seq_cls" else LanguageEngine)(model, pad_id, sample)
 
 
 def _inputs(stream: Stream) -> dict[str, Any]:

@@ -1,11 +1,15 @@
 """Which of the engine's techniques a run uses, on its own rows, and why not the others."""
 
 from collections.abc import Sequence
+from itertools import zip_longest
 from typing import Any
 
 from rankwise.engine.batch import Stream, pack, pack_texts
-from rankwise.engine.engine import Engine, LanguageEngine
+from rankwise.engine.contrast import Contrast
+from rankwise.engine.embedding import EmbeddingEngine
+from rankwise.engine.engine import ClassifierEngine, Engine, LanguageEngine
 from rankwise.engine.last_block import PAYS_UP_TO
+from rankwise.engine.seq2seq import Seq2SeqEngine
 from rankwise.lora.layers import named_lora_layers
 from rankwise.lora.linear import LoraLinear
 
@@ -14,17 +18,30 @@ def explain(engine: Engine[Any], batches: Sequence[Sequence[Any]]) -> str:
     """A line for each technique; the shares are those of `batches`, the first ones of the run."""
     rows = [row for batch in batches for row in batch]
     useful = sum(len(row.ids) for row in rows)
-    padded = sum(len(batch) * max(len(row.ids) for row in batch) for batch in batches)
+    padded = sum(map(_padded_tokens, batches))
     lines = [f"on the first {len(batches)} batches ({len(rows)} rows, {useful:,} tokens):"]
     if not engine.packs:
         lines.append(f"packed streams: no, because {engine.padded_because}; {padded - useful:,} tokens of padding")
     else:
         lines.append(f"packed streams: yes, {padded - useful:,} tokens of padding saved ({1 - useful / padded:.0%})")
-    of_text = isinstance(engine, LanguageEngine)
-    streams = [(pack if of_text else pack_texts)(batch, engine.model.device) for batch in batches]
-    if of_text:
+    if isinstance(engine, LanguageEngine):
+        streams = [pack(batch, engine.model.device) for batch in batches]
         lines += [*_of_text(engine, streams, useful, sum(sum(row.trained) for row in rows)), _of_head(engine)]
-    return "\n  ".join([*lines, _of_last_block(engine, streams), *_of_layers(engine)])
+        lines.append(_of_last_block(engine, streams))
+    elif isinstance(engine, ClassifierEngine):
+        lines.append(_of_last_block(engine, [pack_texts(batch, engine.model.device) for batch in batches]))
+    elif isinstance(engine, EmbeddingEngine):
+        lines.append(_of_last_block(engine, [engine.stream(Contrast.of(batch).texts) for batch in batches]))
+    elif isinstance(engine, Seq2SeqEngine):
+        whole = engine.whole_head_because
+        lines.append(f"output head without padding: {'yes' if whole is None else f'no, because {whole}'}")
+    return "\n  ".join([*lines, *_of_layers(engine)])
+
+
+def _padded_tokens(batch: Sequence[Any]) -> int:
+    """Tokens of a batch whose first texts, second texts and so on are padded to the longest of them."""
+    lengths = ([len(text) for text in texts if text] for texts in zip_longest(*(row.texts for row in batch)))
+    return sum(len(own) * max(own) for own in lengths)
 
 
 def _of_text(engine: LanguageEngine, streams: Sequence[Stream], useful: int, trained: int) -> list[str]:

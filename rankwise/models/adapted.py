@@ -11,7 +11,12 @@ from rankwise.lora.config import TaskType
 from rankwise.models.load import load_model, load_tokenizer
 
 LABELS_FILE = "labels.json"
-TASK_TYPES = {"causal_lm": TaskType.CAUSAL_LM, "seq_cls": TaskType.SEQ_CLS}
+TASK_TYPES = {
+    "causal_lm": TaskType.CAUSAL_LM,
+    "seq_cls": TaskType.SEQ_CLS,
+    "embedding": TaskType.FEATURE_EXTRACTION,
+    "seq2seq_lm": TaskType.SEQ_2_SEQ_LM,
+}
 
 
 @dataclass(frozen=True)
@@ -27,13 +32,17 @@ class Adapted:
 def load_adapted(base: str | None, adapter: Path | None, task: str | None = None) -> Adapted:
     """Load `base` and put `adapter` (its folder, or its run's folder) on it, if given.
 
-    Without `base` or `task`, the adapter's own notes of its base model and its task are used.
+    Without `base` or `task`, the adapter's own notes of its base model and its task are used; a base model alone
+    answers prompts.
     Raises ConfigError, ModelError, CheckpointError.
     """
     if adapter is None:
         if base is None:
             raise ConfigError("give a base model with --model, an adapter with --adapter, or both")
-        return Adapted(load_model(base, "causal_lm"), load_tokenizer(base), "causal_lm", [])
+        if task == "seq_cls":
+            raise ConfigError("--task seq_cls needs an --adapter, which holds the names of the labels")
+        task = task or "causal_lm"
+        return Adapted(load_model(base, task), load_tokenizer(base), task, [])
     folder = adapter_folder(adapter)
     config = read_adapter(folder).config
     base = base or config.base_model_name_or_path

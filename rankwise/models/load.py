@@ -15,20 +15,32 @@ from rankwise.lora.layers import named_base_modules
 from rankwise.models.locate import local_path
 from rankwise.models.quiet import quiet
 
+_CLASSES = {
+    "causal_lm": "AutoModelForCausalLM",
+    "seq_cls": "AutoModelForSequenceClassification",
+    "embedding": "AutoModel",
+    "seq2seq_lm": "AutoModelForSeq2SeqLM",
+}
+"""transformers' class for each task."""
+_KINDS = {
+    "causal_lm": "causal language model",
+    "embedding": "model that embeds texts",
+    "seq2seq_lm": "sequence-to-sequence model",
+}
+
 
 def load_model(name: str, task: str, labels: Sequence[str] = ()) -> Any:
-    """The base model for `task` ("causal_lm", or "seq_cls" with one output for each of `labels`), in evaluation mode.
+    """The base model for `task` (a classifier with one output for each of `labels`), in evaluation mode.
 
     Weights are loaded in fp32, on the GPU if there is one. A classifier head that the model lacks is drawn from
     torch's global generator. Raises ModelError if transformers cannot load it.
     """
-    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+    import transformers
 
     folder = local_path(name)
     source: dict[str, Any] = {"dtype": torch.float32, "local_files_only": True, "use_safetensors": True}
-    kind: Any = AutoModelForCausalLM
+    kind: Any = getattr(transformers, _CLASSES[task])
     if task == "seq_cls":
-        kind = AutoModelForSequenceClassification
         source |= {"id2label": dict(enumerate(labels)), "label2id": {label: i for i, label in enumerate(labels)}}
         source["ignore_mismatched_sizes"] = True
     with quiet():
@@ -37,11 +49,18 @@ def load_model(name: str, task: str, labels: Sequence[str] = ()) -> Any:
         except Exception as error:
             raise ModelError(f"{name} cannot be loaded for {task}: {error}") from error
     missing = sorted(loading["missing_keys"])
-    if task == "causal_lm" and missing:
+    if task == "embedding":
+        # An embedding is read before it, and many files do not hold it.
+        missing = [key for key in missing if not key.startswith("pooler.")]
+    if task != "seq_cls" and missing:
         raise ModelError(
-            f"{name} is no causal language model: {len(missing)} weights that one needs are not in its files "
-            f"({', '.join(missing[:3])}, …). Choose a model that generates text, or --task seq_cls"
+            f"{name} is no {_KINDS[task]}: {len(missing)} weights that one needs are not in its files "
+            f"({', '.join(missing[:3])}, …). Choose another model, or another --task"
         )
+    if task == "embedding" and model.config.is_encoder_decoder:
+        raise ModelError(f"{name} has an encoder and a decoder; texts are embedded with models that have one of them")
+    if task == "seq2seq_lm" and not hasattr(model, "prepare_decoder_input_ids_from_labels"):
+        raise ModelError(f"{name} does not say how its decoder begins; use a model such as T5 or BART")
     if task == "seq_cls" and model.config.pad_token_id is None:
         model.config.pad_token_id = model.config.eos_token_id
     return model.to(_device()).eval()

@@ -6,7 +6,7 @@ from typing import Any, ClassVar, Literal
 
 import yaml
 
-from rankwise.data.shapes import Format
+from rankwise.data.shapes import ASKING, Format, Task
 from rankwise.data.transcripts import TrainOn
 from rankwise.errors import ConfigError, listing
 from rankwise.train.trackers import TrackerName
@@ -47,8 +47,9 @@ class TrainConfig:
     b.csv:2 counts the rows of b.csv twice."""
     out: Path
     """Folder of the run; it must not exist yet."""
-    task: Literal["causal_lm", "seq_cls"] = "causal_lm"
-    """causal_lm: answer prompts. seq_cls: give texts a label."""
+    task: Task = "causal_lm"
+    """causal_lm: answer prompts. seq_cls: give texts a label. embedding: bring texts that belong together near to each
+    other. seq2seq_lm: answer prompts with an encoder and a decoder (T5, BART)."""
     format: Format | None = None
     """Shape of the rows; without it, the one that most rows have."""
     columns: tuple[str, ...] = ()
@@ -60,9 +61,9 @@ class TrainConfig:
     eval_fraction: float = 0.1
     """Share of the training data to hold out when there is no --eval-data; 0: no evaluation."""
     eval_answers: int = 100
-    """At most so many held-out prompts are answered to count exact matches (causal_lm)."""
+    """At most so many held-out prompts are answered to count exact matches (causal_lm, seq2seq_lm)."""
     metrics: bool = False
-    """Measure BLEU, chrF and ROUGE of these answers too (causal_lm); needs pip install 'rankwise[metrics]'."""
+    """Measure BLEU, chrF and ROUGE of these answers too; needs pip install 'rankwise[metrics]'."""
     r: int | Literal["auto"] = 8
     """Rank of the adapter. auto: trains at rank 32, then cuts each module to the smallest rank that the held-out rows
     show to be as good (rankwise shrink); where they cannot tell, the adapter stays as it is."""
@@ -89,7 +90,8 @@ class TrainConfig:
     batch_tokens: int | None = None
     """Instead of --batch-size: as many rows in one batch as fit into so many tokens."""
     accumulate: int = 1
-    """Batches in one optimiser step; their loss is the mean over all of its trained tokens."""
+    """Batches in one optimiser step; their loss is the mean over all of its trained tokens (of embedding, over all
+    rows, each told apart from the others of its own batch)."""
     batches: Literal["random", "alike"] = "random"
     """random: rows in any order. alike (causal_lm): rows with the same beginning, such as a document with several
     questions, go together, up to half a batch of them, and the beginning is computed once."""
@@ -158,12 +160,18 @@ class TrainConfig:
             yield "--eval-steps needs held-out data; give --eval-data, or an --eval-fraction above 0"
         if self.r == "auto" and self.eval_data is None and not self.eval_fraction:
             yield "--r auto needs held-out data to choose by; give --eval-data, or an --eval-fraction above 0"
-        if self.metrics and self.task != "causal_lm":
-            yield "--metrics needs --task causal_lm; a classifier's accuracy, F1 and MCC are always measured"
+        if self.metrics and self.task not in ASKING:
+            yield f"--metrics measures answers; what is measured of --task {self.task} is always measured"
         if self.metrics and not self.eval_answers:
             yield "--metrics measures answers; give --eval-answers above 0"
         if self.batches == "alike" and self.task != "causal_lm":
-            yield "--batches alike needs --task causal_lm; a classifier's rows share nothing"
+            yield "--batches alike needs --task causal_lm; rows of other tasks share nothing"
+        if self.train_on != "completion" and self.task in ("embedding", "seq2seq_lm"):
+            yield f"--train-on {self.train_on} needs --task causal_lm"
+        if self.task == "embedding" and self.batch_size < 2:
+            yield "--task embedding needs --batch-size of at least 2: a row is told apart from the others of its batch"
+        if self.task == "embedding" and self.label_smoothing:
+            yield "--label-smoothing does not go with --task embedding, whose texts are right or not"
 
     @property
     def trained_rank(self) -> int:

@@ -10,15 +10,16 @@ from numpy.typing import NDArray
 from torch.nn import functional as F
 
 from rankwise.data.examples import E, LabelExample, Prompt
+from rankwise.data.pairs import PairExample
+from rankwise.engine.embedding import EmbeddingEngine
 from rankwise.engine.engine import Engine
 from rankwise.engine.generate import generate
 from rankwise.lora.inject import set_adapter_training
 from rankwise.train import metrics
 from rankwise.train.metrics import Estimate
+from rankwise.train.retrieval import retrieve
 from rankwise.train.text_metrics import text_scores
 
-BATCH = 16
-"""Rows in one forward pass of an evaluation."""
 SAMPLES = 5
 """Rows of which the answers are kept for people to read: the first ones, so nobody chose them."""
 
@@ -39,9 +40,10 @@ class Evaluation:
     """What was measured on held-out rows."""
 
     loss: float
-    """Mean over all trained tokens (texts for classification), in nats."""
+    """Mean over all trained tokens (texts for classification, rows for embeddings), in nats."""
     metric_name: str
-    """exact_match (share of prompts answered exactly) or accuracy (share of texts with the right label)."""
+    """exact_match (share of prompts answered exactly), accuracy (share of texts with the right label) or recall@1
+    (share of anchors whose positive is the most similar one)."""
     metric: float | None
     """In [0, 1]; None if no prompt was answered."""
     rows: int
@@ -89,6 +91,8 @@ def evaluate(
     the longest reference, which no match needs. With `text_metrics` the answers get BLEU, chrF and ROUGE as well.
     Raises MissingDependency if those need a package that is not installed.
     """
+    if isinstance(engine, EmbeddingEngine):
+        return _evaluate_pairs(engine, tokenizer, [e for e in examples if isinstance(e, PairExample)], on_progress)
     rows = _measure(engine, examples, on_progress)
     loss = metrics.ratio(rows.losses, rows.counted)
     if isinstance(examples[0], LabelExample):
@@ -114,25 +118,36 @@ def evaluate(
     return Evaluation(rows.loss, "exact_match", metric, len(examples), found, samples[:SAMPLES])
 
 
+def _evaluate_pairs(
+    engine: EmbeddingEngine, tokenizer: Any, examples: Sequence[PairExample], on_progress: Progress
+) -> Evaluation:
+    found = retrieve(engine, examples, on_progress)
+    measured = {
+        "loss": metrics.mean(found.losses),
+        "recall@1": metrics.mean(found.found_first),
+        "mrr@10": metrics.mean(found.reciprocal_ranks),
+    }
+    texts = [(e.anchor, e.positive, nearest) for e, nearest in zip(examples[:SAMPLES], found.nearest, strict=False)]
+    samples = tuple(Sample(*tokenizer.batch_decode(own, skip_special_tokens=True)) for own in texts)
+    values = measured["loss"].value, "recall@1", measured["recall@1"].value
+    return Evaluation(*values, len(examples), measured, samples)
+
+
 @torch.no_grad()
 def held_out_loss(engine: Engine[E], examples: Sequence[E]) -> float:
     """The loss of `evaluate` alone."""
-    parts = [engine.example_losses([examples[place] for place in places]) for places in _batches(engine, examples)]
+    set_adapter_training(engine.model, False)
+    batches = engine.held_out_batches(examples)
+    parts = [engine.example_losses([examples[place] for place in places]) for places in batches]
     return sum(losses.sum().item() for losses, _ in parts) / sum(int(counts.sum()) for _, counts in parts)
 
 
-def _batches(engine: Engine[E], examples: Sequence[E]) -> list[list[int]]:
-    """The places of the rows of each forward pass; the adapter no longer trains."""
-    set_adapter_training(engine.model, False)
-    # Packed rows share what they begin with; padded ones should be equally long.
-    order = sorted(range(len(examples)), key=lambda i: examples[i].ids if engine.packs else (len(examples[i].ids),))
-    return [order[start : start + BATCH] for start in range(0, len(order), BATCH)]
-
-
 def _measure(engine: Engine[E], examples: Sequence[E], on_progress: Progress) -> _Rows:
-    rows = np.zeros((4, len(examples)))
-    for index, places in enumerate(_batches(engine, examples)):
-        on_progress(f"held-out loss {index * BATCH}/{len(examples)}")
+    set_adapter_training(engine.model, False)
+    rows, done = np.zeros((4, len(examples))), 0
+    for places in engine.held_out_batches(examples):
+        on_progress(f"held-out loss {done}/{len(examples)}")
+        done += len(places)
         counts = [examples[place].counted for place in places]
         with torch.no_grad():
             logits, targets = engine.logits([examples[place] for place in places])
@@ -153,7 +168,9 @@ def _answers(
     references = [prompt.answer or "" for prompt in prompts]
     if not prompts:
         return ()
-    longest = max(len(ids) for ids in tokenizer(references, add_special_tokens=False).input_ids)
+    # A decoder of its own also writes what the tokenizer puts around a text.
+    special = engine.model.config.is_encoder_decoder
+    longest = max(len(ids) for ids in tokenizer(references, add_special_tokens=special).input_ids)
     answers = generate(
         engine.model,
         tokenizer,

@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from rankwise.data.examples import TextExample
 from rankwise.errors import ConfigError, listing
 from rankwise.train.evaluate import Evaluation
 
@@ -44,12 +43,11 @@ class Start:
 
 
 def data_sha256(*sides: Sequence[Any]) -> str:
-    """SHA-256 of examples, in their order: tokens, trained tokens or labels."""
+    """SHA-256 of examples, in their order: tokens, and what is taught of them."""
     digest = hashlib.sha256()
     for examples in sides:
         digest.update(f"{len(examples)} rows\n".encode())
         for example in examples:
             digest.update(array("q", [len(example.ids), *example.ids]).tobytes())
-            is_text = isinstance(example, TextExample)
-            digest.update(bytes(example.trained) if is_text else array("q", [example.label]).tobytes())
+            digest.update(example.taught)
     return digest.hexdigest()

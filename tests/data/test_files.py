@@ -335,7 +335,7 @@ def test_every_example_of_the_documentation_has_the_shape_that_it_stands_under(t
         name = part[: part.index("**")]
         for example in re.findall(r"(?:^    .*\n)+", part, flags=re.MULTILINE):
             (tmp_path / "data.jsonl").write_text(" ".join(example.split("\n")))
-            scan = scan_rows(tmp_path / "data.jsonl", "seq_cls" if name == "text/label" else "causal_lm")
+            scan = scan_rows(tmp_path / "data.jsonl", next(shape.task for shape in SHAPES if shape.name == name))
             assert scan.problems == []
             assert scan.found.shape is not None
             seen.append(scan.found.shape.name)

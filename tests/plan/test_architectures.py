@@ -10,7 +10,7 @@ from transformers import AutoConfig
 
 import rankwise
 from rankwise.data.examples import LabelExample, TextExample
-from rankwise.engine.engine import engine_for
+from rankwise.engine.tasks import engine_for
 from rankwise.lora.config import LoraConfig
 from rankwise.lora.inject import set_adapter_training
 from rankwise.plan.architectures import read_shape

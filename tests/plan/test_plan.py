@@ -14,8 +14,8 @@ from rankwise.cli.main import main
 from rankwise.data.examples import LabelExample, TextExample
 from rankwise.engine import head
 from rankwise.engine.batch import pack
-from rankwise.engine.engine import engine_for
 from rankwise.engine.last_block import last_block
+from rankwise.engine.tasks import engine_for
 from rankwise.lora import prepared
 from rankwise.lora.config import LoraConfig
 from rankwise.plan import calibrate, machine, memory

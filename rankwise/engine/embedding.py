@@ -1,0 +1,80 @@
+"""Embeddings of texts, packed or padded, and the contrastive loss of pairs of them."""
+
+import random
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from rankwise.data.examples import Ids
+from rankwise.data.pairs import PairExample
+from rankwise.engine.batch import Stream, pack_whole, pad
+from rankwise.engine.contrast import Contrast
+from rankwise.engine.engine import HELD_OUT_BATCH, WholeTextEngine
+from rankwise.models.pooling import pooling_of
+
+
+class EmbeddingEngine(WholeTextEngine[PairExample]):
+    """For models that embed texts: the loss counts rows, and depends on the rows that share a batch."""
+
+    def __init__(self, model: Any, pad_id: int, sample: Sequence[PairExample]) -> None:
+        """Raises ModelError if the model's files ask for a pooling that is not served."""
+        self.pooling = pooling_of(model)
+        super().__init__(model, pad_id, sample)
+
+    def logits(self, examples: Sequence[PairExample]) -> tuple[Tensor, Tensor]:
+        """([n, c] scaled cosines of the anchors with the batch's candidates, [n] targets); see engine/contrast.py."""
+        contrast = Contrast.of(examples)
+        return contrast.logits(self.embed(contrast.texts)), torch.tensor(contrast.targets, device=self._device)
+
+    def embed(self, texts: Sequence[Ids]) -> Tensor:
+        """[u, d] embeddings of length 1, in fp32 at least."""
+        hidden = self._packed_texts(texts) if self.packs else self._padded_texts(texts)
+        return F.normalize(hidden.to(torch.promote_types(hidden.dtype, torch.float32)), dim=1)
+
+    def held_out_batches(self, examples: Sequence[PairExample]) -> list[list[int]]:
+        """At least 16 rows each (where there are so many), drawn once and for all: an example's loss depends on the
+        rows beside it, so the same ones stand beside it at every evaluation of the same rows."""
+        order = random.Random(0).sample(range(len(examples)), len(examples))
+        count = max(1, len(order) // HELD_OUT_BATCH)
+        return [order[start::count] for start in range(count)]
+
+    def _packed(self, examples: Sequence[PairExample]) -> tuple[Tensor, Tensor]:
+        """Embeddings in the place of logits: a wrong one shows more clearly than in cosines that nearly agree."""
+        contrast = Contrast.of(examples)
+        return self._packed_texts(contrast.texts), torch.tensor(contrast.targets, device=self._device)
+
+    def _padded(self, examples: Sequence[PairExample]) -> tuple[Tensor, Tensor]:
+        contrast = Contrast.of(examples)
+        return self._padded_texts(contrast.texts), torch.tensor(contrast.targets, device=self._device)
+
+    def stream(self, texts: Sequence[Ids]) -> Stream:
+        """The texts one after the other; predictors are the tokens that pooling reads."""
+        stream = pack_whole(texts, range(len(texts)), self._device)
+        lengths = torch.tensor(stream.packing.lengths, device=self._device)
+        if self.pooling == "last":
+            return replace(stream, predictors=stream.predictors + lengths - 1)
+        if self.pooling == "mean":
+            text_of = stream.targets.repeat_interleave(lengths)
+            return replace(stream, predictors=torch.arange(len(text_of), device=self._device), targets=text_of)
+        return stream
+
+    def _packed_texts(self, texts: Sequence[Ids]) -> Tensor:
+        """[u, d], of any length, as from `_padded_texts`."""
+        stream = self.stream(texts)
+        hidden = self._hidden(stream, stream.predictors)
+        if self.pooling != "mean":
+            return hidden
+        sums = hidden.new_zeros(len(texts), hidden.shape[1]).index_add(0, stream.targets, hidden)
+        return sums / torch.tensor(stream.packing.lengths, device=self._device)[:, None]
+
+    def _padded_texts(self, texts: Sequence[Ids]) -> Tensor:
+        ids, mask = pad(texts, self.pad_id, self._device)
+        hidden = self.model(input_ids=ids, attention_mask=mask).last_hidden_state
+        if self.pooling == "mean":
+            return (hidden * mask[:, :, None]).sum(1) / mask.sum(1, keepdim=True)
+        read = torch.zeros_like(mask[:, 0]) if self.pooling == "first" else mask.sum(1) - 1
+        return hidden[torch.arange(len(texts), device=self._device), read]
