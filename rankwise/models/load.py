@@ -1,7 +1,8 @@
 """Loading a base model and its tokenizer with transformers, and writing a merged one."""
 
 import hashlib
-from collections.abc import Sequence
+import shutil
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -126,9 +127,10 @@ def _base_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
     return tensors
 
 
-def save_merged(model: Any, tokenizer: Any, folder: Path) -> None:
+def save_merged(model: Any, tokenizer: Any, folder: Path, copied: Mapping[str, Path] | None = None) -> None:
     """Write a model without adapter wrappers as a plain Hugging Face folder. The folder must not exist yet.
 
+    `copied`: other files of the base model that belong into it, by their names there.
     If merging gave a tied embedding and head different values, the copy is saved with both.
     """
     head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
@@ -138,6 +140,9 @@ def save_merged(model: Any, tokenizer: Any, folder: Path) -> None:
     with atomic.replacing(folder) as temporary, quiet():
         model.save_pretrained(temporary)
         tokenizer.save_pretrained(temporary)
+        for name, file in (copied or {}).items():
+            (temporary / name).parent.mkdir(exist_ok=True)
+            shutil.copyfile(file, temporary / name)
 
 
 def _device() -> torch.device:

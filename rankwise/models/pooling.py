@@ -46,6 +46,13 @@ def pooling_of(model: Any) -> Pooling:
     return _MODES[modes[0]]
 
 
+def pooling_files(model: Any) -> dict[str, Path]:
+    """The files that say how a model embeds a text, by their names in its folder."""
+    folder = Path(getattr(model, "name_or_path", ""))
+    names = ("modules.json", "1_Pooling/config.json", "sentence_bert_config.json", "config_sentence_transformers.json")
+    return {name: folder / name for name in names if (folder / name).is_file()}
+
+
 def unread_layers(model: Any) -> tuple[str, ...]:
     """Names of the linear layers that no embedding passes through, so that an adapter on them would never train:
     BERT's pooler, which was made for another task."""

@@ -180,7 +180,18 @@ def test_ranks_are_predicted_and_compared(folder, tmp_path):
         "--max-steps",
         "3",
     ]
-    sweep = ["rank", "sweep", *common, "--ranks", "1,2", "--seeds", "2", "--out", str(tmp_path / "sweep")]
+    sweep = [
+        "rank",
+        "sweep",
+        *common,
+        "--ranks",
+        "1,2",
+        "--seeds",
+        "2",
+        "--no-check-rates",
+        "--out",
+        str(tmp_path / "sweep"),
+    ]
     assert main(sweep) == 0
     predict = [
         "--signal-batches",
