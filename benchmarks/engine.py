@@ -11,11 +11,18 @@ left out of the time, and the held-out loss after the steps is measured by one j
 "Best peer" is the fastest of the others whose loss is right: within 2 % of the plain loop's. For MiniLM, where TRL has
 no trainer, transformers' Trainer stands in its place.
 
+"Limit" is the share of the machine's limit that rankwise reaches: the FLOPs that its batches need (frozen matrices
+forward and backward, adapters, the half of attention that a causal mask leaves, the head at trained tokens), in a
+second, divided by the best rate of an fp32 product with one of the model's matrices, measured in the same process.
+
+`--without` takes rankwise alone, and once more without each of its techniques (docs/engine.md).
+
     pip install trl
     python benchmarks/engine.py --shape sql [--steps 6] [--repeats 3]
     python benchmarks/engine.py --shape rows --data alpaca.jsonl       # any prompt/completion or messages file
     python benchmarks/engine.py --shape text --data book.txt           # 1,024 tokens a row, every token trained
     python benchmarks/engine.py --shape classify
+    python benchmarks/engine.py --shape sql --without
 
 The last line is JSON.
 """
@@ -30,19 +37,38 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
+from unittest.mock import patch
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 BATCH, RATE, RANK, ALPHA, HELD_OUT = 8, 1e-3, 8, 32, 48
 TRL = ("trl-stock", "trl-fp32", "trl-grouped", "trl-packed")
 CONTESTANTS = ("rankwise", "rankwise-alike", *TRL, "peft-random", "peft-grouped")
+OFF = "it was switched off"
+WITHOUT: dict[str, tuple[str, Any]] = {
+    "packing": ("rankwise.engine.engine.Engine._why_not_packed", lambda _engine, _sample: OFF),
+    "shared-beginnings": ("rankwise.engine.batch._LEAST_SAVED", 10**9),
+    "chunked-head": ("rankwise.engine.engine.head_that_gives", lambda _logits, _hidden, _model: None),
+    "cut-last-block": ("rankwise.engine.engine.Engine._why_not_cut", lambda _engine, _sample: OFF),
+    "own-backward": ("rankwise.lora.linear.LoraLinear._frozen_matrix", lambda _layer, _x: None),
+    "shared-inputs": ("rankwise.train.loop.shared_inputs", lambda _model, _run: nullcontext()),
+    "prepared-weights": ("rankwise.train.loop.most_bytes_of_copies", lambda: 0.0),
+    "kept-memory": ("rankwise.train.loop.keep_freed_memory", lambda: None),
+}
+"""The engine's techniques, each with what decides on it and the decision against it.
+
+Without its own backward pass a layer computes neither with others nor with prepared weights."""
+ABLATION = ("rankwise", *(f"rankwise-without-{name}" for name in WITHOUT))
 
 
-def contestants_for(shape: str) -> list[str]:
+def contestants_for(shape: str, without: bool) -> list[str]:
     """Those that can take part."""
+    if without:
+        return list(ABLATION)
     if shape == "classify":
         return [name for name in CONTESTANTS if name not in ("rankwise-alike", "trl-packed")]
     return [name for name in CONTESTANTS if name != "rankwise-alike" or shape != "text"]
@@ -121,8 +147,16 @@ class Task:
         return total / count
 
 
-Result = tuple[Any, list[float], list[int]]
-"""The trained model, seconds of each step, useful tokens of each step"""
+class Result(NamedTuple):
+    """A contestant's run."""
+
+    model: Any
+    seconds: list[float]
+    """Of each step."""
+    tokens: list[int]
+    """Useful ones of each step."""
+    flops: Sequence[float] = ()
+    """That each step needs; rankwise's alone are counted."""
 
 
 def peak_memory() -> int:
@@ -152,7 +186,40 @@ def run_rankwise(task: Task, name: str, steps: int) -> Result:
     )
     done = list(training_steps(engine, task.train, config))
     ends = [0.0, *(step.seconds for step in done)]
-    return model, [after - before for before, after in pairwise(ends)], [s.tokens for s in done]
+    seconds = [after - before for before, after in pairwise(ends)]
+    return Result(model, seconds, [step.tokens for step in done], needed_flops(task, config, engine.packs))
+
+
+def needed_flops(task: Task, config: Any, packs: bool) -> list[float]:
+    """What each step needs, without what attention computes twice or for nothing."""
+    from rankwise import LoraConfig
+    from rankwise.models import local_path
+    from rankwise.plan.architectures import read_shape
+    from rankwise.plan.flops import ATTENTION, lora_flops
+    from rankwise.train.forecast import counted_batches
+
+    shape = read_shape(local_path(task.model_name), task.kind, len(task.labels))
+    kind: Any = "SEQ_CLS" if task.kind == "seq_cls" else "CAUSAL_LM"
+    report = shape.adapted(LoraConfig(task_type=kind, r=RANK, lora_alpha=ALPHA))
+    found = [lora_flops(shape, report, batch) for batch in counted_batches(task.train, config, packs)]
+    # Two products forward and four backward, of which a causal mask leaves about half.
+    useful = 3 / ATTENTION * (0.5 if shape.causal else 1)
+    return [flops.matrices + flops.adapter + flops.head + flops.attention * useful for flops in found]
+
+
+def best_product_rate(model: Any) -> float:
+    """FLOPs a second of the fastest fp32 product of 1,024 rows with a matrix of the model's shapes."""
+    import torch
+
+    shapes = {tuple(p.shape) for p in model.parameters() if p.dim() == 2 and min(p.shape) >= 128}
+    best = 0.0
+    for d, k in sorted(shapes):
+        x, weight = torch.randn(1024, k), torch.randn(d, k)
+        for _ in range(5):
+            begin = time.perf_counter()
+            torch.mm(x, weight.T)
+            best = max(best, 2 * 1024 * d * k / (time.perf_counter() - begin))
+    return best
 
 
 def run_peft(task: Task, name: str, steps: int) -> Result:
@@ -176,7 +243,7 @@ def run_peft(task: Task, name: str, steps: int) -> Result:
         schedule.step()
         seconds.append(time.perf_counter() - begin)
         tokens.append(sum(len(example.ids) for example in batch))
-    return model, seconds, tokens
+    return Result(model, seconds, tokens)
 
 
 def padded_batches(rows: list[Any], steps: int, grouped: bool) -> Iterator[list[Any]]:
@@ -248,18 +315,24 @@ def run_trainer(task: Task, name: str, steps: int) -> Result:
     trainer.data_collator = counting(trainer.data_collator)
     trainer.add_callback(Clock())
     trainer.train()
-    return model, seconds, tokens[: len(seconds)]
+    return Result(model, seconds, tokens[: len(seconds)])
 
 
 def run(name: str, shape: str, data: Path | None, steps: int) -> None:
     """One contestant in this process; prints its figures as JSON."""
     task = Task(shape, data)
     runner = run_rankwise if name.startswith("rankwise") else run_peft if name.startswith("peft") else run_trainer
-    model, seconds, tokens = runner(task, name, steps)
+    technique = name.removeprefix("rankwise-without-")
+    with patch(*WITHOUT[technique]) if technique in WITHOUT else nullcontext():
+        done = runner(task, name, steps)
     # Before the judge, who needs memory of his own.
-    peak = peak_memory()
-    speed = sum(tokens[1:]) / sum(seconds[1:])
-    print(json.dumps({"tokens_per_second": speed, "peak_memory_bytes": peak, "loss": task.loss(model)}))
+    figures: dict[str, float] = {"peak_memory_bytes": peak_memory()}
+    seconds = sum(done.seconds[1:])
+    figures["tokens_per_second"] = sum(done.tokens[1:]) / seconds
+    figures["loss"] = task.loss(done.model)
+    if done.flops:
+        figures["share_of_limit"] = sum(done.flops[1:]) / seconds / best_product_rate(done.model)
+    print(json.dumps(figures))
 
 
 def main() -> None:
@@ -269,7 +342,8 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=6)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--only", nargs="+", choices=CONTESTANTS)
-    parser.add_argument("--run", choices=CONTESTANTS, help=argparse.SUPPRESS)
+    parser.add_argument("--without", action="store_true", help="rankwise without each of its techniques")
+    parser.add_argument("--run", choices=(*CONTESTANTS, *ABLATION), help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.shape in ("rows", "text") and options.data is None:
         parser.error(f"--shape {options.shape} needs --data FILE")
@@ -277,7 +351,8 @@ def main() -> None:
     if options.run:
         run(options.run, options.shape, options.data, options.steps)
         return
-    names = [name for name in contestants_for(options.shape) if not options.only or name in options.only]
+    names = contestants_for(options.shape, options.without)
+    names = [name for name in names if not options.only or name in options.only]
     figures: dict[str, list[dict[str, float]]] = {name: [] for name in names}
     for repeat in range(options.repeats):
         for name in names:
@@ -288,7 +363,7 @@ def main() -> None:
                 print(f"{name}: failed: {output.stderr.strip().splitlines()[-1]}", flush=True)
                 continue
             figures[name].append(json.loads(output.stdout.splitlines()[-1]))
-            print(f"{name:<16} {repeat + 1}: {figures[name][-1]['tokens_per_second']:8.1f} useful tokens/s", flush=True)
+            print(f"{name:<34} {repeat + 1}: {figures[name][-1]['tokens_per_second']:8.1f} useful tokens/s", flush=True)
     print(json.dumps(summary({name: runs for name, runs in figures.items() if runs}, options)))
 
 
@@ -301,17 +376,22 @@ def summary(figures: dict[str, list[dict[str, float]]], options: argparse.Namesp
     loss = {name: runs[0]["loss"] for name, runs in figures.items()}
     right = loss.get("peft-random")
     peers = [n for n in figures if n.startswith(("trl", "peft")) and (right is None or loss[n] < right * 1.02)]
-    best = max(peers, key=lambda name: median[name], default=None)
+    # Without peers, the ratios are to the first contestant.
+    best = max(peers or list(figures)[:1], key=lambda name: median[name], default=None)
     print(f"\n{machine}; {options.shape}, {options.steps} steps of {BATCH} rows, {options.repeats} repeats")
-    print(f"{'':<16} {'tokens/s':>9} {'spread':>15} {'peak GB':>8} {'loss':>8}  × best peer ({best})")
+    print(f"{'':<34} {'tokens/s':>9} {'spread':>15} {'peak GB':>8} {'loss':>8}  × best peer ({best}), limit")
     rows = {}
     for name, runs in figures.items():
         speeds = sorted(run["tokens_per_second"] for run in runs)
         peak = statistics.median(run["peak_memory_bytes"] for run in runs)
         ratio = median[name] / median[best] if best else float("nan")
+        shares = [run["share_of_limit"] for run in runs if "share_of_limit" in run]
+        share = statistics.median(shares) if shares else None
         spread = f"{speeds[0]:.0f}-{speeds[-1]:.0f}"
-        print(f"{name:<16} {median[name]:>9.1f} {spread:>15} {peak / 1e9:>8.2f} {loss[name]:>8.4f}  {ratio:.2f}")
+        line = f"{name:<34} {median[name]:>9.1f} {spread:>15} {peak / 1e9:>8.2f} {loss[name]:>8.4f}  {ratio:.2f}"
+        print(line if share is None else f"{line}  {share:.2f}")
         rows[name] = {"tokens_per_second": speeds, "peak_memory_bytes": peak, "loss": loss[name], "ratio": ratio}
+        rows[name]["share_of_limit"] = share
     return {"machine": machine, "shape": options.shape, "steps": options.steps, "best_peer": best, "runs": rows}
 
 

@@ -28,7 +28,7 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
-DATA = ("jsonl", "json", "csv", "tsv", "parquet", "jsonl.gz")
+DATA = ("jsonl", "json", "csv", "tsv", "parquet", "jsonl.gz", "conll")
 KINDS = (*DATA, "adapter", "yaml", "gguf")
 ROWS = [
     {"prompt": "2 + 2 =", "completion": "4"},
@@ -37,6 +37,8 @@ ROWS = [
     {"conversations": [{"from": "human", "value": "hi"}, {"from": "gpt", "value": "hello"}]},
     {"text": "a longer text"},
     {"text": "wake me", "label": "alarm"},
+    {"text": "wake me", "labels": ["alarm", "morning"]},
+    {"tokens": ["wake", "me"], "tags": ["O", "B-who"]},
     {
         "messages": [
             {"role": "user", "content": "weather?"},
@@ -77,6 +79,8 @@ class Inputs:
             mark = "," if kind == "csv" else "\t"
             lines = [mark.join(("prompt", "completion")), mark.join(('"a ""b"" c"', "x")), mark.join(("é\u2028", "4"))]
             return damaged_bytes("\r\n".join(lines).encode(), draw)
+        if kind == "conll":
+            return damaged_bytes("-DOCSTART- -X- O\n\nwake VB O\né\u2028 PRP B-who\n\n7\tCD\tO\n".encode(), draw)
         if kind == "parquet":
             return damaged_bytes(parquet(rows[:3]), draw)
         if kind == "json":
@@ -263,25 +267,27 @@ def _load_adapter(path: Path) -> None:
 
 def _load_data(path: Path) -> None:
     from rankwise.data.examples import asked
+    from rankwise.data.labelled import label_counts
     from rankwise.data.rows import scan_rows
     from rankwise.data.tasks import examples_for
     from rankwise.errors import DataError
 
     tokenizer = _tokenizer()
     errors = []
-    for task in ("causal_lm", "seq_cls"):
+    tasks = ("causal_lm", "seq_cls", "token_cls")
+    for task in tasks:
         try:
             # Rows that are whole go on, so that what comes after reading sees odd values too.
             rows = scan_rows(path, task).rows
             if not rows:
                 raise DataError("no row is whole")
-            labels = sorted({str(row.fields["label"]) for row in rows}) if task == "seq_cls" else []
+            labels = sorted(label_counts(rows))
             examples_for(task, rows, tokenizer, labels, 4096, "cut")
             for row in rows if task == "causal_lm" else ():
                 asked(row, tokenizer)
         except DataError as error:
             errors.append(error)
-    if len(errors) == 2:
+    if len(errors) == len(tasks):
         raise errors[0]
 
 

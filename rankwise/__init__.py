@@ -53,7 +53,13 @@ if TYPE_CHECKING:
     from rankwise.lora.start import start_from_data_ as start_from_data_
     from rankwise.lora.start import start_from_original_ as start_from_original_
     from rankwise.rank.inspect import inspect_adapter as inspect_adapter
+    from rankwise.rank.nested import nested as nested
+    from rankwise.rank.predict import predict as predict
+    from rankwise.rank.shrink import HeldOut as HeldOut
     from rankwise.rank.shrink import shrink_ as shrink_
+    from rankwise.rank.sweep import sweep as sweep
+    from rankwise.rank.sweep import sweep_setting as sweep_setting
+    from rankwise.rank.verdict import verdict as verdict
     from rankwise.train.config import TrainConfig as TrainConfig
     from rankwise.train.optimizer import lora_optimizer as lora_optimizer
 
@@ -62,6 +68,7 @@ __version__ = "0.1.0"
 _HOMES = {
     "Adapter": "rankwise.lora.checkpoint",
     "CombineReport": "rankwise.lora.combine",
+    "HeldOut": "rankwise.rank.shrink",
     "InjectReport": "rankwise.lora.report",
     "LoraConfig": "rankwise.lora.config",
     "LowRank": "rankwise.lora.low_rank",
@@ -81,6 +88,8 @@ _HOMES = {
     "lora_optimizer": "rankwise.train.optimizer",
     "merge_": "rankwise.lora.merge",
     "merge_and_remove_": "rankwise.lora.merge",
+    "nested": "rankwise.rank.nested",
+    "predict": "rankwise.rank.predict",
     "read_adapter": "rankwise.lora.checkpoint",
     "register_layer": "rankwise.lora.kinds",
     "save_adapter": "rankwise.lora.checkpoint",
@@ -88,8 +97,11 @@ _HOMES = {
     "start_from_data_": "rankwise.lora.start",
     "start_from_original_": "rankwise.lora.start",
     "swap_adapter_": "rankwise.lora.checkpoint",
+    "sweep": "rankwise.rank.sweep",
+    "sweep_setting": "rankwise.rank.sweep",
     "trainable_parameters": "rankwise.lora.inject",
     "unmerge_": "rankwise.lora.merge",
+    "verdict": "rankwise.rank.verdict",
 }
 __all__ = ["__version__", *_HOMES]  # pyright: ignore[reportUnsupportedDunderAll]
 

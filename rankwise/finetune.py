@@ -3,24 +3,23 @@
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from itertools import zip_longest
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from rankwise.data.examples import Prompt, asked
+from rankwise.data.labelled import label_counts, lacks_labels, problem_type
 from rankwise.data.report import measure
 from rankwise.data.rows import Row, divide
-from rankwise.data.shapes import ASKING, Layout
+from rankwise.data.shapes import ASKING, TASK_TYPES, Layout
 from rankwise.data.tasks import examples_for
 from rankwise.engine.engine import Engine
 from rankwise.engine.explain import explain
 from rankwise.engine.tasks import engine_for
-from rankwise.errors import DataError
+from rankwise.errors import ConfigError, DataError
 from rankwise.lora.config import LoraConfig
-from rankwise.lora.inject import inject_
+from rankwise.lora.inject import inject_, largest_ranks
 from rankwise.lora.start import FROM_DATA, start_from_data_
-from rankwise.models.adapted import TASK_TYPES
 from rankwise.models.load import base_sha256, load_model, load_tokenizer, longest_input, pad_id
 from rankwise.models.pooling import unread_layers
 from rankwise.rank.inspect import inspect_adapter
@@ -33,13 +32,17 @@ from rankwise.train.forecast import forecast
 from rankwise.train.loop import Training
 from rankwise.train.progress import Reporter, peak_memory_bytes
 from rankwise.train.rate_check import best_rate
-from rankwise.train.report import Matrix, render_report
+from rankwise.train.report import render_report
 from rankwise.train.run import run_training
 from rankwise.train.run_folder import RunFolder
 from rankwise.train.start import Start, data_sha256
 
 START_STEPS = 8
 """Steps whose batches an adapter that starts from data looks at."""
+
+
+ROWS_OF_CUT = 600
+"""At most so many held-out rows choose and confirm ranks, so that the cut is a small part of a long run."""
 
 
 @dataclass(frozen=True)
@@ -52,7 +55,7 @@ class Dataset:
     questions: list[Prompt]
     """Held-out prompts to answer, for exact match."""
     labels: list[str]
-    """Names of the classes, in the order of the classifier's outputs; empty for other tasks than seq_cls."""
+    """Names of the classes, in the order of the classifier's outputs; empty for other tasks."""
 
 
 def finetune(config: TrainConfig, reporter: Reporter | None = None, resume: bool = False) -> dict[str, Any]:
@@ -71,15 +74,16 @@ def finetune(config: TrainConfig, reporter: Reporter | None = None, resume: bool
         return _finetune(config, run, reporter or Reporter())
 
 
-def lora_config(config: TrainConfig, model: Any) -> LoraConfig:
-    """The adapter's settings of a run on `model`."""
+def lora_config(config: TrainConfig, model: Any, held_out: int | None = None) -> LoraConfig:
+    """The settings of the adapter that a run trains in `model`. `held_out`: rows, by which --r auto is settled."""
     return LoraConfig(
         task_type=TASK_TYPES[config.task],
-        r=config.trained_rank,
+        r=config.trained_rank(held_out),
         lora_alpha=config.lora_alpha,
         lora_dropout=config.lora_dropout,
         target_modules=config.targets,
         exclude_modules=unread_layers(model) if config.task == "embedding" else None,
+        layers_to_transform=config.layers_to_transform or None,
         init_lora_weights=True if config.init_lora_weights == "default" else config.init_lora_weights,
         use_rslora=config.use_rslora,
         use_dora=config.use_dora,
@@ -93,28 +97,28 @@ def _finetune(config: TrainConfig, run: RunFolder, reporter: Reporter) -> dict[s
 
     with reporter.stage(f"loading {config.model}"):
         tokenizer = load_tokenizer(config.model)
-        labels = labels_of(train_rows) if config.task == "seq_cls" else []
-        model = load_model(config.model, config.task, labels)
+        labels = labels_of(train_rows)
+        model = load_model(config.model, config.task, labels, problem_type(train_rows), config.base_dtype)
     data = _tokenise(config, train_rows, held_out_rows, tokenizer, labels, longest_input(model))
-    lora = lora_config(config, model)
+    lora, rank_rule = _ranks_that_fit(model, config, len(held_out_rows))
     report = inject_(model, lora)
     engine = engine_for(config.task, model, pad_id(tokenizer), data.train)
     reporter.say(report.summary())
-    described = _describe(data, engine, len(train_rows) - len(data.train))
+    described = _describe(data, engine, len(train_rows) - len(data.train)) + rank_rule
     reporter.say(described)
 
-    _prepare(engine, data, config, reporter)
     predicted = forecast(data.train, config, lora, len(labels), engine.packs)
+    engine.recomputes = predicted["recompute"]
+    _prepare(engine, data, config, reporter)
     start, training = _start(engine, tokenizer, data, config, run, reporter)
     outcome = run_training(training, data.held_out, labels, config, run, reporter)
     steps, interrupted = outcome.steps, outcome.interrupted
     run.save_adapter(model, labels)
-    shrunk = None
-    if config.r == "auto" and not interrupted:
-        shrunk = _shrink(engine, tokenizer, labels, held_out_rows, config, run, reporter)
-    after = None
+    shrunk, uncut_because, after = None, config.fixed_because(len(held_out_rows)), None
     try:
         if not interrupted:
+            if not uncut_because:
+                shrunk, uncut_because = _shrink(engine, tokenizer, labels, held_out_rows, config, run, reporter)
             after = _evaluate(engine, tokenizer, data, config, reporter, "evaluating after")
     except KeyboardInterrupt:
         interrupted = True
@@ -134,12 +138,26 @@ def _finetune(config: TrainConfig, run: RunFolder, reporter: Reporter) -> dict[s
         "peak_memory_bytes": peak_memory_bytes(),
         **predicted,
         "shrunk": shrunk and asdict(shrunk),
+        "uncut_because": uncut_because,
         "packed": engine.packs,
         "base_sha256_before": start.base_sha256,
         "base_sha256_after": base_sha256(model),
     }
-    run.finish(result, render_report(config.as_dict(), result, steps, described, _matrices(run.adapter)))
+    run.finish(result, render_report(config.as_dict(), result, steps, described, inspect_adapter(run.adapter).matrices))
     return result
+
+
+def _ranks_that_fit(model: Any, config: TrainConfig, held_out: int) -> tuple[LoraConfig, str]:
+    """The adapter's settings, with ranks that nobody gave lowered where a matrix is smaller, and what is to be said."""
+    lora = lora_config(config, model, held_out)
+    if config.r != "auto":
+        return lora, ""
+    limits = largest_ranks(model, lora)
+    small = [rank for rank in limits.values() if rank < lora.r]
+    said = f"\n{config.rank_rule(held_out)}"
+    if small:
+        said += f"\n{len(small)} of {len(limits)} matrices are smaller, and train at min(d, k), from {min(small)} on"
+    return lora.lowered_to(limits), said
 
 
 def _prepare(engine: Engine[Any], data: Dataset, config: TrainConfig, reporter: Reporter) -> None:
@@ -148,7 +166,7 @@ def _prepare(engine: Engine[Any], data: Dataset, config: TrainConfig, reporter: 
         return
     first = [batch for step in planned_steps(data.train, config)[:START_STEPS] for batch in step]
     if config.explain_engine:
-        reporter.say(explain(engine, first))
+        reporter.say(explain(engine, first, data.train, config.cache_gb * 1e9))
     if config.init_lora_weights in FROM_DATA:
         with reporter.stage("starting the adapter from the first batches"):
             start_from_data_(engine.model, first, engine.loss)
@@ -188,11 +206,14 @@ def read_data(config: TrainConfig, say: Callable[[str], None] = lambda line: Non
 
 
 def labels_of(rows: list[Row]) -> list[str]:
-    """The labels' names in the order of a classifier's outputs. Raises DataError if there are fewer than two."""
-    labels = sorted({str(row.fields["label"]) for row in rows})
-    if len(labels) < 2:
-        raise DataError(f"every row of {rows[0].file} has the label {labels[0]!r}; a classifier needs at least two")
-    return labels
+    """The labels' names in the order of a classifier's outputs; none for rows that have no labels by their shape.
+
+    Raises DataError if they leave nothing to learn.
+    """
+    labels = label_counts(rows)
+    if lacking := lacks_labels(rows, labels):
+        raise DataError(f"{rows[0].file}: {lacking}")
+    return sorted(labels)
 
 
 def _tokenise(
@@ -215,14 +236,14 @@ def _shrink(
     config: TrainConfig,
     run: RunFolder,
     reporter: Reporter,
-) -> ShrinkReport | None:
+) -> tuple[ShrinkReport | None, str | None]:
     """Cut the trained adapter to the ranks that the held-out rows show to be enough, and save both.
 
-    None, and the adapter stays as it is, where the rows cannot tell.
+    Where they show none, the adapter stays as it is; then the reason is returned and no report.
     """
     length = min(config.max_length, longest_input(engine.model))
     try:
-        parts = split_held_out(rows, config.seed)
+        parts = split_held_out(rows, config.seed, ROWS_OF_CUT)
         held_out = HeldOut(
             *(
                 examples_for(config.task, part, tokenizer, labels, length, config.long_rows, config.train_on)
@@ -231,13 +252,13 @@ def _shrink(
         )
         with reporter.stage("shrinking") as stage:
             report = shrink_(engine, held_out, on_progress=stage.update)
-    except DataError as error:
-        reporter.say(f"the adapter keeps rank {config.trained_rank}: {error}")
-        return None
+    except (ConfigError, DataError) as error:
+        reporter.say(f"the adapter stays as it was trained: {error}")
+        return None, str(error)
     run.keep_full_adapter()
     run.save_adapter(engine.model, labels)
-    reporter.say(str(report))
-    return report
+    reporter.say(report.summary())
+    return report, None
 
 
 def _evaluate(
@@ -265,11 +286,6 @@ def _measured(before: Evaluation | None, after: Evaluation | None) -> dict[str, 
             for sample, answer in zip_longest(before.samples if before else (), answers)
         ],
     }
-
-
-def _matrices(adapter: Path) -> list[Matrix]:
-    """What the saved adapter became, for the report."""
-    return [Matrix(m.name, m.d, m.k, m.rank, m.sigma) for m in inspect_adapter(adapter).matrices]
 
 
 def _describe(data: Dataset, engine: Engine[Any], dropped: int) -> str:

@@ -1,6 +1,7 @@
 """Models for the tests: the real small ones from their wheels, and tiny random ones of several families."""
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -79,6 +80,16 @@ def randomise_adapter(model: Any, seed: int = 1, std: float = 0.05) -> None:
     generator = torch.Generator().manual_seed(seed)
     for parameter in trainable_parameters(model):
         parameter.data = torch.randn(parameter.shape, generator=generator, dtype=parameter.dtype) * std
+
+
+@pytest.fixture
+def in_fp64(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Models that compute their norms and rotations in fp32 do so in fp64 here, so that 1e-10 can be asked of them."""
+    monkeypatch.setattr(torch, "float32", torch.float64)
+    monkeypatch.setattr(torch.Tensor, "float", torch.Tensor.double)
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(torch.float)
 
 
 @pytest.fixture(scope="session")

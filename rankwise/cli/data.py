@@ -25,13 +25,14 @@ class DataConfig:
     """Show what a data set would teach a model: its shape, an example with the trained tokens, counts, all problems."""
 
     data: tyro.conf.Positional[tuple[Path, ...]]
-    """Files (JSONL, JSON, CSV, TSV, Parquet), folders of them, or hub data sets (OWNER/NAME@SPLIT); b.csv:2 counts the
-    rows of b.csv twice."""
+    """Files (JSONL, JSON, CSV, TSV, Parquet, CoNLL), folders of them, or hub data sets (OWNER/NAME@SPLIT); b.csv:2
+    counts the rows of b.csv twice."""
     model: str
     """The model whose tokenizer and chat template read the data."""
     task: Task = "causal_lm"
-    """causal_lm: answer prompts. seq_cls: give texts a label. embedding: bring texts that belong together near to each
-    other. seq2seq_lm: answer prompts with an encoder and a decoder (T5, BART)."""
+    """causal_lm: answer prompts. seq_cls: give texts a label, or several. token_cls: give each word a tag. embedding:
+    bring texts that belong together near to each other. seq2seq_lm: answer prompts with an encoder and a decoder (T5,
+    BART)."""
     format: Format | None = None
     """Shape of the rows; without it, the one that most rows have."""
     columns: tuple[str, ...] = ()
@@ -81,8 +82,8 @@ def _show(report: "DataReport", tokenizer: Any, all_problems: bool, console: Any
     if report.held_out:
         console.print(f"evaluation: {report.held_out}", markup=False)
     if report.labels:
-        rows = list(report.labels.values())
-        console.print(f"labels: {len(rows)}, with {rows[-1]:,} to {rows[0]:,} rows each", markup=False)
+        counts, kind = list(report.labels.values()), "words" if report.train.trained_tokens else "rows"
+        console.print(f"labels: {len(counts)}, with {counts[-1]:,} to {counts[0]:,} {kind} each", markup=False)
     _show_example(report, tokenizer, console)
     if report.problems:
         most = len(report.problems) if all_problems else 20
@@ -95,15 +96,16 @@ def _show_example(report: "DataReport", tokenizer: Any, console: Any) -> None:
     """The first row: trained tokens in colour on a terminal, in ⟦ ⟧ elsewhere."""
     from rich.text import Text
 
-    from rankwise.data.examples import LabelExample, TextExample
+    from rankwise.data.examples import TextExample
+    from rankwise.data.labelled import LabelledExample
     from rankwise.data.report import stretches
 
     example = report.example
     if example is None:
         return
-    if isinstance(example, LabelExample):
-        label = sorted(report.labels)[example.label]
-        console.print(f"\n{example.place}: {tokenizer.decode(example.ids)} → {label}", markup=False)
+    if isinstance(example, LabelledExample):
+        answer = example.written(example.answer, tokenizer, sorted(report.labels))
+        console.print(f"\n{example.place}: {tokenizer.decode(example.ids)} → {answer}", markup=False)
         return
     if not isinstance(example, TextExample):
         names = ("encoder", "decoder, trained") if report.train.trained_tokens else ("anchor", "positive")

@@ -29,6 +29,8 @@ class EvalConfig:
     """Base model; without it, the one that the adapter names."""
     task: Task | None = None
     """What the model does; without it, what the adapter's configuration says, and causal_lm for a base model."""
+    base_dtype: Literal["fp32", "bf16"] = "fp32"
+    """How the base model's weights are kept, as in training."""
     answers: int | None = None
     """At most so many prompts are answered to count exact matches; without it, all. 0: none."""
     metrics: bool = False
@@ -60,7 +62,7 @@ def main(options: list[str]) -> int:
         text_metrics.check_installed()
     reporter = Reporter()
     with reporter.stage("loading"):
-        adapted = load_adapted(config.model, config.adapter, config.task)
+        adapted = load_adapted(config.model, config.adapter, config.task, config.base_dtype)
     if config.metrics and adapted.task not in ASKING:
         raise ConfigError(f"--metrics is for answers; what is measured of {adapted.task} is always measured")
     rows, tokenizer = read_rows(config.data, adapted.task, layout), adapted.tokenizer

@@ -25,6 +25,8 @@ class GenerateConfig:
     """Base model; without it, the one that the adapter names."""
     task: Literal["causal_lm", "seq2seq_lm"] | None = None
     """What the model does; without it, what the adapter's configuration says, and causal_lm for a base model."""
+    base_dtype: Literal["fp32", "bf16"] = "fp32"
+    """How the base model's weights are kept, as in training."""
     use: Literal["adapter", "base", "both"] = "adapter"
     """Which of them answers; without --adapter the base model does."""
     max_new_tokens: int = 256
@@ -51,7 +53,7 @@ def main(options: list[str]) -> int:
     rows = read_prompts(config.file)[: config.first] if config.file else []
     reporter = Reporter()
     with reporter.stage("loading"):
-        adapted = load_adapted(config.model, config.adapter, config.task)
+        adapted = load_adapted(config.model, config.adapter, config.task, config.base_dtype)
     if adapted.task not in ASKING:
         does = "embeds" if adapted.task == "embedding" else "classifies"
         raise ConfigError(f"this adapter {does} texts and cannot answer prompts; measure it with rankwise eval")

@@ -3,61 +3,92 @@
 import hashlib
 import json
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch import nn
 
+from rankwise.data.labelled import problem_type
+from rankwise.data.rows import Row
+from rankwise.data.shapes import TASK_TYPES
 from rankwise.data.tasks import examples_for
 from rankwise.engine.engine import Engine
 from rankwise.engine.tasks import engine_for
-from rankwise.errors import ConfigError, RankwiseError
-from rankwise.finetune import labels_of, read_data
+from rankwise.errors import ConfigError, DataError, RankwiseError
+from rankwise.finetune import ROWS_OF_CUT, labels_of, read_data
+from rankwise.lora.checkpoint import load_adapter_, save_adapter
 from rankwise.lora.config import LoraConfig
 from rankwise.lora.inject import eject_, trainable_parameters
-from rankwise.models.adapted import TASK_TYPES
+from rankwise.models.adapted import write_labels
 from rankwise.models.load import load_model, load_tokenizer, longest_input, pad_id
 from rankwise.models.pooling import unread_layers
+from rankwise.plan.memory import FLOAT
+from rankwise.plan.plan import adapter_file_bytes
 from rankwise.rank.crossed import Array
 from rankwise.rank.measure import per_example
-from rankwise.rank.runs import RunResult
+from rankwise.rank.runs import Key, RunResult
+from rankwise.rank.shrink import HeldOut, shrink_, split_held_out
 from rankwise.rank.start import freeze_updates_, inject_nested_
-from rankwise.rank.sweep import FULL
+from rankwise.rank.sweep import BASE, FULL
 from rankwise.train.batches import planned_steps
 from rankwise.train.config import TrainConfig
+from rankwise.train.forecast import forecast
 from rankwise.train.learning_rate import default_rate
 from rankwise.train.loop import training_steps
+from rankwise.train.progress import forget_peak_memory, peak_memory_bytes
 
+NOT_PLAIN = ("init_lora_weights", "use_rslora", "use_dora")
+"""Settings with which two ranks would differ by more than the rank: by their start, or by their scale."""
+KEPT_SEEDS = 2
+"""Seeds whose adapters are kept: enough to compare what two of them learned."""
 FULL_RATE = 0.1
 """Full fine-tuning's learning rate, in units of an adapter's: the best ones were found to differ by about ten (Schulman
 2025, "LoRA Without Regret"). The sweep checks it as it checks the others."""
 
 
+@dataclass(frozen=True)
+class Cost:
+    """What a training took."""
+
+    seconds: float
+    peak_bytes: int
+    """0 where the system cannot tell it from that of the training before."""
+    diverged: bool = False
+
+
 class PairedRuns:
     """run(rank, seed, factor) for rankwise.rank.sweep, by the settings of `rankwise train`."""
 
-    def __init__(self, config: TrainConfig, largest: int) -> None:
-        """`largest`: the rank from whose start all others begin. Raises ConfigError, DataError or ModelError."""
+    def __init__(self, config: TrainConfig, largest: int, adapters: Path | None = None) -> None:
+        """`largest`: the rank from whose start all others begin. `adapters`: where those of two seeds are kept.
+
+        Raises ConfigError, DataError or ModelError."""
         self.config = config
         self.largest = largest
+        self.adapters = adapters
+        problems = [
+            f"--{name.replace('_', '-')}" for name in NOT_PLAIN if getattr(config, name) not in (False, "default")
+        ]
+        if problems:
+            raise ConfigError(f"ranks are compared with plain LoRA; leave out {' and '.join(problems)}")
         train, held_out = read_data(config)
         if not held_out:
             raise ConfigError("ranks are compared on held-out rows; give --eval-data, or an --eval-fraction above 0")
         self._tokenizer = load_tokenizer(config.model)
-        self.labels = labels_of(train) if config.task == "seq_cls" else []
+        self.labels = labels_of(train)
+        self._problem_type = problem_type(train)
         self._loaded: tuple[int, Engine[Any]] | None = None
         model = self._load_model(config.seed)
-        length = min(config.max_length, longest_input(model))
-        self.train, self.held_out = (
-            examples_for(config.task, rows, self._tokenizer, self.labels, length, config.long_rows, config.train_on)
-            for rows in (train, held_out)
-        )
+        self._length = min(config.max_length, longest_input(model))
+        self.held_out_rows = held_out
         self._left_out = unread_layers(model) if config.task == "embedding" else None
-        self._loaded = config.seed, engine_for(config.task, model, pad_id(self._tokenizer), self.train)
+        self.train, self.held_out = self.examples(train), self.examples(held_out)
         if config.lr == "auto":
             raise ConfigError("a sweep checks learning rates itself; give --lr a number, or leave it out")
+        self._loaded = config.seed, self._engine(model)
         self.rate = config.lr or default_rate(len(planned_steps(self.train, config)))
 
     def __call__(self, rank: int, seed: int, factor: float) -> RunResult:
@@ -65,32 +96,64 @@ class PairedRuns:
         if rank == FULL:
             return self._full(seed, factor)
         engine = self.engine(seed)
-        inject_nested_(engine.model, self.lora(max(rank, 1)), self.largest, seed)
+        report = inject_nested_(engine.model, self.lora(max(rank, 1)), self.largest, seed)
         try:
-            if rank == 0:
+            if rank == BASE:
                 freeze_updates_(engine.model)
             parameters = sum(p.numel() for p in trainable_parameters(engine.model))
-            seconds = self.fit(engine, seed, factor) if parameters else 0.0
-            losses, counts = per_example(engine, self.held_out)
+            cost = self.fit(engine, seed, factor) if parameters else Cost(0.0, 0)
+            losses, counts = self.measure(engine)
+            if self.adapters and rank and seed - self.config.seed < KEPT_SEEDS and not cost.diverged:
+                folder = save_adapter(engine.model, self.adapters / Key(rank, seed, factor).name)
+                write_labels(engine.model, self.labels, folder)
         finally:
             eject_(engine.model)
-        return _result(losses, counts, seconds, parameters)
+        return _result(losses, counts, cost, parameters, adapter_file_bytes(report) if rank else 0)
+
+    def examples(self, rows: list[Row]) -> list[Any]:
+        """The rows as the model reads them."""
+        config = self.config
+        return examples_for(
+            config.task, rows, self._tokenizer, self.labels, self._length, config.long_rows, config.train_on
+        )
 
     def _full(self, seed: int, factor: float) -> RunResult:
         engine = self.engine(seed)
         self._loaded = None  # The base will not be the base afterwards.
         trained = list(engine.model.requires_grad_(True).parameters())
-        seconds = self.fit(engine, seed, factor, trained)
-        losses, counts = per_example(engine, self.held_out)
-        return _result(losses, counts, seconds, sum(p.numel() for p in trained))
+        cost = self.fit(engine, seed, factor, trained)
+        losses, counts = self.measure(engine)
+        parameters = sum(p.numel() for p in trained)
+        return _result(losses, counts, cost, parameters, FLOAT * parameters)
+
+    def cut_ranks(self, adapter: Path, margin: float) -> dict[str, int] | None:
+        """The ranks to which `rankwise shrink` cuts an adapter; None where the held-out rows show none."""
+        engine = self.engine(self.config.seed)
+        load_adapter_(engine.model, adapter)
+        try:
+            parts = split_held_out(self.held_out_rows, self.config.seed, ROWS_OF_CUT)
+            return shrink_(engine, HeldOut(*map(self.examples, vars(parts).values())), margin).ranks_after
+        except (ConfigError, DataError):
+            return None
+        finally:
+            eject_(engine.model)
+
+    def measure(self, engine: Engine[Any]) -> tuple[Array, Array]:
+        """([N] summed losses, [N] counts) of the held-out examples."""
+        return per_example(engine, self.held_out)
 
     def engine(self, seed: int) -> Engine[Any]:
         """The engine of the base model as `rankwise train --seed` loads it, a new classifier head drawn by the seed."""
         if self._loaded is None or (self.labels and self._loaded[0] != seed):
             self._loaded = None  # Two models at once need not fit into memory.
-            engine = engine_for(self.config.task, self._load_model(seed), pad_id(self._tokenizer), self.train)
-            self._loaded = seed, engine
+            self._loaded = seed, self._engine(self._load_model(seed))
         return self._loaded[1]
+
+    def _engine(self, model: Any) -> Engine[Any]:
+        engine = engine_for(self.config.task, model, pad_id(self._tokenizer), self.train)
+        predicted = forecast(self.train, self.config, self.lora(self.largest), len(self.labels), engine.packs)
+        engine.recomputes = predicted["recompute"]
+        return engine
 
     def lora(self, rank: int) -> LoraConfig:
         """The settings of an adapter of this rank."""
@@ -101,16 +164,15 @@ class PairedRuns:
             lora_dropout=self.config.lora_dropout,
             target_modules=self.config.targets,
             exclude_modules=self._left_out,
+            layers_to_transform=self.config.layers_to_transform or None,
         )
 
-    def fit(
-        self, engine: Any, seed: int, factor: float, parameters: Sequence[nn.Parameter] | None = None
-    ) -> float | None:
-        """Train the adapter of the engine's model, or `parameters`; returns the seconds, None if training diverged."""
+    def fit(self, engine: Any, seed: int, factor: float, parameters: Sequence[nn.Parameter] | None = None) -> Cost:
+        """Train the adapter of the engine's model, or `parameters`."""
         torch.manual_seed(seed)
         rate = self.rate * (1 if parameters is None else FULL_RATE)
         config = replace(self.config, seed=seed, lr=rate * factor)
-        seconds = 0.0
+        seconds, is_own_peak = 0.0, forget_peak_memory()
         try:
             for step in training_steps(engine, self.train, config, parameters=parameters):
                 seconds = step.seconds
@@ -118,12 +180,32 @@ class PairedRuns:
             # At another rate nothing but the rate can be wrong: with that of the settings the run went through before.
             if factor == 1:
                 raise
-            return None
-        return seconds
+            return Cost(seconds, 0, diverged=True)
+        return Cost(seconds, peak_memory_bytes() if is_own_peak else 0)
 
     def _load_model(self, seed: int) -> Any:
         torch.manual_seed(seed)
-        return load_model(self.config.model, self.config.task, self.labels)
+        return load_model(self.config.model, self.config.task, self.labels, self._problem_type, self.config.base_dtype)
+
+
+class SettingRuns:
+    """run(number, seed, factor) for rankwise.rank.sweep.sweep_setting, at the largest rank of `runs`."""
+
+    def __init__(self, runs: PairedRuns, setting: str, values: Sequence[Any]) -> None:
+        self._runs, self._setting, self._values = runs, setting, values
+        self._config, self._rate = runs.config, runs.rate
+
+    def __call__(self, number: int, seed: int, factor: float) -> RunResult:
+        runs = self._runs
+        if number == BASE:
+            return runs(BASE, seed, factor)
+        value = self._values[number - 1]
+        try:
+            runs.config = replace(self._config, **{self._setting: value})
+            runs.rate = value if self._setting == "lr" else self._rate
+            return runs(runs.largest, seed, factor)
+        finally:
+            runs.config, runs.rate = self._config, self._rate
 
 
 def rows_sha256(config: TrainConfig) -> str:
@@ -136,8 +218,7 @@ def rows_sha256(config: TrainConfig) -> str:
     return digest.hexdigest()
 
 
-def _result(losses: Array, counts: Array, seconds: float | None, parameters: int) -> RunResult:
-    """What a run left; without seconds it diverged."""
-    if seconds is None:
-        return RunResult(np.full_like(losses, np.inf), counts, 0.0, parameters)
-    return RunResult(losses, counts, seconds, parameters)
+def _result(losses: Array, counts: Array, cost: Cost, parameters: int, size: int) -> RunResult:
+    """What a run left."""
+    losses = np.full_like(losses, np.inf) if cost.diverged else losses
+    return RunResult(losses, counts, cost.seconds, parameters, cost.peak_bytes, size)

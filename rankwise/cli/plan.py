@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from rankwise.cli.arguments import parse
+from rankwise.data.shapes import TASK_TYPES
 from rankwise.errors import ConfigError
 from rankwise.lora.config import LoraConfig
 from rankwise.plan.architectures import PLANNED, read_shape
@@ -37,9 +38,9 @@ class PlanConfig(TrainConfig):
     tokens_per_row: int | None = None
     """Tokens of each of them."""
     trained_per_row: int | None = None
-    """How many of them the loss counts (causal_lm); without it, all but the first."""
+    """How many of them the loss counts (causal_lm, token_cls); without it, all but the first."""
     labels: int = 2
-    """Classes (seq_cls), where there is no --data."""
+    """Classes (seq_cls, token_cls), where there is no --data."""
     time: bool = True
     """--no-time leaves the time out. Otherwise this machine is measured once, in about ten seconds."""
     recalibrate: bool = False
@@ -68,15 +69,20 @@ class PlanConfig(TrainConfig):
 
 def main(options: list[str]) -> int:
     config = parse(PlanConfig, _with_model(options), "plan")
-    examples, labels = _examples(config) if config.data else ([], config.labels)
+    examples, labels, held_out = _examples(config) if config.data else ([], config.labels, None)
     shape = read_shape(_source(config.model), config.task, labels)
     batches = _batches(config, shape, examples)
     lora = LoraConfig(
-        task_type="SEQ_CLS" if config.task == "seq_cls" else "CAUSAL_LM",
-        r=config.trained_rank,
+        task_type=TASK_TYPES[config.task],
+        r=config.trained_rank(held_out),
         target_modules=config.targets,
+        layers_to_transform=config.layers_to_transform or None,
     )
-    plan = make_plan(shape, lora, batches, _machine(config) if config.time and batches else None)
+    if config.r == "auto":
+        print(config.rank_rule(held_out), file=sys.stderr)
+        lora = lora.lowered_to(shape.largest_ranks(lora))
+    machine = _machine(config) if config.time and batches else None
+    plan = make_plan(shape, lora, batches, machine, config.choices)
     print(json.dumps(plan.as_dict()) if config.json else plan_text(plan))
     return 0
 
@@ -103,21 +109,22 @@ def _source(model: str) -> Path | str:
     return config_file(model)
 
 
-def _examples(config: PlanConfig) -> tuple[list[Any], int]:
-    """The rows that would train, tokenised, and the number of labels."""
+def _examples(config: PlanConfig) -> tuple[list[Any], int, int]:
+    """The rows that would train, tokenised; the number of labels, and of held-out rows."""
     from rankwise.data.tasks import examples_for
-    from rankwise.finetune import read_data
+    from rankwise.finetune import labels_of, read_data
     from rankwise.models.load import load_tokenizer
 
-    rows, _ = read_data(config)
-    labels = sorted({str(row.fields["label"]) for row in rows}) if config.task == "seq_cls" else []
+    rows, held_out = read_data(config)
+    labels = labels_of(rows)
     source = config.model
     if source in PUBLISHED or Path(source).suffix == ".json":
         raise ConfigError(f"{source} has no tokenizer for --data; give --rows and --tokens-per-row instead")
     tokenizer = load_tokenizer(source)
     limit = read_shape(_source(source), config.task, len(labels)).positions
     length = min(config.max_length, limit)
-    return examples_for(config.task, rows, tokenizer, labels, length, config.long_rows, config.train_on), len(labels)
+    examples = examples_for(config.task, rows, tokenizer, labels, length, config.long_rows, config.train_on)
+    return examples, len(labels), len(held_out)
 
 
 def _batches(config: PlanConfig, shape: ModelShape, examples: list[Any]) -> list[Batch]:

@@ -5,7 +5,7 @@ from importlib import import_module
 from rankwise.errors import ConfigError, nearest
 
 INSTRUMENTS = {
-    "sweep": "train at several ranks with several seeds, and say which rank suffices and how sure that is",
+    "sweep": "train at several ranks (or values of another setting) with several seeds, and say which suffices",
     "nested": "one training that estimates the loss at every rank",
     "predict": "before training: a range of ranks that is worth trying",
 }

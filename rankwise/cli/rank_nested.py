@@ -1,14 +1,19 @@
 """`rankwise rank nested`"""
 
-import json
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import tyro
 
 from rankwise.cli.arguments import parse
-from rankwise.errors import ConfigError
+from rankwise.cli.one_result import leave_result
 from rankwise.train.config import TrainConfig
+
+if TYPE_CHECKING:
+    from rankwise.cli.paired_runs import PairedRuns
+    from rankwise.rank.nested import Nested
+    from rankwise.train.progress import Reporter
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,28 +30,16 @@ class NestedConfig(TrainConfig):
 
 def main(options: list[str]) -> int:
     config = parse(NestedConfig, options, "rank nested")
-    if config.out.exists():
-        raise ConfigError(f"--out {config.out} exists already; choose another file, or remove it first")
-    from dataclasses import replace
+    return leave_result(config, config.r, estimate)
 
-    from rankwise import atomic
-    from rankwise.cli.paired_runs import PairedRuns
+
+def estimate(runs: "PairedRuns", reporter: "Reporter") -> "Nested":
+    """Train all ranks up to that of `runs` at once, and measure each."""
     from rankwise.lora.inject import inject_
-    from rankwise.rank.nested import NestedEngine, losses_by_rank, nested_estimate, nested_ranks
-    from rankwise.train.progress import Reporter
+    from rankwise.rank.nested import nested
 
-    reporter = Reporter()
-    with reporter.stage(f"loading {config.model}"):
-        runs = PairedRuns(config, config.r)
-    ranks = nested_ranks(config.r)
-    engine = runs.engine(config.seed)
+    seed = runs.config.seed
+    engine = runs.engine(seed)
     # lora_alpha / √r, see rankwise/rank/nested.py.
-    inject_(engine.model, replace(runs.lora(config.r), use_rslora=True))
-    with reporter.stage(f"training the ranks {', '.join(map(str, ranks))} at once"):
-        runs.fit(NestedEngine(engine, ranks, config.seed), config.seed, 1.0)
-    with reporter.stage("measuring every rank"):
-        losses, counts = losses_by_rank(engine, runs.held_out, ranks)
-    found = nested_estimate(losses, counts, config.seed)
-    atomic.write_text(config.out, json.dumps(asdict(found) | {"settings": config.as_dict()}, indent=2) + "\n")
-    print(found)
-    return 0
+    inject_(engine.model, replace(runs.lora(runs.largest), use_rslora=True))
+    return nested(engine, lambda e: runs.fit(e, seed, 1.0), runs.held_out, runs.largest, seed, reporter.stage)

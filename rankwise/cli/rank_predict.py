@@ -1,15 +1,21 @@
 """`rankwise rank predict`"""
 
-import json
 import math
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import tyro
 
 from rankwise.cli.arguments import parse
-from rankwise.errors import ConfigError
+from rankwise.cli.one_result import leave_result
 from rankwise.train.config import TrainConfig
+
+if TYPE_CHECKING:
+    from rankwise.cli.paired_runs import PairedRuns
+    from rankwise.rank.predict import Prediction
+    from rankwise.train.progress import Reporter
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,27 +45,25 @@ class PredictConfig(TrainConfig):
 
 def main(options: list[str]) -> int:
     config = parse(PredictConfig, options, "rank predict")
-    if config.out.exists():
-        raise ConfigError(f"--out {config.out} exists already; choose another file, or remove it first")
-    from rankwise import atomic
-    from rankwise.cli.paired_runs import PairedRuns
+    return leave_result(config, config.directions, partial(prediction, signal_batches=config.signal_batches))
+
+
+def prediction(runs: "PairedRuns", reporter: "Reporter", signal_batches: int = 16) -> "Prediction":
+    """Look for as many directions as the largest rank of `runs`; a classifier's head is trained first."""
     from rankwise.lora.inject import inject_
     from rankwise.rank.measure import per_example
     from rankwise.rank.predict import Prediction, predict
     from rankwise.rank.start import freeze_updates_
     from rankwise.train.batches import planned_steps
-    from rankwise.train.progress import Reporter
 
-    reporter = Reporter()
-    with reporter.stage(f"loading {config.model}"):
-        runs = PairedRuns(config, config.directions)
+    config = runs.config
     engine = runs.engine(config.seed)
-    report = inject_(engine.model, runs.lora(config.directions))
+    report = inject_(engine.model, runs.lora(runs.largest))
     if runs.labels:
         freeze_updates_(engine.model)
         with reporter.stage("training the head"):
             runs.fit(engine, config.seed, 1.0)
-    count = min(config.signal_batches, len(runs.train) // config.batch_size) // 2 * 2
+    count = min(signal_batches, len(runs.train) // config.batch_size) // 2 * 2
     steps = planned_steps(runs.train, replace(config, max_steps=count, accumulate=1))
     batches = [batch for step in steps for batch in step]
     with reporter.stage(f"{2 * len(batches)} backward passes"):
@@ -67,8 +71,4 @@ def main(options: list[str]) -> int:
     losses, _ = per_example(engine, [row for batch in batches for row in batch])
     bits = float(losses.mean() * len(runs.train) / math.log(2))
     per_rank = sum(matrix.count * (matrix.d + matrix.k) for matrix in report.matrices)
-    found = Prediction(tuple(layers), bits, per_rank)
-    content = asdict(found) | {"range": found.range, "capacity": found.capacity, "settings": config.as_dict()}
-    atomic.write_text(config.out, json.dumps(content, indent=2) + "\n")
-    print(found)
-    return 0
+    return Prediction(tuple(layers), bits, per_rank)

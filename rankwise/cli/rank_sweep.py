@@ -1,14 +1,29 @@
 """`rankwise rank sweep`"""
 
 import json
-from dataclasses import dataclass
+import shutil
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import tyro
 
 from rankwise.cli.arguments import parse
+from rankwise.errors import nearest
 from rankwise.train.config import TrainConfig
+
+if TYPE_CHECKING:
+    from rankwise.cli.paired_runs import PairedRuns
+    from rankwise.rank.illustrate import Illustrations
+    from rankwise.rank.sweep import Sweep
+
+SETTINGS: dict[str, Callable[[str], Any]] = {
+    "lora_alpha": float,
+    "lr": float,
+    "target_modules": lambda names: tuple(names.split("+")),
+}
+"""What --over may name, and how a value of it is read."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -19,7 +34,10 @@ class SweepConfig(TrainConfig):
     out: Path
     """Folder of the sweep; a sweep that was interrupted there goes on, with the same settings or with more seeds."""
     ranks: str = "1,2,4,8,16,32"
-    """Ranks to compare; the largest is the reference."""
+    """Ranks to compare; the largest is the reference. With --over the one rank that trains."""
+    over: str | None = None
+    """Instead of ranks, compare values of lora_alpha, lr or target_modules, such as lora_alpha=32,8,16 or
+    target_modules=all-linear,q_proj+v_proj; the first is the reference. Needs a single rank in --ranks."""
     seeds: int = 5
     """Runs at each rank; --seed is the first of the seeds and decides the held-out split for all of them."""
     delta: float | None = None
@@ -28,57 +46,112 @@ class SweepConfig(TrainConfig):
     """Try other learning rates at three ranks (about seven runs more), at all ranks if the three do not agree."""
     with_full: bool = False
     """Also train all of the model with every seed (its rate is a tenth, checked too), to compare with."""
+    keep_adapters: bool = True
+    """Keep the adapters of the first two seeds in adapters/, for use and for what the page shows of them."""
     r: tyro.conf.Suppress[int] = 8
     eval_answers: tyro.conf.Suppress[int] = 0
 
     def _problems(self):
         yield from super()._problems()
         try:
-            if len(set(self.rank_list)) < 2 or min(self.rank_list) < 1:
+            ranks = set(self.rank_list)
+            if self.over is None and (len(ranks) < 2 or min(ranks) < 1):
                 yield f"--ranks needs at least two different ranks from 1 on, found {self.ranks}"
+            if self.over is not None and (len(ranks) != 1 or min(ranks) < 1):
+                yield f"--over compares at one rank; give it as --ranks, found {self.ranks}"
         except ValueError:
             yield f"--ranks must be whole numbers with commas between them, found {self.ranks}"
+        if self.over is not None:
+            yield from self._problems_of_over(*self.over.partition("=")[::2])
         if self.seeds < 2:
             yield f"--seeds must be at least 2 (one says nothing on how much seeds differ), found {self.seeds}"
         if self.delta is not None and not self.delta > 0:
             yield f"--delta must be above 0, found {self.delta}"
+
+        if self.with_full and self.base_dtype != "fp32":
+            yield f"--with-full trains the weights themselves, which --base-dtype {self.base_dtype} keeps too coarse"
+
+    def _problems_of_over(self, name: str, values: str):
+        if name not in SETTINGS:
+            yield f"--over must begin with {', '.join(SETTINGS)} and =, found {self.over!r}{nearest(name, SETTINGS)}"
+        elif len(set(values.split(","))) < max(2, len(values.split(","))):
+            yield f"--over needs at least two values, all different, found {self.over}"
+        elif name != "target_modules" and not all(_is_positive(value) for value in values.split(",")):
+            yield f"--over {name} needs numbers above 0, found {values}"
+        if self.with_full:
+            yield "--with-full is compared with ranks; leave it out beside --over"
 
     @property
     def rank_list(self) -> list[int]:
         return [int(rank) for rank in self.ranks.split(",")]
 
 
+def _is_positive(text: str) -> bool:
+    try:
+        return float(text) > 0
+    except ValueError:
+        return False
+
+
 def main(options: list[str]) -> int:
     config = parse(SweepConfig, options, "rank sweep")
     from rankwise import atomic
     from rankwise.cli.paired_runs import PairedRuns
-    from rankwise.rank.report import as_dict, page, table
+    from rankwise.rank.page import page
+    from rankwise.rank.report import as_dict, table
     from rankwise.rank.runs import Runs
-    from rankwise.rank.sweep import sweep
     from rankwise.rank.verdict import notes, verdict
     from rankwise.train.progress import Reporter
 
     reporter = Reporter()
     settings = _settings(config)
     Runs(config.out, settings)  # A folder that cannot be used is found before a model is loaded.
+    adapters = config.out / "adapters" if config.keep_adapters and config.over is None else None
     with reporter.stage(f"loading {config.model}"):
-        run = PairedRuns(config, max(config.rank_list))
-    found = sweep(
-        run,
-        config.rank_list,
-        range(config.seed, config.seed + config.seeds),
-        margin=config.delta,
-        with_full=config.with_full,
-        check_rates=config.check_rates,
-        folder=config.out,
-        settings=settings,
-        say=reporter.say,
-    )
-    atomic.write_text(config.out / "sweep.html", page(found, config.as_dict()))
-    atomic.write_text(config.out / "sweep.json", json.dumps(as_dict(found)) + "\n")
+        runs = PairedRuns(config, max(config.rank_list), adapters)
+    found = _swept(config, runs, settings, reporter.say)
+    with reporter.stage("looking into the adapters"):
+        illustrations = _illustrations(found, runs)
+    content = as_dict(found) | {"illustrations": asdict(illustrations)}
+    atomic.write_text(config.out / "sweep.html", page(found, config.as_dict(), illustrations))
+    atomic.write_text(config.out / "sweep.json", json.dumps(content) + "\n")
     print(table(found), verdict(found), *(f"- {note}" for note in notes(found)), sep="\n\n", end="\n\n")
     print(f"page: {config.out / 'sweep.html'}")
     return 0
+
+
+def _swept(config: SweepConfig, runs: "PairedRuns", settings: dict[str, Any], say: Callable[[str], None]) -> "Sweep":
+    from rankwise.cli.paired_runs import SettingRuns
+    from rankwise.rank.sweep import sweep, sweep_setting
+
+    seeds = range(config.seed, config.seed + config.seeds)
+    same: dict[str, Any] = {"margin": config.delta, "folder": config.out, "settings": settings, "say": say}
+    if config.over is None:
+        check, full = config.check_rates, config.with_full
+        return sweep(runs, config.rank_list, seeds, with_full=full, check_rates=check, **same)
+    name, _, values = config.over.partition("=")
+    read = [SETTINGS[name](value) for value in values.split(",")]
+    check = config.check_rates and name != "lr"
+    return sweep_setting(SettingRuns(runs, name, read), name, values.split(","), seeds, check_rates=check, **same)
+
+
+def _illustrations(found: "Sweep", runs: "PairedRuns") -> "Illustrations":
+    """Of the adapters that were kept; those of rates that only the check tried are removed."""
+    from rankwise.rank.illustrate import Illustrations, adapter_name, illustrate
+    from rankwise.rank.verdict import learned
+
+    folder = runs.adapters
+    if folder is None or not folder.is_dir():
+        return Illustrations()
+    used = {adapter_name(found, rank, seed) for rank in found.factors for seed in found.seeds}
+    for path in folder.iterdir():
+        if path.name not in used:
+            shutil.rmtree(path)
+    largest = folder / adapter_name(found, found.comparisons.reference, found.seeds[0])
+    cut_to = None
+    if learned(found) and largest.is_dir():
+        cut_to = runs.cut_ranks(largest, found.comparisons.margin)
+    return illustrate(found, folder, cut_to)
 
 
 def _settings(config: SweepConfig) -> dict[str, Any]:
@@ -86,6 +159,6 @@ def _settings(config: SweepConfig) -> dict[str, Any]:
     from rankwise.cli.paired_runs import rows_sha256
 
     settings = config.as_dict()
-    for name in ("out", "seeds", "delta", "check_rates", "with_full", "r", "eval_answers"):
+    for name in ("out", "seeds", "delta", "check_rates", "with_full", "keep_adapters", "r", "eval_answers"):
         del settings[name]
     return settings | {"rows_sha256": rows_sha256(config)}

@@ -27,7 +27,7 @@ class ShrinkConfig:
     task: Task | None = None
     """What the adapter does; without it, what its configuration says."""
     delta: float | None = None
-    """The most that may be lost, in nats for each trained token (or text); without it, 5 % of the adapter's gain."""
+    """The most that may be lost, in nats for each trained token (text, word); without it, 5 % of the adapter's gain."""
     reader: Literal["vllm", "llama.cpp"] = "vllm"
     """What will read it beside PEFT: where ranks differ between modules, these two scale them in different ways."""
     seed: int = 0
@@ -46,7 +46,7 @@ def main(options: list[str]) -> int:
     from rankwise.data.tasks import examples_for
     from rankwise.engine.tasks import engine_for
     from rankwise.lora.checkpoint import save_adapter
-    from rankwise.models.adapted import LABELS_FILE, load_adapted
+    from rankwise.models.adapted import load_adapted, write_labels
     from rankwise.models.load import longest_input, pad_id
     from rankwise.rank.shrink import HeldOut, shrink_, split_held_out
     from rankwise.train.progress import Reporter
@@ -67,8 +67,7 @@ def main(options: list[str]) -> int:
         report = shrink_(engine, held_out, config.delta, config.reader, on_progress=stage.update)
     with atomic.replacing(config.out) as temporary:
         save_adapter(adapted.model, temporary)
-        if adapted.labels:
-            atomic.write_text(temporary / LABELS_FILE, json.dumps(adapted.labels, ensure_ascii=False, indent=1) + "\n")
+        write_labels(adapted.model, adapted.labels, temporary)
         atomic.write_text(temporary / "shrink.json", json.dumps(asdict(report), indent=2) + "\n")
     print(report)
     print(f"adapter: {config.out}")

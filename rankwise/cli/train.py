@@ -37,6 +37,8 @@ def main(options: list[str]) -> int:
 
 def _print(out: Path, result: dict[str, Any]) -> None:
     print(f"adapter: {out / 'adapter'} (after step {result['adapter_step']})")
+    if result["shrunk"] is not None:
+        print(_cut(out, result["shrunk"]))
     if result["eval_loss_after"] is not None:
         change = 1 - result["eval_loss_after"] / result["eval_loss_before"]
         loss = f"{result['eval_loss_before']:.4f} → {result['eval_loss_after']:.4f} ({-change:+.1%})"
@@ -54,6 +56,16 @@ def _print(out: Path, result: dict[str, Any]) -> None:
     print("base weights: unchanged" if unchanged else "base weights: CHANGED, please report this")
     if result["interrupted"]:
         print(f"interrupted; to go on: rankwise train --resume {out}")
+
+
+def _cut(out: Path, shrunk: dict[str, Any]) -> str:
+    """What --r auto made of the adapter, on the rows by which no rank was chosen."""
+    before, after = (sum(shrunk[f"ranks_{when}"].values()) for when in ("before", "after"))
+    return (
+        f"cut: total rank {before:,} → {after:,}, {shrunk['parameters_before']:,} → {shrunk['parameters_after']:,} "
+        f"numbers; held-out loss {shrunk['loss_full']:.4f} → {shrunk['loss_shrunk']:.4f} on "
+        f"{shrunk['rows']['confirmation']} rows that chose no rank; uncut: {out / 'adapter-full'}"
+    )
 
 
 def _prediction(result: dict[str, Any]) -> str:

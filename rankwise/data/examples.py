@@ -1,6 +1,5 @@
 """Rows → tokens: the tokenizer's own chat template, and which tokens the loss counts."""
 
-from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
@@ -20,7 +19,7 @@ class Example(Protocol):
     """A row as tokens, of whichever task."""
 
     counts_tokens: ClassVar[bool]
-    """Whether the loss counts tokens, or rows."""
+    """Whether the loss counts tokens (or words, by their first tokens), or rows."""
 
     @property
     def place(self) -> str:
@@ -43,8 +42,8 @@ class Example(Protocol):
         ...
 
     @property
-    def taught(self) -> bytes:
-        """What the loss makes of the tokens: rows with equal `ids` and `taught` teach the same."""
+    def taught(self) -> tuple[int, ...]:
+        """All that the loss knows beside the tokens: rows with equal `ids` and `taught` teach the same."""
         ...
 
     @property
@@ -82,8 +81,8 @@ class TextExample:
         return (self.ids,)
 
     @property
-    def taught(self) -> bytes:
-        return bytes(self.trained)
+    def taught(self) -> tuple[int, ...]:
+        return self.trained
 
     @property
     def prompt_length(self) -> int:
@@ -95,44 +94,19 @@ class TextExample:
         """How many predictions the loss counts."""
         return sum(self.trained[1:])
 
+    @property
+    def answer(self) -> tuple[int, ...]:
+        """What the model should find: the trained tokens."""
+        return tuple(token for token, trained in zip(self.ids[1:], self.trained[1:], strict=True) if trained)
+
     def short(self) -> "TextExample":
         """The first trained token with the 24 tokens before it."""
         part = slice(max(0, self.prompt_length - 24), self.prompt_length + 1)
         return TextExample(self.ids[part], self.trained[part], self.place)
 
     def cut_to(self, length: int) -> "TextExample":
-        return TextExample(self.ids[:length], self.trained[:length], self.place, max(0, len(self.ids) - length))
-
-
-@dataclass(frozen=True)
-class LabelExample:
-    """A text as tokens and the index of its label."""
-
-    counts_tokens: ClassVar[bool] = False
-    ids: Ids
-    label: int
-    place: str
-    cut: int = 0
-
-    @property
-    def texts(self) -> tuple[Ids, ...]:
-        return (self.ids,)
-
-    @property
-    def taught(self) -> bytes:
-        return array("q", [self.label]).tobytes()
-
-    @property
-    def counted(self) -> int:
-        """How many predictions the loss counts."""
-        return 1
-
-    def short(self) -> "LabelExample":
-        """The first 24 tokens."""
-        return LabelExample(self.ids[:24], self.label, self.place)
-
-    def cut_to(self, length: int) -> "LabelExample":
-        return replace(self, ids=self.ids[:length], cut=max(0, len(self.ids) - length))
+        cut = max(0, len(self.ids) - length)
+        return replace(self, ids=self.ids[:length], trained=self.trained[:length], cut=cut)
 
 
 @dataclass(frozen=True)
@@ -161,20 +135,12 @@ def text_examples(
 
 
 def usable(examples: list[E], problems: Sequence[Problem], max_length: int, long_rows: LongRows) -> list[E]:
-    """The examples, in their length. Raises DataError if there are problems, as `text_examples` says."""
+    """The examples, in their length. Raises DataError if there are problems, and as `fit` does."""
     if problems:
         raise DataError(
             f"the chat template cannot render {len(problems)} rows:\n{listing(list(map(str, problems)), MOST_PROBLEMS)}"
         )
-    kept = fit(examples, max_length, long_rows)
-    untrained = [e.place for e in kept if not e.counted]
-    if untrained:
-        raise DataError(
-            f"{len(untrained)} rows have no trained token within --max-length {max_length} tokens: the prompt alone "
-            f"fills it, so they would teach nothing. Raise --max-length, or leave them out with --long-rows drop:\n"
-            + listing(untrained)
-        )
-    return kept
+    return fit(examples, max_length, long_rows)
 
 
 def tokenise(
@@ -203,29 +169,6 @@ def tokenise(
 
 _AT_ONCE = 512
 """Rows given to the tokenizer in one call."""
-
-
-def label_examples(
-    rows: Sequence[Row], tokenizer: Tokenizer, labels: Sequence[str], max_length: int, long_rows: LongRows
-) -> list[LabelExample]:
-    """One LabelExample for each text/label row; `labels` gives each label its index.
-
-    Raises DataError for labels that are not in `labels` and for rows longer than `max_length` tokens.
-    """
-    index = {label: number for number, label in enumerate(labels)}
-    unknown = sorted({str(row.fields["label"]) for row in rows} - index.keys())
-    if unknown:
-        places = {str(row.fields["label"]): row.place for row in reversed(rows)}
-        raise DataError(
-            f"{len(unknown)} labels are not among the {len(labels)} that are trained:\n"
-            + listing([f"{places[label]}: {label!r}" for label in unknown])
-        )
-    ids = tokenizer([row.fields["text"] for row in rows]).input_ids
-    examples = [
-        LabelExample(tuple(tokens), index[str(row.fields["label"])], row.place)
-        for tokens, row in zip(ids, rows, strict=True)
-    ]
-    return fit(examples, max_length, long_rows)
 
 
 def asked(row: Row, tokenizer: Tokenizer) -> Prompt:
@@ -311,7 +254,8 @@ def _tokens(transcripts: Sequence[Transcript], tokenizer: Tokenizer) -> list[Ids
 
 
 def fit(examples: list[E], max_length: int, long_rows: LongRows) -> list[E]:
-    """`fitted`, but raises DataError for long examples and "error", and where none is left."""
+    """`fitted`, but raises DataError for long examples and "error", where none is left, and where one has nothing to
+    predict."""
     too_long = [e for e in examples if longest_text(e) > max_length]
     if too_long and long_rows == "error":
         longest = max(map(longest_text, too_long))
@@ -324,6 +268,13 @@ def fit(examples: list[E], max_length: int, long_rows: LongRows) -> list[E]:
     kept = fitted(examples, max_length, long_rows)
     if not kept:
         raise DataError(f"--long-rows drop leaves no row: all {len(examples)} have more than {max_length} tokens")
+    untrained = [e.place for e in kept if not e.counted]
+    if untrained:
+        raise DataError(
+            f"{len(untrained)} rows have no trained token within --max-length {max_length} tokens: the prompt alone "
+            f"fills it, so they would teach nothing. Raise --max-length, or leave them out with --long-rows drop:\n"
+            + listing(untrained)
+        )
     return kept
 
 

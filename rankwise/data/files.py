@@ -1,4 +1,4 @@
-"""Data files → numbered rows: JSONL, JSON, CSV and TSV (also gzipped) and Parquet. A bad row never hides another."""
+"""Data files → numbered rows: JSONL, JSON, CSV, TSV and CoNLL (also gzipped) and Parquet. A bad row hides no other."""
 
 import csv
 import gzip
@@ -233,6 +233,34 @@ def _table(path: Path) -> Records:
         csv.field_size_limit(old_limit)
 
 
+def _columns(path: Path) -> Records:
+    """CoNLL's columns: a word first and its tag last on each line, blank lines between sentences (Tjong Kim Sang and De
+    Meulder 2003). Columns are parted by tabs, or else by blanks. A row is a sentence, numbered by its first line."""
+    for sentence in _sentences(path):
+        first, bad, cells = sentence[0][0], False, []
+        for number, line in sentence:
+            parts = [] if isinstance(line, UnicodeDecodeError) else line.strip().split("\t" if "\t" in line else None)
+            if len(parts) < 2:
+                bad = True
+                yield number, _not_utf8(line) if isinstance(line, UnicodeDecodeError) else "needs a word and its tag"
+            elif parts[0] != "-DOCSTART-":
+                cells.append((parts[0], parts[-1]))
+        if cells and not bad:
+            yield first, {"tokens": [word for word, _ in cells], "tags": [tag for _, tag in cells]}
+
+
+def _sentences(path: Path) -> Iterator[list[tuple[int, str | UnicodeDecodeError]]]:
+    lines: list[tuple[int, str | UnicodeDecodeError]] = []
+    for number, line in _lines(path):
+        if isinstance(line, UnicodeDecodeError) or line.strip():
+            lines.append((number, line))
+        elif lines:
+            yield lines
+            lines = []
+    if lines:
+        yield lines
+
+
 def _parquet(path: Path) -> Records:
     try:
         from pyarrow import ArrowException
@@ -257,5 +285,7 @@ _READERS: dict[str, Callable[[Path], Records]] = {
     ".json": _json,
     ".csv": _table,
     ".tsv": _table,
+    ".conll": _columns,
+    ".bio": _columns,
     ".parquet": _parquet,
 }

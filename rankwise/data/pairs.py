@@ -1,6 +1,5 @@
 """Rows → tokens for embeddings: a text, one that belongs to it, and ones that do not."""
 
-from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import ClassVar
@@ -30,8 +29,8 @@ class PairExample:
         return tuple(token for text in self.texts for token in text)
 
     @property
-    def taught(self) -> bytes:
-        return array("q", map(len, self.texts)).tobytes()
+    def taught(self) -> tuple[int, ...]:
+        return tuple(map(len, self.texts))
 
     @property
     def counted(self) -> int:

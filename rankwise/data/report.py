@@ -1,16 +1,15 @@
 """What a data set would teach, before any training: counts, lengths, an example with its trained tokens, a verdict."""
 
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from itertools import groupby
 from typing import Any
 
-from rankwise.data.examples import Example, LongRows, TextExample, fitted, label_examples, longest_text, tokenise
-from rankwise.data.files import Problem, Row
-from rankwise.data.pairs import tokenised_pairs
+from rankwise.data.examples import Example, LongRows, TextExample, fitted, longest_text
+from rankwise.data.files import Problem
+from rankwise.data.labelled import label_counts, lacks_labels
 from rankwise.data.rows import Division
-from rankwise.data.seq2seq import tokenised_answers
+from rankwise.data.tasks import tokenised
 from rankwise.data.transcripts import Tokenizer, TrainOn
 
 
@@ -21,7 +20,7 @@ class Measure:
     rows: int
     tokens: int
     trained_tokens: int
-    """0 where the loss counts rows."""
+    """Or words to tag, each trained at its first token; 0 where the loss counts rows."""
     median: int
     """Length in tokens of a row's longest text, as p95, p99 and longest."""
     p95: int
@@ -69,7 +68,7 @@ class DataReport:
     train: Measure
     held_out: Measure | None
     labels: dict[str, int]
-    """Rows of each label; empty for other tasks than seq_cls."""
+    """Rows, or words, of each label; empty where there are none."""
     left_out: int
     """Training rows that ask what an evaluation row asks."""
     problems: list[Problem]
@@ -77,6 +76,9 @@ class DataReport:
     dropped: int
     """Rows that are too long and left out."""
     example: Example | None
+    """The first one."""
+    lacks_labels: str | None
+    """Why no classifier can be trained on these labels."""
 
     @property
     def verdict(self) -> str:
@@ -85,8 +87,8 @@ class DataReport:
             return f"not ready: {rows:,} rows stop a training run; mend or remove them"
         if not self.train.rows:
             return "not ready: no row is left to train on"
-        if self.labels and len(self.labels) < 2:
-            return "not ready: every row has the same label; a classifier needs at least two"
+        if self.lacks_labels:
+            return f"not ready: {self.lacks_labels}"
         return f"ready to train ({self.dropped:,} rows are too long and left out)" if self.dropped else "ready to train"
 
     @property
@@ -112,21 +114,13 @@ def report_on(
     division: Division, task: str, tokenizer: Tokenizer, max_length: int, long_rows: LongRows, train_on: TrainOn
 ) -> DataReport:
     """Tokenise both sides and find everything that would stop a training run on them."""
-    labels = Counter(str(row.fields["label"]) for row in division.train) if task == "seq_cls" else Counter()
+    labels = label_counts(division.train)
     problems = list(division.problems)
     sides: list[list[Any]] = []
     dropped = 0
     for rows in (division.train, division.held_out):
-        if task == "seq_cls":
-            problems += [Problem(row.place, _unknown(row)) for row in rows if str(row.fields["label"]) not in labels]
-            rows = [row for row in rows if str(row.fields["label"]) in labels]
-            examples: list[Any] = label_examples(rows, tokenizer, sorted(labels), 10**9, "cut") if rows else []
-        elif task == "embedding":
-            examples = tokenised_pairs(rows, tokenizer)
-        else:
-            asking = task == "seq2seq_lm"
-            examples, refused = tokenised_answers(rows, tokenizer) if asking else tokenise(rows, tokenizer, train_on)
-            problems += refused
+        examples, refused = tokenised(task, rows, tokenizer, sorted(labels), train_on)
+        problems += refused
         kept = fitted(examples, max_length, long_rows)
         problems += _problems(kept, max_length)
         dropped += len(examples) - len(kept)
@@ -141,11 +135,8 @@ def report_on(
         problems=list(dict.fromkeys(problems)),
         dropped=dropped,
         example=next(iter(sides[0]), None),
+        lacks_labels=lacks_labels(division.train, labels),
     )
-
-
-def _unknown(row: Row) -> str:
-    return f"the label {row.fields['label']!r} is not among those that are trained"
 
 
 def _problems(kept: Sequence[Example], max_length: int) -> Iterator[Problem]:

@@ -3,7 +3,7 @@
 import json
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import floor
 from pathlib import Path
 
@@ -114,9 +114,11 @@ def _with(row: Row, fields: dict) -> Row:
 def question_key(row: Row) -> str:
     """What a row asks, with all white space alike: rows with the same key ask the same.
 
-    The prompt, the conversation before its last assistant message, the text, or the anchor of a pair.
+    The prompt, the conversation before its last assistant message, the text, the words to tag, or the anchor of a pair.
     """
     fields = row.fields
+    if "tokens" in fields:
+        return " ".join(fields["tokens"])
     if "messages" not in fields:
         return " ".join(next(fields[name] for name in ("prompt", "anchor", "text") if name in fields).split())
     messages = fields["messages"]
@@ -204,6 +206,9 @@ def divide(
     """
     scan = scan_rows(data, task, layout)
     if eval_data is not None:
+        if scan.found.shape and scan.found.shape.task != "causal_lm":
+            # A classifier's loss and scores need what it was trained on: one label, several, or tags.
+            layout = replace(layout or Layout(), format=scan.found.shape.name)
         held_out = scan_rows(eval_data, task, layout)
         train, left_out = without_overlap(scan.rows, held_out.rows)
         if left_out and not train:

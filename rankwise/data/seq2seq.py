@@ -1,6 +1,5 @@
 """Rows → tokens for sequence-to-sequence models: the encoder reads what is asked, the decoder writes the answer."""
 
-from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import ClassVar
@@ -32,13 +31,18 @@ class Seq2SeqExample:
         return self.source + self.target
 
     @property
-    def taught(self) -> bytes:
-        return array("q", [len(self.source)]).tobytes()
+    def taught(self) -> tuple[int, ...]:
+        return (len(self.source),)
 
     @property
     def counted(self) -> int:
         """How many predictions the loss counts: every token of the target."""
         return len(self.target)
+
+    @property
+    def answer(self) -> Ids:
+        """What the model should find."""
+        return self.target
 
     def short(self) -> "Seq2SeqExample":
         """The first 24 tokens of both."""

@@ -9,6 +9,8 @@
 | text | text | the same |
 | text/label | text, label | the same |
 | pairs | anchor, positive; negative may be there, a text or several | anchor, positive, negatives: a list |
+| text/labels | text, labels: a list, which may be empty | the same |
+| tokens/tags | tokens: a list of words; tags: one a word | the same |
 """
 
 from collections import Counter
@@ -17,11 +19,24 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from rankwise.data.conversations import Faults, kind, messages_from, messages_from_sharegpt, tools_from, unreadable
+from rankwise.data.files import parse_json
 from rankwise.errors import ConfigError, DataError, nearest
+from rankwise.lora.config import TaskType
 
 Fields = Mapping[str, Any]
-Task = Literal["causal_lm", "seq_cls", "embedding", "seq2seq_lm"]
-Format = Literal["prompt/completion", "alpaca", "messages", "sharegpt", "text", "text/label", "pairs"]
+Task = Literal["causal_lm", "seq_cls", "token_cls", "embedding", "seq2seq_lm"]
+TASK_TYPES = {
+    "causal_lm": TaskType.CAUSAL_LM,
+    "seq_cls": TaskType.SEQ_CLS,
+    "token_cls": TaskType.TOKEN_CLS,
+    "embedding": TaskType.FEATURE_EXTRACTION,
+    "seq2seq_lm": TaskType.SEQ_2_SEQ_LM,
+}
+Format = Literal[
+    "prompt/completion", "alpaca", "messages", "sharegpt", "text", "text/label", "text/labels", "tokens/tags", "pairs"
+]
+LABELLED: tuple[Task, ...] = ("seq_cls", "token_cls")
+"""The tasks whose models are classifiers: their adapters come with a head and the labels' names."""
 ASKING: tuple[Task, ...] = ("causal_lm", "seq2seq_lm")
 """The tasks whose models answer prompts."""
 
@@ -128,7 +143,7 @@ def _text(fields: Fields, faults: Faults) -> dict[str, Any]:
 
 def _text_label(fields: Fields, faults: Faults) -> dict[str, Any]:
     label = fields["label"]
-    if isinstance(label, bool) or not isinstance(label, str | int) or not str(label).strip():
+    if not _is_label(label):
         faults.append(f"label must be a string or a whole number, found {label!r:.80}")
     return {**_text(fields, faults), "label": label}
 
@@ -146,6 +161,50 @@ def _pair(fields: Fields, faults: Faults) -> dict[str, Any]:
     return {"anchor": anchor, "positive": positive, "negatives": negatives}
 
 
+def _text_labels(fields: Fields, faults: Faults) -> dict[str, Any]:
+    labels = _label_list("labels", fields["labels"], faults)
+    twice = [label for label, count in Counter(labels).items() if count > 1]
+    if twice:
+        faults.append(f"labels holds {twice[0]!r:.80} twice")
+    return {**_text(fields, faults), "labels": labels}
+
+
+def _tokens_tags(fields: Fields, faults: Faults) -> dict[str, Any]:
+    tags = _label_list("tags", fields["tags"], faults)
+    tokens = _list(fields["tokens"])
+    if not isinstance(tokens, list) or not tokens:
+        faults.append(f"tokens must be a list of words that is not empty, found {tokens!r:.80}")
+        return {}
+    for number, word in enumerate(tokens):
+        _check_text(f"tokens[{number}]", word, faults, "and an empty word has no token to tag")
+    if len(tokens) != len(tags) and not faults:
+        faults.append(f"{len(tokens)} tokens, but {len(tags)} tags; each word needs one")
+    return {"tokens": tokens, "tags": tags}
+
+
+def _label_list(name: str, value: Any, faults: Faults) -> list[str]:
+    labels = _list(value)
+    if not isinstance(labels, list):
+        faults.append(f"{name} must be a list, found {labels!r:.80}")
+        return []
+    for number, label in enumerate(labels):
+        if not _is_label(label):
+            faults.append(f"{name}[{number}] must be a string or a whole number, found {label!r:.80}")
+    return [str(label) for label in labels]
+
+
+def _is_label(value: Any) -> bool:
+    return isinstance(value, str | int) and not isinstance(value, bool) and bool(str(value).strip())
+
+
+def _list(value: Any) -> Any:
+    """A list of a table's cell, where it is JSON text; any other value as it is."""
+    try:
+        return parse_json(value) if isinstance(value, str) else value
+    except (ValueError, RecursionError):
+        return value
+
+
 SHAPES = (
     Shape("prompt/completion", "causal_lm", ("prompt", "completion"), (), _prompt_completion),
     Shape("messages", "causal_lm", ("messages",), ("tools",), _messages),
@@ -154,6 +213,8 @@ SHAPES = (
     Shape("text", "causal_lm", ("text",), (), _text),
     Shape("text/label", "seq_cls", ("text", "label"), (), _text_label),
     Shape("pairs", "embedding", ("anchor", "positive"), ("negative",), _pair),
+    Shape("text/labels", "seq_cls", ("text", "labels"), (), _text_labels),
+    Shape("tokens/tags", "token_cls", ("tokens", "tags"), (), _tokens_tags),
 )
 # An encoder and a decoder answer what a causal model answers; a text alone asks nothing.
 SHAPES += tuple(replace(s, task="seq2seq_lm") for s in SHAPES if s.task == "causal_lm" and s.name != "text")
@@ -186,7 +247,7 @@ def detect(rows: Iterable[Fields], task: str, layout: Layout) -> Found:
     """The shape that most rows have, or `layout.format`.
 
     Among shapes that at least half of the rows have, the first of SHAPES wins: rows of instruction, output and text are
-    alpaca rows even if some of them lack their output. A row with a label is not taken for plain text.
+    alpaca rows even if some of them lack their output. A row with a label or labels is not taken for plain text.
     Raises ConfigError if the format is not one of the task's, DataError for a column that no row has.
     """
     kinds = Counter(tuple(fields) for fields in rows)
@@ -214,7 +275,7 @@ def detect(rows: Iterable[Fields], task: str, layout: Layout) -> Found:
 
 
 def _fits(shape: Shape, names: Sequence[str], layout: Layout) -> bool:
-    plain = shape.name != "text" or "label" not in names or layout.format == "text"
+    plain = shape.name != "text" or not {"label", "labels"} & set(names) or layout.format == "text"
     return plain and all(name in names for name in shape.needed)
 
 

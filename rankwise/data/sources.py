@@ -52,7 +52,7 @@ def read_sources(entries: Sequence[str | Path]) -> Iterator[Row | Problem]:
 def _files_in(folder: Path) -> list[Path]:
     files = sorted(path for path in folder.rglob("*") if path.is_file() and is_data_file(path))
     if not files:
-        raise DataError(f"{folder} cannot be read: the folder holds no JSONL, JSON, CSV, TSV or Parquet file")
+        raise DataError(f"{folder} cannot be read: the folder holds no JSONL, JSON, CSV, TSV, CoNLL or Parquet file")
     held_out = [path for path in files if _HELD_OUT.match(path.name)]
     others = [path for path in files if path not in held_out]
     if held_out and others:

@@ -3,10 +3,11 @@
 from collections.abc import Sequence
 from typing import Any
 
-from rankwise.data.examples import LongRows, label_examples, text_examples
-from rankwise.data.files import Row
-from rankwise.data.pairs import pair_examples
-from rankwise.data.seq2seq import seq2seq_examples
+from rankwise.data.examples import LongRows, text_examples, tokenise
+from rankwise.data.files import Problem, Row
+from rankwise.data.labelled import label_examples, tokenise_labelled
+from rankwise.data.pairs import pair_examples, tokenised_pairs
+from rankwise.data.seq2seq import seq2seq_examples, tokenised_answers
 from rankwise.data.transcripts import Tokenizer, TrainOn
 
 
@@ -23,7 +24,7 @@ def examples_for(
     if not rows:
         return []
     match task:
-        case "seq_cls":
+        case "seq_cls" | "token_cls":
             return label_examples(rows, tokenizer, labels, max_length, long_rows)
         case "embedding":
             return pair_examples(rows, tokenizer, max_length, long_rows)
@@ -31,3 +32,18 @@ def examples_for(
             return seq2seq_examples(rows, tokenizer, max_length, long_rows)
         case _:
             return text_examples(rows, tokenizer, max_length, long_rows, train_on)
+
+
+def tokenised(
+    task: str, rows: Sequence[Row], tokenizer: Tokenizer, labels: Sequence[str], train_on: TrainOn
+) -> tuple[list[Any], list[Problem]]:
+    """The same in any length, and what is wrong with rows that cannot be examples."""
+    match task:
+        case "seq_cls" | "token_cls":
+            return tokenise_labelled(rows, tokenizer, labels)
+        case "embedding":
+            return tokenised_pairs(rows, tokenizer), []
+        case "seq2seq_lm":
+            return tokenised_answers(rows, tokenizer)
+        case _:
+            return tokenise(rows, tokenizer, train_on)

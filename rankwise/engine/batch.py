@@ -1,13 +1,15 @@
 """Examples → the tensors of one forward pass: packed into a stream, or padded for a model that packing cannot serve."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from rankwise.data.examples import LabelExample, TextExample
+from rankwise.data.examples import Ids, TextExample
+from rankwise.data.labelled import LabelExample, LabelledExample, LabelSetExample, TagExample
 from rankwise.engine.attention import Packing
 
 _LEAST_SAVED = 16
@@ -24,9 +26,28 @@ class Stream:
     """[1, T], restarting with each example"""
     packing: Packing
     predictors: Tensor
-    """[n], where in the stream the hidden state lies that predicts each trained token"""
+    """[n], where in the stream the hidden state lies that predicts each trained token, text or word"""
     targets: Tensor
-    """[n], the trained tokens"""
+    """[n], the trained tokens, labels or tags; [n, labels] 0 or 1 where a text may have several labels"""
+    texts: tuple[Ids, ...]
+    """All that stands in it."""
+    own: tuple[int, ...]
+    """For each text the segment that it ends with."""
+
+    def inputs(self) -> dict[str, Any]:
+        """What a model with packed attention takes."""
+        return {"input_ids": self.ids, "position_ids": self.positions, "packing": self.packing}
+
+    def places(self, text: int) -> Tensor:
+        """[t], where in the stream the tokens of a text stand"""
+        ends = list(accumulate(self.packing.lengths))
+        path = self.packing.path(self.own[text])
+        return torch.cat([torch.arange(ends[part] - self.packing.lengths[part], ends[part]) for part in path])
+
+
+def stream_of(examples: Sequence[Any], device: torch.device) -> Stream:
+    """The stream of examples of any one kind."""
+    return _PACKERS[type(examples[0])](examples, device)
 
 
 def pack(examples: Sequence[TextExample], device: torch.device) -> Stream:
@@ -43,7 +64,8 @@ def pack(examples: Sequence[TextExample], device: torch.device) -> Stream:
         targets += [example.ids[place] for place in places]
     tensors = [torch.tensor(values, device=device) for values in (layout.ids, layout.positions, predictors, targets)]
     packing = Packing(tuple(layout.lengths), tuple(layout.before))
-    return Stream(tensors[0][None], tensors[1][None], packing, tensors[2], tensors[3])
+    texts, own = tuple(example.ids for example in examples), tuple(layout.own)
+    return Stream(tensors[0][None], tensors[1][None], packing, tensors[2], tensors[3], texts, own)
 
 
 class _Layout:
@@ -92,17 +114,44 @@ class _Layout:
 
 def pack_texts(examples: Sequence[LabelExample], device: torch.device) -> Stream:
     """Pack texts to be classified; predictors are the first tokens of the texts, targets their labels."""
-    return pack_whole([example.ids for example in examples], [example.label for example in examples], device)
+    return pack_whole(_ids(examples), [(0,)] * len(examples), [example.label for example in examples], device)
 
 
-def pack_whole(texts: Sequence[Sequence[int]], targets: Sequence[int], device: torch.device) -> Stream:
-    """Pack texts that share nothing; predictors are their first tokens, each of which has its target."""
+def pack_label_sets(examples: Sequence[LabelSetExample], device: torch.device) -> Stream:
+    """Pack texts that may have several labels; predictors are their first tokens."""
+    return pack_whole(_ids(examples), [(0,)] * len(examples), [example.labels for example in examples], device)
+
+
+def pack_tagged(examples: Sequence[TagExample], device: torch.device) -> Stream:
+    """Pack sentences whose words are tagged; predictors are the first tokens of the words, targets their tags."""
+    tags = [tag for example in examples for tag in example.tags]
+    return pack_whole(_ids(examples), [example.words for example in examples], tags, device)
+
+
+def _ids(examples: Sequence[LabelledExample]) -> list[Ids]:
+    return [example.ids for example in examples]
+
+
+def pack_whole(
+    texts: Sequence[Ids], read: Sequence[Sequence[int]], targets: Sequence[Any], device: torch.device
+) -> Stream:
+    """A stream of texts that share nothing; `read`: what is read of each of them, counted from its first token."""
     lengths = tuple(map(len, texts))
-    ids = torch.tensor([token for text in texts for token in text], device=device)
-    positions = torch.cat([torch.arange(length, device=device) for length in lengths])
-    firsts = torch.tensor(lengths, device=device).cumsum(0) - torch.tensor(lengths, device=device)
-    packing = Packing.of_whole_examples(lengths)
-    return Stream(ids[None], positions[None], packing, firsts, torch.tensor(targets, device=device))
+    starts = [end - length for end, length in zip(accumulate(lengths), lengths, strict=True)]
+    predictors = [start + place for start, places in zip(starts, read, strict=True) for place in places]
+    ids = [token for text in texts for token in text]
+    positions = [place for length in lengths for place in range(length)]
+    tensors = [torch.tensor(values, device=device) for values in (ids, positions, predictors, targets)]
+    packing, own = Packing.of_whole_examples(lengths), tuple(range(len(lengths)))
+    return Stream(tensors[0][None], tensors[1][None], packing, tensors[2], tensors[3], tuple(texts), own)
+
+
+_PACKERS: dict[type, Callable[[Any, torch.device], Stream]] = {
+    TextExample: pack,
+    LabelExample: pack_texts,
+    LabelSetExample: pack_label_sets,
+    TagExample: pack_tagged,
+}
 
 
 def pad(rows: Sequence[Sequence[int]], pad_id: int, device: torch.device, left: bool = False) -> tuple[Tensor, Tensor]:

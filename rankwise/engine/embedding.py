@@ -2,7 +2,6 @@
 
 import random
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -13,7 +12,7 @@ from rankwise.data.examples import Ids
 from rankwise.data.pairs import PairExample
 from rankwise.engine.batch import Stream, pack_whole, pad
 from rankwise.engine.contrast import Contrast
-from rankwise.engine.engine import HELD_OUT_BATCH, WholeTextEngine
+from rankwise.engine.engine import EVALUATED_AT_ONCE, WholeTextEngine
 from rankwise.models.pooling import pooling_of
 
 
@@ -35,11 +34,11 @@ class EmbeddingEngine(WholeTextEngine[PairExample]):
         hidden = self._packed_texts(texts) if self.packs else self._padded_texts(texts)
         return F.normalize(hidden.to(torch.promote_types(hidden.dtype, torch.float32)), dim=1)
 
-    def held_out_batches(self, examples: Sequence[PairExample]) -> list[list[int]]:
+    def evaluation_batches(self, examples: Sequence[PairExample]) -> list[list[int]]:
         """At least 16 rows each (where there are so many), drawn once and for all: an example's loss depends on the
         rows beside it, so the same ones stand beside it at every evaluation of the same rows."""
         order = random.Random(0).sample(range(len(examples)), len(examples))
-        count = max(1, len(order) // HELD_OUT_BATCH)
+        count = max(1, len(order) // EVALUATED_AT_ONCE)
         return [order[start::count] for start in range(count)]
 
     def _packed(self, examples: Sequence[PairExample]) -> tuple[Tensor, Tensor]:
@@ -51,21 +50,25 @@ class EmbeddingEngine(WholeTextEngine[PairExample]):
         contrast = Contrast.of(examples)
         return self._padded_texts(contrast.texts), torch.tensor(contrast.targets, device=self._device)
 
-    def stream(self, texts: Sequence[Ids]) -> Stream:
-        """The texts one after the other; predictors are the tokens that pooling reads."""
-        stream = pack_whole(texts, range(len(texts)), self._device)
-        lengths = torch.tensor(stream.packing.lengths, device=self._device)
-        if self.pooling == "last":
-            return replace(stream, predictors=stream.predictors + lengths - 1)
+    def stream(self, examples: Sequence[PairExample]) -> Stream:
+        """The different texts of a batch; predictors are the tokens that pooling reads, targets their texts."""
+        return self._stream(Contrast.of(examples).texts)
+
+    def _stream(self, texts: Sequence[Ids]) -> Stream:
+        read = [self._read(len(text)) for text in texts]
+        owners = [number for number, places in enumerate(read) for _ in places]
+        return pack_whole(texts, read, owners, self._device)
+
+    def _read(self, length: int) -> range:
+        """The tokens that pooling reads of a text of so many tokens."""
         if self.pooling == "mean":
-            text_of = stream.targets.repeat_interleave(lengths)
-            return replace(stream, predictors=torch.arange(len(text_of), device=self._device), targets=text_of)
-        return stream
+            return range(length)
+        return range(1) if self.pooling == "first" else range(length - 1, length)
 
     def _packed_texts(self, texts: Sequence[Ids]) -> Tensor:
         """[u, d], of any length, as from `_padded_texts`."""
-        stream = self.stream(texts)
-        hidden = self._hidden(stream, stream.predictors)
+        stream = self._stream(texts)
+        hidden = self._read_hidden(stream, stream.predictors)
         if self.pooling != "mean":
             return hidden
         sums = hidden.new_zeros(len(texts), hidden.shape[1]).index_add(0, stream.targets, hidden)
@@ -73,7 +76,8 @@ class EmbeddingEngine(WholeTextEngine[PairExample]):
 
     def _padded_texts(self, texts: Sequence[Ids]) -> Tensor:
         ids, mask = pad(texts, self.pad_id, self._device)
-        hidden = self.model(input_ids=ids, attention_mask=mask).last_hidden_state
+        with self._recomputing():
+            hidden = self.model(input_ids=ids, attention_mask=mask).last_hidden_state
         if self.pooling == "mean":
             return (hidden * mask[:, :, None]).sum(1) / mask.sum(1, keepdim=True)
         read = torch.zeros_like(mask[:, 0]) if self.pooling == "first" else mask.sum(1) - 1

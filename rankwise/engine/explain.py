@@ -4,18 +4,26 @@ from collections.abc import Sequence
 from itertools import zip_longest
 from typing import Any
 
-from rankwise.engine.batch import Stream, pack, pack_texts
-from rankwise.engine.contrast import Contrast
-from rankwise.engine.embedding import EmbeddingEngine
-from rankwise.engine.engine import ClassifierEngine, Engine, LanguageEngine
+import torch
+
+from rankwise.engine.batch import Stream
+from rankwise.engine.blocks import is_watched
+from rankwise.engine.engine import Engine
+from rankwise.engine.language import LanguageEngine
 from rankwise.engine.last_block import PAYS_UP_TO
 from rankwise.engine.seq2seq import Seq2SeqEngine
-from rankwise.lora.layers import named_lora_layers
+from rankwise.engine.state_cache import plan_states
+from rankwise.lora.layers import named_base_modules, named_lora_layers
 from rankwise.lora.linear import LoraLinear
 
 
-def explain(engine: Engine[Any], batches: Sequence[Sequence[Any]]) -> str:
-    """A line for each technique; the shares are those of `batches`, the first ones of the run."""
+def explain(
+    engine: Engine[Any], batches: Sequence[Sequence[Any]], cached: Sequence[Any] = (), cache_bytes: float = 0
+) -> str:
+    """A line for each technique; the shares are those of `batches`, the first ones of the run.
+
+    `cached`: all rows of the run, whose states at the lowest adapted block may take `cache_bytes`.
+    """
     rows = [row for batch in batches for row in batch]
     useful = sum(len(row.ids) for row in rows)
     padded = sum(map(_padded_tokens, batches))
@@ -24,18 +32,21 @@ def explain(engine: Engine[Any], batches: Sequence[Sequence[Any]]) -> str:
         lines.append(f"packed streams: no, because {engine.padded_because}; {padded - useful:,} tokens of padding")
     else:
         lines.append(f"packed streams: yes, {padded - useful:,} tokens of padding saved ({1 - useful / padded:.0%})")
+    streams = [engine.stream(batch) for batch in batches] if engine.packs else []
     if isinstance(engine, LanguageEngine):
-        streams = [pack(batch, engine.model.device) for batch in batches]
         lines += [*_of_text(engine, streams, useful, sum(sum(row.trained) for row in rows)), _of_head(engine)]
-        lines.append(_of_last_block(engine, streams))
-    elif isinstance(engine, ClassifierEngine):
-        lines.append(_of_last_block(engine, [pack_texts(batch, engine.model.device) for batch in batches]))
-    elif isinstance(engine, EmbeddingEngine):
-        lines.append(_of_last_block(engine, [engine.stream(Contrast.of(batch).texts) for batch in batches]))
-    elif isinstance(engine, Seq2SeqEngine):
+    if isinstance(engine, Seq2SeqEngine):
         whole = engine.whole_head_because
         lines.append(f"output head without padding: {'yes' if whole is None else f'no, because {whole}'}")
-    return "\n  ".join([*lines, *_of_layers(engine)])
+    return "\n  ".join(
+        [
+            *lines,
+            _of_last_block(engine, streams),
+            *_of_layers(engine),
+            *_of_memory(engine),
+            _of_states(engine, cached or rows, cache_bytes),
+        ]
+    )
 
 
 def _padded_tokens(batch: Sequence[Any]) -> int:
@@ -86,3 +97,31 @@ def _of_layers(engine: Engine[Any]) -> list[str]:
     if by_hand < len(layers):
         line += " (not with dropout, DoRA, a bias of B, and for quantised or other than linear layers)"
     return [line, f"the backward pass ends at the lowest adapter: {layers[0][0]}"] if layers else []
+
+
+def _of_states(engine: Engine[Any], examples: Sequence[Any], most_bytes: float) -> str:
+    plan, line = plan_states(engine, examples, most_bytes), "blocks below the lowest adapted one computed once a row: "
+    if isinstance(plan, str):
+        return f"{line}no, because {plan}"
+    return f"{line}yes, {plan.depth} blocks; what they put out takes {plan.bytes / 1e9:.2f} GB of the cache"
+
+
+def _of_memory(engine: Engine[Any]) -> list[str]:
+    base = {id(p): p for _, module in named_base_modules(engine.model) for p in module.parameters(recurse=False)}
+    stored = sum(p.nbytes for p in base.values())
+    narrow = sum(p.nbytes for p in base.values() if p.dtype == torch.bfloat16)
+    if narrow:
+        kept = f"{narrow / 1e9:.2f} of {stored / 1e9:.2f} GB in bf16, computed with in fp32; no prepared copies"
+    else:
+        kept = f"{stored / 1e9:.2f} GB as the model computes with them (--base-dtype bf16 halves them)"
+    return [f"base weights: {kept}", f"activations computed again: {_of_recomputing(engine)}"]
+
+
+def _of_recomputing(engine: Engine[Any]) -> str:
+    if not engine.recomputes:
+        return "no, all are kept (--recompute always or auto)"
+    if not engine.stacks:
+        return "no, because no list of blocks was found in the model"
+    free = sum(not is_watched(block) for blocks in engine.stacks for block in blocks[:-1])
+    blocks = sum(map(len, engine.stacks))
+    return f"yes, of {free} of {blocks} blocks, not of the last one and of those with hooks in them"

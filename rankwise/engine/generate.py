@@ -10,6 +10,7 @@ from rankwise.data.examples import Prompt
 from rankwise.engine.batch import pad
 from rankwise.lora.layers import named_lora_layers
 from rankwise.lora.merge import merge_, unmerge_
+from rankwise.lora.narrow import is_narrow
 from rankwise.models.load import pad_id
 
 _PLAIN: dict[str, Any] = {
@@ -33,7 +34,8 @@ def generate(
 ) -> list[str]:
     """The most likely answer to each prompt, token by token, until its end-of-turn token or `max_new_tokens`.
 
-    An adapter in the model is merged meanwhile, so that its tokens cost no more than the base model's.
+    An adapter in the model is merged meanwhile, so that its tokens cost no more than the base model's; not into weights
+    that are stored in a narrower type than the model computes in, which would round it.
     Returns the answers in the order of `prompts`, without special tokens. `on_batch` is told how many are done.
     """
     with _merged(model):
@@ -43,7 +45,7 @@ def generate(
 @contextmanager
 def _merged(model: Any) -> Iterator[None]:
     """Merge an adapter that is at work beside the weights, and go back when the block ends."""
-    if not any(layer.active and not layer.merged for _, layer in named_lora_layers(model)):
+    if is_narrow(model) or not any(layer.active and not layer.merged for _, layer in named_lora_layers(model)):
         yield
         return
     merge_(model)

@@ -16,7 +16,8 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from rankwise.lora.frozen_product import frozen_linear
+from rankwise.lora.frozen_product import frozen_linear, frozen_product
+from rankwise.lora.narrow import is_plain_linear
 
 CHUNK_BYTES = 30 * 2**20
 """Of a chunk's logits. Smaller chunks read W more often; a piece of 32 MiB and more glibc asks of the system anew each
@@ -110,8 +111,8 @@ def _loss_of_chunk(
             gradient.sub_(total * (label_smoothing / gradient.shape[1]))
         if of_cap is not None:
             gradient.mul_(of_cap)
-        weight = head.linear.weight
-        of_hidden.copy_((gradient.to(weight.dtype) @ weight).mul_(head.scale / total))
+        product = frozen_product(gradient.to(hidden.dtype), head.linear.weight)
+        of_hidden.copy_(product.mul_(head.scale / total))
     return losses[:, 0]
 
 
@@ -121,7 +122,7 @@ def why_not_plain(model: Any) -> str | None:
     head = model.get_output_embeddings()
     if head is None:
         return "the model names no output head"
-    if type(head) is not nn.Linear:
+    if not is_plain_linear(head):
         return f"the output head is a {type(head).__name__}, not a plain linear layer"
     if torch.is_grad_enabled() and any(parameter.requires_grad for parameter in head.parameters()):
         return "the output head is trained"

@@ -9,6 +9,12 @@ _NEVER = 2**31 - 1
 _LARGEST = 2**30
 
 
+def return_freed_memory() -> None:
+    """Give back to the system what `keep_freed_memory` kept, so that it does not count as memory of what comes next."""
+    if sys.platform == "linux" and (malloc_trim := getattr(ctypes.CDLL(None), "malloc_trim", None)):
+        malloc_trim(0)
+
+
 def keep_freed_memory() -> None:
     """Let glibc hand freed memory out again instead of returning it to the system, which gives it back page by page.
 

@@ -23,20 +23,6 @@ PAYS_UP_TO = 0.5
 quarters of a block's FLOPs and more; what it costs is n times the projections to queries, keys and values."""
 
 
-def last_block(model: Any) -> nn.Module | None:
-    """The last of the model's blocks; None if no list in it is as long as its config says."""
-    depth = getattr(model.config.get_text_config(), "num_hidden_layers", None)
-    # A list inside a block (experts) comes after that of the blocks.
-    lists = (module for module in model.modules() if isinstance(module, nn.ModuleList))
-    blocks = next((found for found in lists if len(found) == depth), None)
-    return blocks[-1] if blocks else None
-
-
-def is_watched(block: nn.Module) -> bool:
-    """Whether there are hooks in a block: who watches its layers means to see each of them run once, on all tokens."""
-    return any(module._forward_hooks or module._forward_pre_hooks for module in block.modules())
-
-
 @contextmanager
 def only_at(rows: Tensor, block: nn.Module, packing: Packing) -> Iterator[None]:
     """While this lasts, `block` computes the tokens at `rows` [n] of the stream and puts out zeros for all others.

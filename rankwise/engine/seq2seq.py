@@ -5,10 +5,10 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from rankwise.data.seq2seq import Seq2SeqExample
-from rankwise.engine.batch import pad
+from rankwise.engine.batch import Stream, pad
 from rankwise.engine.engine import FAILURES, Engine
 
 
@@ -25,8 +25,21 @@ class Seq2SeqEngine(Engine[Seq2SeqExample]):
         super().__init__(model, pad_id, sample)
         self.whole_head_because = self._why_whole_head(sample)
 
+    @property
+    def stacks(self) -> list[nn.ModuleList]:
+        """The encoder's blocks and the decoder's: the outermost list of each."""
+        found = (part.modules() for part in (self.model.get_encoder(), self.model.get_decoder()))
+        lists = (next((m for m in modules if isinstance(m, nn.ModuleList)), None) for modules in found)
+        return [blocks for blocks in lists if blocks is not None]
+
     def _why_not_packed(self, sample: Sequence[Seq2SeqExample]) -> str | None:
         return "the decoder also attends to what the encoder read, and packed attention serves a single stream"
+
+    def stream(self, examples: Sequence[Seq2SeqExample]) -> Stream:
+        raise NotImplementedError(self.padded_because)
+
+    def _body(self, stream: Stream) -> Tensor:
+        raise NotImplementedError(self.padded_because)
 
     def _packed(self, examples: Sequence[Seq2SeqExample]) -> tuple[Tensor, Tensor]:
         raise NotImplementedError(self.padded_because)
@@ -42,10 +55,11 @@ class Seq2SeqEngine(Engine[Seq2SeqExample]):
             "decoder_input_ids": self.model.prepare_decoder_input_ids_from_labels(targets),
             "use_cache": False,
         }
-        if self.whole_head_because is not None:
-            return self.model(**inputs).logits[counted], targets[counted]
-        with self._head_only_at(counted):
-            return self.model(**inputs).logits, targets[counted]
+        with self._recomputing():
+            if self.whole_head_because is not None:
+                return self.model(**inputs).logits[counted], targets[counted]
+            with self._head_only_at(counted):
+                return self.model(**inputs).logits, targets[counted]
 
     @contextmanager
     def _head_only_at(self, places: Tensor) -> Iterator[None]:

@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from typing import Any, Literal
 
@@ -151,6 +151,16 @@ class LoraConfig:
         """The factor before B·A in a module."""
         alpha, r = _first_match(self.alpha_pattern, name, self.lora_alpha), self.rank_of(name)
         return alpha / r**0.5 if self.use_rslora else alpha / r
+
+    def lowered_to(self, limits: Mapping[str, int]) -> "LoraConfig":
+        """The same with the rank of each module at most its limit, by whole name; the scales stay."""
+        ranks = {name: limit for name, limit in limits.items() if limit < self.rank_of(name)}
+        alphas = {name: self.scale_of(name) * (r**0.5 if self.use_rslora else r) for name, r in ranks.items()}
+        return replace(
+            self,
+            rank_pattern={re.escape(name): r for name, r in ranks.items()} | dict(self.rank_pattern),
+            alpha_pattern={re.escape(name): alpha for name, alpha in alphas.items()} | dict(self.alpha_pattern),
+        )
 
     @property
     def heads(self) -> tuple[str, ...]:

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -132,6 +132,15 @@ def _bias_parameters(
     ]
     found = {name: getattr(modules[name], bias_name(modules[name]), None) for name in names}
     return {name: bias for name, bias in found.items() if isinstance(bias, nn.Parameter) and not is_inside(name, heads)}
+
+
+def largest_ranks(model: nn.Module, config: LoraConfig) -> dict[str, int]:
+    """min(d, k) of each matrix that `inject_` would adapt, by name: no update can have a higher rank.
+
+    Raises TargetError as `inject_` does.
+    """
+    report, _ = _plan(model, replace(config, r=1, rank_pattern={}), DEFAULT)
+    return {matrix.name: min(matrix.d, matrix.k) for matrix in report.matrices}
 
 
 def inject_(

@@ -9,6 +9,7 @@ from torch.nn import functional as F
 from rankwise.lora.frozen_product import PreparedWeight
 from rankwise.lora.layers import LoraLayer
 from rankwise.lora.linear_function import Term, linear_with_update
+from rankwise.lora.narrow import NarrowLinear, is_plain_linear
 from rankwise.lora.shared_input import SharedInput
 from rankwise.lora.update import Update
 
@@ -29,57 +30,62 @@ class LoraLinear(LoraLayer):
         # A and B go to the type of x, never x to theirs: they are small, x is not.
         A, B = update.factors(x.dtype)
         dropped = update.dropout > 0 and update.training
+        matrix = self._frozen_matrix(x)
         # The autograd function is there for its backward pass, and costs more than a token's arithmetic to call.
-        if torch.is_grad_enabled() and not dropped and self._is_matrix_product(x):
+        if torch.is_grad_enabled() and not dropped and matrix is not None:
             if self.shared_input is not None:
                 return self.shared_input.result(self, x)
-            return linear_with_update(x, [self._term(A, B, update.scale)])[0]
-        result = self.base(x)
+            return linear_with_update(x, [self._term(matrix, A, B, update.scale)])[0]
+        # Few and cheap calls: for one token they are what an adapter costs.
+        result = F.linear(x, *matrix) if matrix is not None and matrix[0].dtype == x.dtype else self.base(x)
         if result.dtype != A.dtype:
             return result + self.product(update, x).to(result.dtype)
-        # Few and cheap calls: for one token they are what an adapter costs.
         hidden = F.linear(F.dropout(x, update.dropout) if dropped else x, A)
         return torch.add(result, F.linear(hidden, B), alpha=update.scale)
 
     def term(self, x: Tensor) -> Term | None:
         """The layer as linear_function computes it on this input; None where it is more than that."""
-        update = self._only_plain_update()
-        if update is None or (update.dropout and update.training) or not self._is_matrix_product(x):
+        update, matrix = self._only_plain_update(), self._frozen_matrix(x)
+        if update is None or (update.dropout and update.training) or matrix is None:
             return None
-        return self._term(*update.factors(x.dtype), update.scale)
+        return self._term(matrix, *update.factors(x.dtype), update.scale)
 
-    def _term(self, A: Tensor, B: Tensor, scale: float) -> Term:
-        weight, prepared = self.base.weight, self.prepared
+    def _term(self, matrix: tuple[Tensor, Tensor | None], A: Tensor, B: Tensor, scale: float) -> Term:
+        weight, bias = matrix
+        prepared = self.prepared
         if prepared is not None and prepared.source is not weight:
             prepared = None
-        return Term(weight, self.base.bias, A, B, scale, prepared)
+        return Term(weight, bias, A, B, scale, prepared)
 
     def has_own_backward(self, dtype: torch.dtype) -> bool:
         """Whether training on inputs of this type takes the hand-written backward pass (linear_function)."""
         update = self._only_plain_update()
-        return (
-            update is not None
-            and not update.dropout
-            and self._is_matrix_product(self.base.weight.new_empty(0, dtype=dtype))
-        )
+        empty = self.base.weight.new_empty(0, dtype=dtype)
+        return update is not None and not update.dropout and self._frozen_matrix(empty) is not None
 
     def _only_plain_update(self) -> Update | None:
         """The one update at work, if its change is scale·B·A·x and nothing more."""
         if self.rows is not None or self.merged or len(self.active) != 1:
             return None
         [(adapter, weight)] = self.active.items()
-        update = self.update(adapter)
+        # Past nn.Module's search for attributes, which costs as much as a quarter of a token's product.
+        shares: Any = self._modules["shares"]
+        update = shares._modules[adapter]
         return update if weight == 1 and update.is_plain else None
 
-    def _is_matrix_product(self, x: Tensor) -> bool:
-        """Whether base(x) is W·x + bias and nothing else, with W and bias frozen."""
-        base = self.base
-        return (
-            type(base) is nn.Linear
-            and type(base.weight) is nn.Parameter
-            and base.weight.dtype == x.dtype
-            and not base.weight.requires_grad
-            and (base.bias is None or not base.bias.requires_grad)
-            and not (base._forward_hooks or base._forward_pre_hooks)
-            and not torch.is_autocast_enabled(x.device.type)
-        )
+    def _frozen_matrix(self, x: Tensor) -> tuple[Tensor, Tensor | None] | None:
+        """(W, bias) if base(x) is W·x + bias and nothing else, with both frozen."""
+        base: Any = self._modules["base"]
+        # Some libraries give a layer another forward, which moves its weight to where the input is.
+        if not is_plain_linear(base) or "forward" in base.__dict__ or base._forward_hooks or base._forward_pre_hooks:
+            return None
+        weight, bias = base._parameters.get("weight"), base._parameters.get("bias")
+        if (
+            type(weight) is not nn.Parameter
+            or (weight.dtype != x.dtype and type(base) is not NarrowLinear)
+            or weight.requires_grad
+            or (bias is not None and bias.requires_grad)
+            or torch.is_autocast_enabled("cpu" if x.is_cpu else x.device.type)
+        ):
+            return None
+        return weight, bias

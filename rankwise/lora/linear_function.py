@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from rankwise.lora.frozen_product import PreparedWeight, frozen_linear
+from rankwise.lora.frozen_product import PreparedWeight, frozen_linear, frozen_product
 
 
 class Term(NamedTuple):
@@ -72,7 +72,7 @@ class _LinearWithUpdate(torch.autograd.Function):
             if ctx.needs_input_grad[_argument(index, "B")]:
                 of_B[index] = (own.T @ rows).mul_(scale).T
             if ctx.needs_input_grad[0]:
-                part = rows @ weight if prepared is None else frozen_linear(rows, prepared.backward)
+                part = frozen_product(rows, weight) if prepared is None else frozen_linear(rows, prepared.backward)
                 of_x = part if of_x is None else of_x.add_(part)
         if of_x is not None:
             of_x = of_x.addmm_(of_hidden, stacked).view(x.shape)

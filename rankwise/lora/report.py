@@ -1,4 +1,4 @@
-"""What an adapter adapts: each matrix, and the totals."""
+"""What an adapter adapts, each matrix and the totals, and what became of each."""
 
 from dataclasses import dataclass, field
 
@@ -68,3 +68,30 @@ class InjectReport:
             f"{len(self.matrices)} matrices: {full:,} → {adapter:,} numbers, {self.factor:,.1f} times fewer; "
             f"{self.trainable_parameters:,} of {self.total_parameters:,} parameters train ({self.share:.2%})"
         )
+
+
+@dataclass(frozen=True)
+class TrainedUpdate:
+    """One update ΔW = scale·B·A, as training left it."""
+
+    name: str
+    d: int
+    k: int
+    rank: int
+    scale: float
+    numbers: int
+    sigma: tuple[float, ...]
+    """Its singular values, the largest first; empty where the file holds no single B·A (a convolution's groups)."""
+    effective_rank: float
+    """exp of the entropy of the singular values' shares."""
+    stable_rank: float
+    """‖ΔW‖_F² / ‖ΔW‖₂²."""
+    strength: float | None = None
+    """‖ΔW‖_F / ‖W0‖_F, beside a model."""
+    intruders: int | None = None
+    """Intruder dimensions among the first 10, beside a model (Shuttleworth et al. 2024, arXiv 2410.21228)."""
+
+    @property
+    def kind(self) -> str:
+        """The last part of the name, which modules of a kind share."""
+        return self.name.rpartition(".")[2]

@@ -10,6 +10,7 @@ from rankwise.errors import TargetError, listing, nearest
 from rankwise.lora.base_weight import dimensions, is_conv1d
 from rankwise.lora.config import ALL_LINEAR, LoraConfig, matches_name, matches_target
 from rankwise.lora.kinds import unsupported_reason
+from rankwise.lora.narrow import is_plain_linear
 
 
 def is_linear(module: nn.Module) -> bool:
@@ -18,7 +19,7 @@ def is_linear(module: nn.Module) -> bool:
 
 def _maps_to_one_vector(module: nn.Module) -> bool:
     """Whether a layer gives d numbers for k; what derives from nn.Linear may do more, such as a mixture's router."""
-    if not isinstance(module, nn.Linear) or type(module).forward is nn.Linear.forward:
+    if not isinstance(module, nn.Linear) or is_plain_linear(module) or type(module).forward is nn.Linear.forward:
         return True
     weight = module.weight
     if not weight.is_floating_point():  # A quantised layer, which has to have its own forward.

@@ -1,22 +1,20 @@
 """A base model with an adapter folder on it, for everything that uses an adapter after training."""
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from rankwise import atomic
+from rankwise.data.labelled import ONE_LABEL, SEVERAL_LABELS
+from rankwise.data.shapes import LABELLED, TASK_TYPES
 from rankwise.errors import ConfigError
 from rankwise.lora.checkpoint import load_adapter_, read_adapter
 from rankwise.lora.config import TaskType
 from rankwise.models.load import load_model, load_tokenizer
 
 LABELS_FILE = "labels.json"
-TASK_TYPES = {
-    "causal_lm": TaskType.CAUSAL_LM,
-    "seq_cls": TaskType.SEQ_CLS,
-    "embedding": TaskType.FEATURE_EXTRACTION,
-    "seq2seq_lm": TaskType.SEQ_2_SEQ_LM,
-}
 
 
 @dataclass(frozen=True)
@@ -29,8 +27,8 @@ class Adapted:
     labels: list[str]
 
 
-def load_adapted(base: str | None, adapter: Path | None, task: str | None = None) -> Adapted:
-    """Load `base` and put `adapter` (its folder, or its run's folder) on it, if given.
+def load_adapted(base: str | None, adapter: Path | None, task: str | None = None, base_dtype: str = "fp32") -> Adapted:
+    """Load `base` (`base_dtype` as in load_model) and put `adapter` (its folder, or its run's folder) on it, if given.
 
     Without `base` or `task`, the adapter's own notes of its base model and its task are used; a base model alone
     answers prompts.
@@ -39,10 +37,10 @@ def load_adapted(base: str | None, adapter: Path | None, task: str | None = None
     if adapter is None:
         if base is None:
             raise ConfigError("give a base model with --model, an adapter with --adapter, or both")
-        if task == "seq_cls":
-            raise ConfigError("--task seq_cls needs an --adapter, which holds the names of the labels")
+        if task in LABELLED:
+            raise ConfigError(f"--task {task} needs an --adapter, which holds the names of the labels")
         task = task or "causal_lm"
-        return Adapted(load_model(base, task), load_tokenizer(base), task, [])
+        return Adapted(load_model(base, task, base_dtype=base_dtype), load_tokenizer(base), task, [])
     folder = adapter_folder(adapter)
     config = read_adapter(folder).config
     base = base or config.base_model_name_or_path
@@ -52,8 +50,8 @@ def load_adapted(base: str | None, adapter: Path | None, task: str | None = None
     task = task or next((task for task, kind in TASK_TYPES.items() if kind == noted), None)
     if task is None:
         raise ConfigError(f"the adapter in {folder} is for {config.task_type}, which this command does not serve")
-    labels = read_labels(folder) if task == "seq_cls" else []
-    model = load_model(base, task, labels)
+    labels, problem_type = read_labels(folder) if task in LABELLED else ([], None)
+    model = load_model(base, task, labels, problem_type if task == "seq_cls" else None, base_dtype)
     load_adapter_(model, folder)
     return Adapted(model, load_tokenizer(base), task, labels)
 
@@ -63,14 +61,31 @@ def adapter_folder(path: Path) -> Path:
     return path / "adapter" if (path / "adapter").is_dir() else path
 
 
-def read_labels(adapter: Path) -> list[str]:
-    """The labels' names of a classifier's adapter folder; raises ConfigError if they are not there."""
+def write_labels(model: Any, labels: Sequence[str], adapter: Path) -> None:
+    """Write a classifier's label names, if it has any, into its adapter folder, whose format has no place for them.
+
+    A JSON list in the order of the outputs; where a text may have several labels, an object with that list and
+    transformers' word for it.
+    """
+    if not labels:
+        return
+    several = model.config.problem_type == SEVERAL_LABELS
+    content = {"problem_type": SEVERAL_LABELS, "labels": list(labels)} if several else list(labels)
+    atomic.write_text(adapter / LABELS_FILE, json.dumps(content, ensure_ascii=False, indent=1) + "\n")
+
+
+def read_labels(adapter: Path) -> tuple[list[str], str]:
+    """(the labels' names of a classifier's adapter folder, how many a text may have in transformers' words).
+
+    Raises ConfigError if they are not there."""
     path = adapter / LABELS_FILE
     try:
-        labels = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        content = json.loads(path.read_text(encoding="utf-8"))
+        several = isinstance(content, dict)
+        labels = [str(label) for label in (content["labels"] if several else content)]
+    except (OSError, ValueError, KeyError, TypeError):
         raise ConfigError(
             f"{path} is missing or damaged; it holds the names of the labels, as a JSON list in the order of the "
             "classifier's outputs. Write it, or give the adapter folder of a rankwise run"
         ) from None
-    return [str(label) for label in labels]
+    return labels, SEVERAL_LABELS if several else ONE_LABEL

@@ -10,15 +10,18 @@ import torch
 from torch import nn
 
 from rankwise import atomic
+from rankwise.data.shapes import TASK_TYPES
 from rankwise.errors import ModelError
 from rankwise.lora.inject import adapters_off
 from rankwise.lora.layers import named_base_modules
+from rankwise.lora.narrow import compute_in_
 from rankwise.models.locate import local_path
 from rankwise.models.quiet import quiet
 
-_CLASSES = {
+_AUTO_CLASSES = {
     "causal_lm": "AutoModelForCausalLM",
     "seq_cls": "AutoModelForSequenceClassification",
+    "token_cls": "AutoModelForTokenClassification",
     "embedding": "AutoModel",
     "seq2seq_lm": "AutoModelForSeq2SeqLM",
 }
@@ -30,20 +33,31 @@ _KINDS = {
 }
 
 
-def load_model(name: str, task: str, labels: Sequence[str] = ()) -> Any:
-    """The base model for `task` (a classifier with one output for each of `labels`), in evaluation mode.
+def load_model(
+    name: str,
+    task: str,
+    labels: Sequence[str] = (),
+    problem_type: str | None = None,
+    base_dtype: str = "fp32",
+) -> Any:
+    """The base model for `task`, a classifier with one output for each of `labels`, in evaluation mode.
 
-    Weights are loaded in fp32, on the GPU if there is one. A classifier head that the model lacks is drawn from
-    torch's global generator. Raises ModelError if transformers cannot load it.
+    `problem_type` says whether a text has one label or several, in transformers' words (rankwise.data.labelled).
+    The model computes in fp32, on the GPU if there is one. With a `base_dtype` of "bf16" the weights of linear layers
+    and embeddings, a classifier's head excepted, are loaded and kept in bf16 (lora/narrow.py). A classifier head that
+    the model lacks is drawn from torch's global generator. Raises ModelError if transformers cannot load it.
     """
     import transformers
 
     folder = local_path(name)
-    source: dict[str, Any] = {"dtype": torch.float32, "local_files_only": True, "use_safetensors": True}
-    kind: Any = getattr(transformers, _CLASSES[task])
-    if task == "seq_cls":
+    dtype = torch.bfloat16 if base_dtype == "bf16" else torch.float32
+    source: dict[str, Any] = {"dtype": dtype, "local_files_only": True, "use_safetensors": True}
+    kind: Any = getattr(transformers, _AUTO_CLASSES[task])
+    if labels:
         source |= {"id2label": dict(enumerate(labels)), "label2id": {label: i for i, label in enumerate(labels)}}
         source["ignore_mismatched_sizes"] = True
+    if problem_type is not None:
+        source["problem_type"] = problem_type
     with quiet():
         try:
             model, loading = kind.from_pretrained(folder, **source, output_loading_info=True)
@@ -53,7 +67,7 @@ def load_model(name: str, task: str, labels: Sequence[str] = ()) -> Any:
     if task == "embedding":
         # An embedding is read before it, and many files do not hold it.
         missing = [key for key in missing if not key.startswith("pooler.")]
-    if task != "seq_cls" and missing:
+    if missing and task in _KINDS:
         raise ModelError(
             f"{name} is no {_KINDS[task]}: {len(missing)} weights that one needs are not in its files "
             f"({', '.join(missing[:3])}, …). Choose another model, or another --task"
@@ -64,6 +78,8 @@ def load_model(name: str, task: str, labels: Sequence[str] = ()) -> Any:
         raise ModelError(f"{name} does not say how its decoder begins; use a model such as T5 or BART")
     if task == "seq_cls" and model.config.pad_token_id is None:
         model.config.pad_token_id = model.config.eos_token_id
+    if base_dtype == "bf16":
+        compute_in_(model, torch.float32, TASK_TYPES[task].head_names)
     return model.to(_device()).eval()
 
 

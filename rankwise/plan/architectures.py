@@ -4,6 +4,7 @@ What a block keeps for its backward pass was read from transformers' code; tests
 """
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
@@ -14,12 +15,17 @@ from rankwise.plan.shape import Block, Linear, ModelShape
 
 Attention = Literal["packed", "padded", "scores"]
 ENCODERS = ("bert", "roberta", "xlm-roberta", "camembert", "distilbert")
-PLANNED = ("causal_lm", "seq_cls")
+PLANNED = ("causal_lm", "seq_cls", "token_cls")
 """The tasks whose cost a plan knows."""
+TAGGERS = {
+    **dict.fromkeys(("llama", "mistral", "ministral", "qwen2", "qwen3", "smollm3", "gemma", "phi3"), "score"),
+    **dict.fromkeys(("gpt2", "gpt_neox", "bloom", "falcon"), "classifier"),
+}
+"""Decoders that transformers has token classifiers of, and the name of their head."""
 
 
 def read_shape(source: Path | str, task: str, labels: int = 2) -> ModelShape:
-    """The shape of a model for `task` ("causal_lm", or "seq_cls" with so many labels).
+    """The shape of a model for `task`; a classifier ("seq_cls", "token_cls") has so many labels.
 
     `source` is a config.json, a folder that holds one, or the name of a published model (settings.PUBLISHED).
     Raises ModelError for an architecture that is not known and for a file that lacks what is needed.
@@ -35,16 +41,21 @@ def read_shape(source: Path | str, task: str, labels: int = 2) -> ModelShape:
             f"known: {', '.join(known)}"
         )
     if kind in ENCODERS and task == "causal_lm":
-        raise ModelError(f"a {kind} model is no causal language model; plan it with --task seq_cls")
+        raise ModelError(f"a {kind} model is no causal language model; plan it with --task seq_cls or token_cls")
+    if task == "token_cls" and kind not in (*ENCODERS, *TAGGERS):
+        raise ModelError(
+            f"transformers has no token classifier for {kind}; it has for {', '.join((*ENCODERS, *TAGGERS))}"
+        )
     if kind in LLAMAS:
         shape = _llama(settings, kind)
     else:
-        shape = _encoder(settings, kind, labels) if kind in ENCODERS else _FAMILIES[kind](settings, kind)
+        shape = _encoder(settings, kind, task, labels) if kind in ENCODERS else _FAMILIES[kind](settings, kind)
     settings.check()
-    if task == "seq_cls" and kind not in ENCODERS:
-        head = Linear("score", labels, shape.head.k, False, "final")
-        shape = ModelShape(**{**vars(shape), "head": head, "head_is_tied": False})
-    return shape
+    if kind in ENCODERS or task == "causal_lm":
+        return shape
+    of_texts = task == "seq_cls"
+    head = Linear("score" if of_texts else TAGGERS[kind], labels, shape.head.k, not of_texts, "final")
+    return replace(shape, head=head, head_is_tied=False, of_texts=of_texts)
 
 
 def _decoder(
@@ -235,11 +246,12 @@ def _opt(s: Settings, kind: str) -> ModelShape:
     return _decoder(s, kind, "model.decoder.layers", block, layers, heads, other, tied=True, outside=outside)
 
 
-def _encoder(s: Settings, kind: str, labels: int) -> ModelShape:
-    distil, bert = kind == "distilbert", kind == "bert"
+def _encoder(s: Settings, kind: str, task: str, labels: int) -> ModelShape:
+    distil, bert, of_texts = kind == "distilbert", kind == "bert", task == "seq_cls"
+    roberta = not distil and not bert
     d, heads = s.number("hidden_size", "dim"), s.number("num_attention_heads", "n_heads")
     f = s.number("intermediate_size", "hidden_dim")
-    attention: Attention = "padded" if distil else "packed"
+    attention: Attention = "padded" if distil and of_texts else "packed"
     names = tuple(f"attention.self.{part}" for part in ("query", "key", "value"))
     names = (*names, "attention.output.dense", "intermediate.dense", "output.dense")
     if distil:
@@ -247,7 +259,7 @@ def _encoder(s: Settings, kind: str, labels: int) -> ModelShape:
     activation = s.get("hidden_act", "activation", default="gelu")
     norms = {"before norms": 2 * d}
     block = _apart_block(names, d, f, heads, norms, attention=attention, activation=activation)
-    first = "distilbert.pre_classifier" if distil else "bert.pooler.dense" if bert else "classifier.dense"
+    first = "pre_classifier" if distil else "bert.pooler.dense" if bert else "classifier.dense"
     vocabulary = s.number("vocab_size")
     types = 0 if distil else s.number("type_vocab_size", default=2)
     return ModelShape(
@@ -265,9 +277,10 @@ def _encoder(s: Settings, kind: str, labels: int) -> ModelShape:
         width=d,
         positions=s.number("max_position_embeddings"),
         other=(vocabulary + types + s.number("max_position_embeddings")) * d + 2 * d,
-        head=Linear("classifier" if bert or distil else "classifier.out_proj", labels, d, True, "final"),
+        head=Linear("classifier.out_proj" if of_texts and roberta else "classifier", labels, d, True, "final"),
         head_is_tied=False,
-        outside=(Linear(first.removeprefix("distilbert."), d, d, True, "first token"),),
+        outside=(Linear(first, d, d, True, "first token"),) if of_texts else (),
+        of_texts=of_texts,
     )
 
 

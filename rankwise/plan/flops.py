@@ -2,11 +2,13 @@
 
 A frozen d × k matrix costs 2·d·k a token forward and as much backward (the gradient of its input); full fine-tuning
 adds 2·d·k for the gradient of the matrix. The update beside it costs 2·r·(d + k) forward and 4·r·(d + k) backward.
+Recomputing activations adds one more forward pass of the blocks from the lowest adapted one to the last but one.
 """
 
 from dataclasses import dataclass
 
 from rankwise.lora.report import InjectReport
+from rankwise.plan.choices import DEFAULT, Choices
 from rankwise.plan.shape import Linear, ModelShape
 from rankwise.plan.workload import Batch
 
@@ -30,7 +32,7 @@ class Flops:
         return self.matrices + self.adapter + self.attention + self.head
 
 
-def lora_flops(shape: ModelShape, report: InjectReport, batch: Batch) -> Flops:
+def lora_flops(shape: ModelShape, report: InjectReport, batch: Batch, choices: Choices = DEFAULT) -> Flops:
     """What a step with the adapter of `report` computes.
 
     The backward pass ends at the lowest adapted block, and there it leaves out the gradient of the block's input.
@@ -48,6 +50,10 @@ def lora_flops(shape: ModelShape, report: InjectReport, batch: Batch) -> Flops:
                 adapted_here = True
                 adapter += 2 * r * (2 * linear.d + 2 * linear.k + linear.d + linear.k * needs_input_gradient)
         reached = reached or adapted_here
+        if choices.recompute and reached and index < shape.layers - 1:
+            matrices += sum(2 * linear.d * linear.k for linear in shape.block.linears)
+            adapter += sum(2 * r * (linear.d + linear.k) for linear, r in _updates(shape, ranks, index))
+            attention += 4 * shape.attended
         attention += 4 * shape.attended * (ATTENTION if reached else 1)
     ends = [shape.head, *shape.outside]
     head = _head_flops(ends, ranks, reached) + sum(2 * m.d * m.k for m in ends if m.name in report.heads)
@@ -59,6 +65,12 @@ def lora_flops(shape: ModelShape, report: InjectReport, batch: Batch) -> Flops:
     )
 
 
+def _updates(shape: ModelShape, ranks: dict[str, int], index: int) -> list[tuple[Linear, int]]:
+    """The adapted matrices of a block, each with its rank."""
+    named = [(f"{shape.path}.{index}.{linear.name}", linear) for linear in shape.block.linears]
+    return [(linear, ranks[name]) for name, linear in named if name in ranks]
+
+
 def full_flops(shape: ModelShape, batch: Batch) -> Flops:
     """What a step that trains every parameter computes: 3 times the forward products."""
     matrices = 6 * shape.layers * sum(linear.d * linear.k for linear in shape.block.linears)
@@ -68,8 +80,8 @@ def full_flops(shape: ModelShape, batch: Batch) -> Flops:
 
 
 def places_of_head(shape: ModelShape, batch: Batch) -> int:
-    """How often the head runs: everywhere in a padded batch of a language model, else where the loss counts."""
-    return batch.computed if batch.padded_to and not shape.classifies else batch.counted
+    """How often the head runs: at every token of a padded batch, unless it is for texts, else where the loss counts."""
+    return batch.computed if batch.padded_to and not shape.of_texts else batch.counted
 
 
 def _head_flops(linears: list[Linear], ranks: dict[str, int], reached: bool) -> float:

@@ -1,18 +1,24 @@
 """The most main memory that a run holds at once, in bytes.
 
-Everything is fp32. A frozen number takes 4 bytes; one that trains takes 16: itself, its gradient and AdamW's two means.
+Everything is fp32, but for frozen weights that are stored in bf16. A frozen number takes 4 bytes (2 in bf16); one that
+trains takes 16: itself, its gradient and AdamW's two means.
 To that comes what the forward pass keeps for the backward pass; at the turn from one to the other all of it is held.
 """
 
 import os
 from dataclasses import dataclass
+from math import inf
+from pathlib import Path
 
 from rankwise.lora.report import InjectReport
+from rankwise.plan.choices import DEFAULT, Choices
 from rankwise.plan.flops import places_of_head
 from rankwise.plan.shape import ModelShape
 from rankwise.plan.workload import Batch
 
 FLOAT = 4
+NARROW = 2
+"""Bytes of a number in bf16."""
 TRAINED = 16
 """Bytes for each number that trains: 4 itself, 4 its gradient, 8 AdamW's two means."""
 PROCESS = 360e6
@@ -24,6 +30,7 @@ SLACK = 0.55
 LOGITS_BYTES = 30 * 2**20
 """Logits and their gradient share one chunk of at most this size (engine/head.py)."""
 
+_GROUP = Path("/sys/fs/cgroup")
 COPIES = 2
 """Copies of the adapted weights that a run prepares for faster products (lora/prepared.py) …"""
 COPIES_SHARE = 1 / 8
@@ -36,6 +43,23 @@ def most_bytes_of_copies() -> float:
         return COPIES_SHARE * os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     except (AttributeError, ValueError):  # Windows has no sysconf
         return 0.0
+
+
+def free_bytes() -> float:
+    """Memory that this process may still take: what Linux calls available, within the limit of its control group.
+
+    Infinity where nothing says how much it is.
+    """
+    try:
+        lines = Path("/proc/meminfo").read_text(encoding="utf-8").splitlines()
+        available = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
+    except (OSError, StopIteration):
+        available = inf
+    try:
+        limit, taken = (int((_GROUP / name).read_text(encoding="utf-8")) for name in ("memory.max", "memory.current"))
+    except (OSError, ValueError):  # No group, or "max": no limit.
+        return available
+    return min(available, limit - taken)
 
 
 @dataclass(frozen=True)
@@ -60,24 +84,46 @@ class Memory:
         return sum(vars(self).values())
 
 
-def lora_memory(shape: ModelShape, report: InjectReport, batch: Batch, process_bytes: float) -> Memory:
+def lora_memory(
+    shape: ModelShape, report: InjectReport, batch: Batch, process_bytes: float, choices: Choices = DEFAULT
+) -> Memory:
     """Of a run whose largest batch is `batch`."""
     ranks = {matrix.name: matrix.r for matrix in report.matrices}
     copies = COPIES * FLOAT * sum(matrix.d * matrix.k for matrix in report.matrices)
-    frozen = FLOAT * report.total_parameters + (copies if copies <= most_bytes_of_copies() else 0)
-    return _memory(shape, ranks, batch, process_bytes, frozen, TRAINED * report.trainable_parameters)
+    if choices.base_dtype != "fp32" or copies > most_bytes_of_copies():
+        copies = 0
+    frozen = base_bytes(shape, report, choices) + copies
+    return _memory(shape, ranks, batch, process_bytes, frozen, TRAINED * report.trainable_parameters, choices)
+
+
+def base_bytes(shape: ModelShape, report: InjectReport, choices: Choices) -> float:
+    """Of the base's numbers. In bf16 are linear layers and embeddings, but no head that trains in full."""
+    wide = report.total_parameters
+    if choices.base_dtype == "fp32":
+        return FLOAT * wide
+    linears = [linear for linear in (*shape.linears(), shape.head) if linear.name not in report.heads]
+    linears = linears[:-1] if shape.head_is_tied else linears
+    # Outside of the blocks lie embeddings and a norm or two, which are too small to tell apart.
+    narrow = shape.other + (0 if shape.keeps_linears_wide else sum(linear.d * linear.k for linear in linears))
+    return NARROW * narrow + FLOAT * (wide - narrow)
 
 
 def full_memory(shape: ModelShape, batch: Batch, process_bytes: float) -> Memory:
     """The same for full fine-tuning: every matrix needs its input, and no number is frozen."""
     every = {linear.name: 0 for linear in shape.linears()}
-    return _memory(shape, every, batch, process_bytes, 0, TRAINED * shape.total_parameters)
+    return _memory(shape, every, batch, process_bytes, 0, TRAINED * shape.total_parameters, DEFAULT)
 
 
 def _memory(
-    shape: ModelShape, ranks: dict[str, int], batch: Batch, process_bytes: float, frozen: float, trained: float
+    shape: ModelShape,
+    ranks: dict[str, int],
+    batch: Batch,
+    process_bytes: float,
+    frozen: float,
+    trained: float,
+    choices: Choices,
 ) -> Memory:
-    activations = FLOAT * batch.computed * kept_numbers(shape, ranks, batch.padded_to)
+    activations = FLOAT * batch.computed * kept_numbers(shape, ranks, batch.padded_to, choices.recompute)
     logits = FLOAT * places_of_head(shape, batch) * shape.head.d
     block = batch.computed * (3 * shape.block.activations + 2 * shape.width)
     working = max(min(logits, LOGITS_BYTES), FLOAT * block)
@@ -85,11 +131,16 @@ def _memory(
     return Memory(process, frozen, trained, activations, working, SLACK * (activations + working))
 
 
-def kept_numbers(shape: ModelShape, ranks: dict[str, int], padded_to: int) -> int:
-    """Numbers a token that all blocks from the lowest adapted one on keep for the backward pass."""
+def kept_numbers(shape: ModelShape, ranks: dict[str, int], padded_to: int, recompute: bool = False) -> int:
+    """Numbers a token that all blocks from the lowest adapted one on keep for the backward pass.
+
+    With `recompute` all but the last keep their input alone. The others' numbers are there one block after the other,
+    once the last block's are gone.
+    """
     adapted = [
         any(f"{shape.path}.{index}.{linear.name}" in ranks for linear in shape.block.linears)
         for index in range(shape.layers)
     ]
     lowest = adapted.index(True) if any(adapted) else shape.layers
-    return sum(shape.kept_in_block(ranks, index, padded_to) for index in range(lowest, shape.layers))
+    kept = [shape.kept_in_block(ranks, index, padded_to) for index in range(lowest, shape.layers)]
+    return shape.width * (len(kept) - 1) + max(kept) if recompute and kept else sum(kept)

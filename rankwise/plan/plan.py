@@ -7,9 +7,10 @@ from typing import Any
 
 from rankwise.lora.config import LoraConfig
 from rankwise.lora.report import AdaptedMatrix, InjectReport
+from rankwise.plan.choices import DEFAULT, Choices
 from rankwise.plan.flops import Flops, full_flops, lora_flops
 from rankwise.plan.machine import Machine
-from rankwise.plan.memory import FLOAT, PROCESS, TRAINED, Memory, full_memory, lora_memory
+from rankwise.plan.memory import FLOAT, PROCESS, TRAINED, Memory, base_bytes, full_memory, lora_memory
 from rankwise.plan.shape import ModelShape
 from rankwise.plan.speed import Seconds, full_seconds, lora_seconds
 from rankwise.plan.workload import Batch
@@ -46,6 +47,7 @@ class Plan:
     """Trained tokens, or texts."""
     adapter: Cost
     full: Cost
+    choices: Choices = DEFAULT
 
     def kinds(self) -> list[tuple[str, AdaptedMatrix, int]]:
         """(last part of the name, one of them, how many) of each kind of adapted matrix."""
@@ -62,6 +64,7 @@ class Plan:
         ]
         return {
             "model_type": self.shape.model_type,
+            "choices": vars(self.choices),
             "total_parameters": self.report.total_parameters,
             "trainable_parameters": self.report.trainable_parameters,
             "share": self.report.share,
@@ -94,7 +97,13 @@ def _cost(cost: Cost, tokens: int) -> dict[str, Any]:
     }
 
 
-def make_plan(shape: ModelShape, lora: LoraConfig, batches: Sequence[Batch], machine: Machine | None) -> Plan:
+def make_plan(
+    shape: ModelShape,
+    lora: LoraConfig,
+    batches: Sequence[Batch],
+    machine: Machine | None,
+    choices: Choices = DEFAULT,
+) -> Plan:
     """The plan of a run through these batches; without batches what depends on none, without `machine` no time.
 
     Raises TargetError and ConfigError for an adapter that the model cannot carry.
@@ -104,11 +113,11 @@ def make_plan(shape: ModelShape, lora: LoraConfig, batches: Sequence[Batch], mac
     total, trained = report.total_parameters, report.trainable_parameters
     adapter = Cost(
         trained,
-        FLOAT * total + TRAINED * trained,
+        base_bytes(shape, report, choices) + TRAINED * trained,
         adapter_file_bytes(report),
-        _sum_flops([lora_flops(shape, report, batch) for batch in batches]),
-        _largest([lora_memory(shape, report, batch, process) for batch in batches]),
-        _sum_seconds(lambda m: [lora_seconds(shape, report, batch, m) for batch in batches], machine),
+        _sum_flops([lora_flops(shape, report, batch, choices) for batch in batches]),
+        _largest([lora_memory(shape, report, batch, process, choices) for batch in batches]),
+        _sum_seconds(lambda m: [lora_seconds(shape, report, batch, m, choices) for batch in batches], machine),
     )
     full = Cost(
         total,
@@ -121,7 +130,7 @@ def make_plan(shape: ModelShape, lora: LoraConfig, batches: Sequence[Batch], mac
     useful, computed, counted = (
         sum(getattr(batch, name) for batch in batches) for name in ("useful", "computed", "counted")
     )
-    return Plan(shape, report, len(batches), useful, computed, counted, adapter, full)
+    return Plan(shape, report, len(batches), useful, computed, counted, adapter, full, choices)
 
 
 def _sum_flops(parts: list[Flops]) -> Flops | None:
@@ -146,7 +155,8 @@ def adapter_file_bytes(report: InjectReport) -> int:
     """
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     end = 0
-    for matrix in report.matrices:
+    # safetensors sorts by name, and the digits of the offsets depend on the order.
+    for matrix in sorted(report.matrices, key=lambda matrix: f"{matrix.name}."):
         for part, shape in (("A", [matrix.r, matrix.k]), ("B", [matrix.d, matrix.r])):
             begin, end = end, end + FLOAT * shape[0] * shape[1]
             name = f"base_model.model.{matrix.name}.lora_{part}.weight"

@@ -3,7 +3,7 @@
 from collections.abc import Callable
 
 from rankwise.plan.flops import Flops
-from rankwise.plan.memory import FLOAT, TRAINED
+from rankwise.plan.memory import FLOAT, NARROW, TRAINED
 from rankwise.plan.plan import Cost, Plan
 
 
@@ -30,13 +30,13 @@ def _totals(plan: Plan) -> list[str]:
     lines = [
         report.summary(),
         f"trained numbers: P / N = {P:,} / {N:,}: {P / N:,.0f} times fewer than the model holds",
-        f"static memory: {TRAINED}·P / ({FLOAT}·P + {TRAINED}·N) = {_bytes(plan.full.static_bytes)} / "
+        f"static memory: {TRAINED}·P / ({_frozen(plan)}·P + {TRAINED}·N) = {_bytes(plan.full.static_bytes)} / "
         f"{_bytes(plan.adapter.static_bytes)}: {static:.1f} times less",
     ]
     if plan.steps:
         computed = plan.computed_tokens
         shared = f", {computed:,} run through the model" if computed != plan.useful_tokens else ""
-        counted = "texts" if plan.shape.classifies else "trained tokens"
+        counted = "texts" if plan.shape.of_texts else "trained tokens"
         lines.append(
             f"work: {plan.steps:,} steps over {plan.useful_tokens:,} tokens{shared}; "
             f"the loss counts {plan.counted:,} {counted}"
@@ -52,7 +52,7 @@ def _costs(plan: Plan) -> list[str]:
         rows.append((name, text(plan.adapter), text(plan.full), how))
 
     add("trained numbers", lambda cost: f"{cost.trained:,}", "N = Σ r·(d + k); P")
-    add("static memory", lambda cost: _bytes(cost.static_bytes), f"{FLOAT}·P + {TRAINED}·N; {TRAINED}·P")
+    add("static memory", lambda cost: _bytes(cost.static_bytes), f"{_frozen(plan)}·P + {TRAINED}·N; {TRAINED}·P")
     add("saved file", lambda cost: _bytes(cost.file_bytes), f"{FLOAT}·N; {FLOAT}·P")
     if plan.steps:
         parts = "4·d·k + 6·r·(d + k); 6·d·k; attention, head"
@@ -66,6 +66,11 @@ def _costs(plan: Plan) -> list[str]:
     lines = [f"{row[0]:<{widths[0]}}  {row[1]:>{widths[1]}}  {row[2]:>{widths[2]}}  {row[3]}".rstrip() for row in rows]
     missing = "FLOPs, peak memory and time need --data, or --rows and --tokens-per-row"
     return lines if plan.steps else [*lines, "", missing]
+
+
+def _frozen(plan: Plan) -> int:
+    """Bytes of a frozen number, norms and the like left out, which stay in fp32."""
+    return NARROW if plan.choices.base_dtype == "bf16" else FLOAT
 
 
 def _bytes(count: float) -> str:

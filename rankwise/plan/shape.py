@@ -4,7 +4,7 @@ Symbols: d × k a matrix (d outputs), T tokens of a padded row, h heads of width
 """
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from rankwise.errors import ConfigError, TargetError, listing, nearest
@@ -72,6 +72,8 @@ class ModelShape:
     head_is_tied: bool
     outside: tuple[Linear, ...] = ()
     """Linear layers outside of the blocks and before the head, with whole names; they run once a text, not a token."""
+    of_texts: bool = False
+    """Whether the head runs once a text, not at tokens."""
 
     def linears(self) -> Iterator[Linear]:
         """Every linear layer but the head, with whole names."""
@@ -81,16 +83,16 @@ class ModelShape:
         yield from self.outside
 
     @property
-    def classifies(self) -> bool:
-        """Whether the head gives a label to a text, not a next token to every token."""
-        return self.head.name != "lm_head"
-
-    @property
     def total_parameters(self) -> int:
         """A shared one counts once."""
         blocks = self.layers * (self.block.other + sum(linear.parameters for linear in self.block.linears))
         outside = sum(linear.parameters for linear in self.outside)
         return self.other + blocks + outside + (0 if self.head_is_tied else self.head.parameters)
+
+    @property
+    def keeps_linears_wide(self) -> bool:
+        """Whether the blocks' linear layers are of their own kind, which is not stored in bf16 (lora/narrow.py)."""
+        return self.model_type in ("gpt2", "falcon")
 
     @property
     def attended(self) -> int:
@@ -109,6 +111,10 @@ class ModelShape:
         hidden = sum(ranks[prefix + linear.name] for linear in adapted)
         return sum({**inputs, **self.block.kept}.values()) + hidden + self.block.kept_by_length * padded_to
 
+    def largest_ranks(self, lora: LoraConfig) -> dict[str, int]:
+        """min(d, k) of each matrix that would be adapted, by name: no update can have a higher rank."""
+        return {m.name: min(m.d, m.k) for m in self.adapted(replace(lora, r=1, rank_pattern={})).matrices}
+
     def adapted(self, lora: LoraConfig) -> InjectReport:
         """What `rankwise.inject_` would report of this model.
 
@@ -120,11 +126,25 @@ class ModelShape:
             chosen = [linear for linear in free if min(linear.d, linear.k) > 1]
         else:
             chosen = _matching(lora, free if self.head in in_full else [*free, self.head], self.model_type)
+        chosen = self._in_layers(chosen, lora)
         matrices = tuple(AdaptedMatrix(m.name, m.d, m.k, lora.rank_of(m.name)) for m in chosen)
         too_high = [f"{m.name} is {m.d} × {m.k}, and r = {m.r} is larger" for m in matrices if m.r > min(m.d, m.k)]
         if too_high:
             raise ConfigError("an update cannot have a higher rank than min(d, k):\n" + listing(too_high))
         return InjectReport(matrices, {m.name: m.parameters for m in in_full}, self.total_parameters)
+
+    def _in_layers(self, linears: list[Linear], lora: LoraConfig) -> list[Linear]:
+        """Those that lie in the blocks of layers_to_transform, if it is set."""
+        wanted = lora.layers_to_transform
+        if wanted is None:
+            return linears
+        indices = {wanted} if isinstance(wanted, int) else set(wanted)
+        blocks = tuple(f"{self.path}.{index}." for index in indices)
+        if missing := sorted(index for index in indices if index >= self.layers):
+            raise TargetError(
+                f"layers_to_transform: there are {self.layers} blocks from 0 on, and none of index {missing}"
+            )
+        return [linear for linear in linears if linear.name.startswith(blocks)]
 
 
 def _matching(lora: LoraConfig, linears: list[Linear], model_type: str) -> list[Linear]:

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 from rankwise.lora.report import InjectReport
+from rankwise.plan.choices import DEFAULT, Choices
 from rankwise.plan.flops import Flops, full_flops, lora_flops, places_of_head
 from rankwise.plan.machine import Machine
 from rankwise.plan.memory import FLOAT, kept_numbers
@@ -15,6 +16,8 @@ OPTIMISER = 28
 """Bytes that AdamW reads and writes for each number that trains: itself, gradient and both means; three are written."""
 OPERATIONS = 150
 """Operations that a block starts beside its matrices, forward and backward; counted with torch.profiler."""
+AGAIN = 1.5
+"""Forward passes that run a second time are half of a forward and a backward pass more."""
 
 
 @dataclass(frozen=True)
@@ -37,33 +40,37 @@ class Seconds:
         return sum(vars(self).values())
 
 
-def lora_seconds(shape: ModelShape, report: InjectReport, batch: Batch, machine: Machine) -> Seconds:
+def lora_seconds(
+    shape: ModelShape, report: InjectReport, batch: Batch, machine: Machine, choices: Choices = DEFAULT
+) -> Seconds:
     """Of one step with the adapter of `report`."""
     ranks = {matrix.name: matrix.r for matrix in report.matrices}
-    flops = lora_flops(shape, report, batch)
-    return _seconds(shape, ranks, flops, batch, machine, report.trainable_parameters)
+    flops = lora_flops(shape, report, batch, choices)
+    return _seconds(shape, ranks, flops, batch, machine, report.trainable_parameters, AGAIN if choices.recompute else 1)
 
 
 def full_seconds(shape: ModelShape, batch: Batch, machine: Machine) -> Seconds:
     """Of one step of full fine-tuning."""
     every = {linear.name: 0 for linear in shape.linears()}
-    return _seconds(shape, every, full_flops(shape, batch), batch, machine, shape.total_parameters)
+    return _seconds(shape, every, full_flops(shape, batch), batch, machine, shape.total_parameters, 1)
 
 
 def _seconds(
-    shape: ModelShape, ranks: dict[str, int], flops: Flops, batch: Batch, machine: Machine, trained: int
+    shape: ModelShape, ranks: dict[str, int], flops: Flops, batch: Batch, machine: Machine, trained: int, passes: float
 ) -> Seconds:
+    """`passes`: how often forward and backward passes of the blocks' small operations run."""
     rate = machine.product_rate(batch.computed)
     places = places_of_head(shape, batch)
     calls = len(batch.attention) * shape.layers
     kept = batch.computed * kept_numbers(shape, ranks, batch.padded_to)
     activations = batch.computed * shape.layers * shape.block.activations
+    elementwise = ACCESSES * FLOAT * kept / machine.bytes_per_second + activations / machine.activations_per_second
     return Seconds(
         matrices=flops.matrices / rate,
         adapter=flops.adapter / machine.thin_rate(max(ranks.values(), default=1)),
         attention=calls * machine.attention_call + flops.attention / machine.attention_flops,
         head=flops.head / machine.product_rate(places) + places * shape.head.d / machine.logits_per_second,
-        elementwise=ACCESSES * FLOAT * kept / machine.bytes_per_second + activations / machine.activations_per_second,
-        starting=shape.layers * OPERATIONS * machine.operation,
+        elementwise=passes * elementwise,
+        starting=passes * shape.layers * OPERATIONS * machine.operation,
         optimiser=OPTIMISER * trained / machine.bytes_per_second,
     )

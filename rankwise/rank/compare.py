@@ -1,5 +1,9 @@
 """Every rank against the largest one, by held-out losses of paired runs: which ranks do as well, within a margin?
 
+Settings that have no order (modules, lora_alpha, learning rates) are compared in the same way with one of them. Then no
+row of tests can be fixed beforehand, and each of K comparisons has the confidence 1 - 5 %/K, so that all together have
+95 % (Bonferroni).
+
 The margin δ is either a number of nats or a share of the gain that the largest rank brings over the base. A share is
 not put in as a known number: d[s, i] = loss of rank r - loss of r_max - δ[s, i] is tested against 0 as one mean, so
 that the error of the measured gain is part of the test.
@@ -11,7 +15,7 @@ from typing import Literal
 
 import numpy as np
 
-from rankwise.rank.crossed import Array, Estimate, estimate
+from rankwise.rank.crossed import CONFIDENCE, Array, Estimate, estimate
 
 SHARE = 0.05
 """Of the gain of the largest rank over the base: the default margin."""
@@ -21,17 +25,17 @@ Outcome = Literal["passes", "cannot tell", "worse"]
 
 @dataclass(frozen=True)
 class Comparison:
-    """One rank against the largest."""
+    """One rank against the reference. Bounds are one-sided, 95 % for ranks and more for settings without an order."""
 
     rank: int
     loss: float
     """Mean over all trained tokens (texts for classification), in nats."""
     difference: float
-    """Its loss minus that of the largest rank."""
+    """Its loss minus that of the reference."""
     lower: float
-    """One-sided 95 % bound of the difference."""
+    """Bound of the difference."""
     upper: float
-    """One-sided 95 % bound of the difference; with lower, a 90 % interval."""
+    """Bound of the difference; with lower, a 90 % interval where bounds are of 95 %."""
     outcome: Outcome
     """passes: worse by less than δ, with 95 % confidence. worse: by more than δ, as sure. Else the data cannot tell."""
     equivalent: bool
@@ -42,7 +46,7 @@ class Comparison:
 
 @dataclass(frozen=True)
 class Comparisons:
-    """All ranks below the largest, which is the reference, fixed before anything was measured."""
+    """All ranks below the largest (all settings but one), which is the reference, fixed beforehand."""
 
     reference: int
     reference_loss: float
@@ -50,7 +54,7 @@ class Comparisons:
     margin: float
     """δ, in nats."""
     gain: Estimate
-    """Of the largest rank over the base."""
+    """Of the reference over the base."""
     ranks: tuple[Comparison, ...]
     """In ascending order, without the reference."""
 
@@ -84,21 +88,25 @@ class Comparisons:
         return bool(above) and all(comparison.equivalent for comparison in above)
 
 
-def compare(losses: Mapping[int, Array], counts: Array, margin: float | None = None) -> Comparisons:
-    """Compare every rank with the largest.
+def compare(
+    losses: Mapping[int, Array], counts: Array, margin: float | None = None, reference: int | None = None
+) -> Comparisons:
+    """Compare every rank with the largest, or, with a `reference`, every setting (by number) with that one.
 
     `losses`: by rank (0: the base) the summed losses [S, N] of S seeds on N examples, the same seeds and examples for
     all ranks. `counts` [N]: how many predictions each sum holds. `margin`: δ in nats; None: 5 % of the gain over the
     base. S and N must be at least 2.
     """
-    reference = max(losses)
+    others = len(losses.keys() - {0}) - 1
+    confidence = CONFIDENCE if reference is None else 1 - (1 - CONFIDENCE) / others
+    reference = max(losses) if reference is None else reference
     best, base = losses[reference], losses[0]
     allowed = SHARE * (base - best) if margin is None else np.broadcast_to(margin * counts, best.shape)
     delta = _mean(allowed, counts)
     compared = []
     for rank in sorted(losses.keys() - {0, reference}):
         difference = losses[rank] - best
-        over, under = estimate(difference - allowed, counts), estimate(difference + allowed, counts)
+        over, under = (estimate(difference + limit, counts, confidence) for limit in (-allowed, allowed))
         passes = over.upper < 0
         outcome: Outcome = "passes" if passes else "worse" if over.lower > 0 else "cannot tell"
         compared.append(

@@ -44,12 +44,12 @@ class Components:
         )
         return total**2 / sum(parts) if total > 0 else float(seeds - 1)
 
-    def power(self, distance: float, seeds: int, examples: int) -> float:
+    def power(self, distance: float, seeds: int, examples: int, confidence: float = CONFIDENCE) -> float:
         """How often the bound of a mean falls short of a limit that lies `distance` above the true mean."""
         error, freedom = self.standard_error(seeds, examples), self.degrees_of_freedom(seeds, examples)
         if error == 0:
             return float(distance > 0)
-        return float(stats.nct.sf(stats.t.ppf(CONFIDENCE, freedom), freedom, distance / error))
+        return float(stats.nct.sf(stats.t.ppf(confidence, freedom), freedom, distance / error))
 
 
 @dataclass(frozen=True)
@@ -60,6 +60,8 @@ class Estimate:
     components: Components
     seeds: int
     examples: int
+    confidence: float = CONFIDENCE
+    """Of each bound; 95 % where nothing else is said."""
 
     @property
     def standard_error(self) -> float:
@@ -67,22 +69,22 @@ class Estimate:
 
     @property
     def half_width(self) -> float:
-        """Distance from the mean to its one-sided 95 % bound."""
+        """Distance from the mean to its one-sided bound."""
         freedom = self.components.degrees_of_freedom(self.seeds, self.examples)
-        return float(stats.t.ppf(CONFIDENCE, freedom)) * self.standard_error
+        return float(stats.t.ppf(self.confidence, freedom)) * self.standard_error
 
     @property
     def lower(self) -> float:
-        """One-sided 95 % bound."""
+        """One-sided bound."""
         return self.mean - self.half_width
 
     @property
     def upper(self) -> float:
-        """One-sided 95 % bound."""
+        """One-sided bound."""
         return self.mean + self.half_width
 
 
-def estimate(sums: Array, counts: Array) -> Estimate:
+def estimate(sums: Array, counts: Array, confidence: float = CONFIDENCE) -> Estimate:
     """The mean over all that is counted, of `sums` [S, N] over `counts` [N] predictions of each example.
 
     The mean is a ratio, Σ sums / (S·Σ counts); its error is that of its linearisation. S and N must be at least 2.
@@ -100,7 +102,7 @@ def estimate(sums: Array, counts: Array) -> Estimate:
         float(max(0.0, square_examples - square_rest) / seeds),
         float(square_rest),
     )
-    return Estimate(float(mean), components, seeds, examples)
+    return Estimate(float(mean), components, seeds, examples, confidence)
 
 
 def needed(found: Estimate, distance: float, most: int = 1000) -> tuple[int | None, int | None]:
@@ -109,8 +111,9 @@ def needed(found: Estimate, distance: float, most: int = 1000) -> tuple[int | No
     With probability 0.8, if the true mean is the one found. None: more than `most` seeds, or `most` times the examples.
     """
     parts, seeds, examples = found.components, found.seeds, found.examples
-    enough_seeds = _first(lambda n: parts.power(distance, n, examples) >= POWER, seeds, most)
-    enough_examples = _first(lambda n: parts.power(distance, seeds, n) >= POWER, examples, most * examples)
+    sure = found.confidence
+    enough_seeds = _first(lambda n: parts.power(distance, n, examples, sure) >= POWER, seeds, most)
+    enough_examples = _first(lambda n: parts.power(distance, seeds, n, sure) >= POWER, examples, most * examples)
     return enough_seeds, enough_examples
 
 

@@ -11,6 +11,7 @@ from rankwise.lora import format
 from rankwise.lora.checkpoint import Adapter, read_adapter
 from rankwise.lora.layers import named_lora_layers
 from rankwise.lora.low_rank import LowRank
+from rankwise.lora.report import TrainedUpdate
 from rankwise.rank.spectrum import effective_rank, singular_values, sparkline, stable_rank
 
 TOP = 10
@@ -19,33 +20,6 @@ INTRUDES = 0.5
 """A singular vector of W0 + ΔW is an intruder if its |cos| to every one of W0's is below this."""
 VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 """What --max-lora-rank may be (vLLM 0.14 to 0.22, vllm/config/lora.py); the default is 16."""
-
-
-@dataclass(frozen=True)
-class Matrix:
-    """One update ΔW = scale·B·A."""
-
-    name: str
-    d: int
-    k: int
-    rank: int
-    scale: float
-    numbers: int
-    sigma: tuple[float, ...]
-    """Its singular values, the largest first; empty where the file holds no single B·A (a convolution's groups)."""
-    effective_rank: float
-    """exp of the entropy of the singular values' shares."""
-    stable_rank: float
-    """‖ΔW‖_F² / ‖ΔW‖₂²."""
-    strength: float | None = None
-    """‖ΔW‖_F / ‖W0‖_F, beside a model."""
-    intruders: int | None = None
-    """Intruder dimensions among the first 10, beside a model (Shuttleworth et al. 2024, arXiv 2410.21228)."""
-
-    @property
-    def kind(self) -> str:
-        """The last part of the name, which modules of a kind share."""
-        return self.name.rpartition(".")[2]
 
 
 @dataclass(frozen=True)
@@ -66,7 +40,7 @@ class Inspection:
     task_type: str | None
     r: int
     lora_alpha: float
-    matrices: tuple[Matrix, ...]
+    matrices: tuple[TrainedUpdate, ...]
     rest: dict[str, int]
     """Everything else in the file, with its number of values."""
     readers: dict[str, Verdict]
@@ -87,7 +61,7 @@ class Inspection:
         ]
 
     def _kinds(self) -> list[str]:
-        kinds: dict[tuple[str, int, int], list[Matrix]] = {}
+        kinds: dict[tuple[str, int, int], list[TrainedUpdate]] = {}
         for matrix in self.matrices:
             kinds.setdefault((matrix.kind, matrix.d, matrix.k), []).append(matrix)
         width = max((len(kind) for kind, _, _ in kinds), default=4)
@@ -147,11 +121,11 @@ def inspect_adapter(folder: Path) -> Inspection:
     )
 
 
-def _matrix(name: str, update: LowRank) -> Matrix:
+def _matrix(name: str, update: LowRank) -> TrainedUpdate:
     d, k = update.shape
     whole = update.A.shape[0] == update.B.shape[1]
     sigma = singular_values(update) if whole else torch.empty(0)
-    return Matrix(
+    return TrainedUpdate(
         name=name,
         d=d,
         k=k,
@@ -241,7 +215,7 @@ def beside_base(
     return replace(found, matrices=tuple(_with_figures(matrix, figures) for matrix in found.matrices))
 
 
-def _with_figures(matrix: Matrix, figures: Mapping[str, tuple[float, int]]) -> Matrix:
+def _with_figures(matrix: TrainedUpdate, figures: Mapping[str, tuple[float, int]]) -> TrainedUpdate:
     strength, count = figures.get(matrix.name, (None, None))
     return replace(matrix, strength=strength, intruders=count)
 

@@ -18,7 +18,7 @@ def per_example(
     """([N] losses in nats, summed over an example's trained tokens, [N] how many those are), in the given order."""
     set_adapter_training(engine.model, False)
     losses, counts, done = np.empty(len(examples)), np.empty(len(examples)), 0
-    for part in engine.held_out_batches(examples):
+    for part in engine.evaluation_batches(examples):
         on_progress(f"{done}/{len(examples)}")
         done += len(part)
         summed, counted = engine.example_losses([examples[index] for index in part])

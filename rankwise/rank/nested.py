@@ -11,8 +11,9 @@ middle of the ranks. The estimate errs high: the directions of a cut adapter als
 """
 
 import random
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
@@ -92,6 +93,10 @@ class Nested:
     """Where the curve is the margin above the largest rank."""
     rank_interval: tuple[float, float]
 
+    def as_dict(self) -> dict[str, Any]:
+        """Plain values for JSON."""
+        return asdict(self)
+
     def __str__(self) -> str:
         rows = "\n".join(f"{rank or 'base':>6}  {loss:.4f}" for rank, loss in self.losses.items())
         low, high = (up_to_power_of_two(value) for value in self.rank_interval)
@@ -105,6 +110,28 @@ class Nested:
             "This errs high: an adapter trained for one rank alone is usually better than the nested one cut to it. "
             "It is one run with one seed; confirm the rank with rankwise rank sweep."
         )
+
+
+def nested(
+    engine: Engine[Any],
+    train: Callable[[NestedEngine], object],
+    held_out: Sequence[Any],
+    largest: int,
+    seed: int = 0,
+    stage: Callable[[str], AbstractContextManager[object]] = nullcontext,
+) -> Nested:
+    """Train the adapter of rank `largest` that the engine's model carries at all ranks at once, and measure each.
+
+    `train(engine)` does the training: every loss that it asks for is that of a rank drawn anew. The adapter's scale
+    should be lora_alpha / √r. `stage(name)` is entered around each of the two parts.
+    Raises ConfigError for an adapter on other than linear layers, or if nothing was learned.
+    """
+    ranks = nested_ranks(largest)
+    with stage(f"training the ranks {', '.join(map(str, ranks))} at once"):
+        train(NestedEngine(engine, ranks, seed))
+    with stage("measuring every rank"):
+        losses, counts = losses_by_rank(engine, held_out, ranks)
+    return nested_estimate(losses, counts, seed)
 
 
 def nested_estimate(losses: Mapping[int, Array], counts: Array, seed: int = 0, draws: int = DRAWS) -> Nested:

@@ -13,7 +13,7 @@ This is one gradient, that of the base. It says which ranks are worth trying and
 
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
@@ -73,6 +73,10 @@ class Prediction:
         """The ranks that could store all of the training data word for word, by what a trained number can hold."""
         least, most = BITS_PER_NUMBER
         return self.bits / (most * self.numbers_per_rank), self.bits / (least * self.numbers_per_rank)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain values for JSON."""
+        return asdict(self) | {"range": self.range, "capacity": self.capacity}
 
     def __str__(self) -> str:
         width = max(len(layer.name) for layer in self.layers)

@@ -26,6 +26,10 @@ class RunResult:
     """Of training."""
     parameters: int
     """Trained numbers."""
+    peak_bytes: int = 0
+    """The most memory that the process held while it trained; 0: not known."""
+    adapter_bytes: int = 0
+    """Of adapter_model.safetensors (or of the whole model in fp32); 0: not known."""
 
 
 @dataclass(frozen=True, order=True)
@@ -37,8 +41,9 @@ class Key:
     factor: float = 1.0
 
     @property
-    def file(self) -> str:
-        return f"rank{self.rank}-seed{self.seed}-rate{self.factor:.3g}.npz"
+    def name(self) -> str:
+        """Of what the run leaves on disk."""
+        return f"rank{self.rank}-seed{self.seed}-rate{self.factor:.3g}"
 
 
 class Runs:
@@ -63,10 +68,15 @@ class Runs:
         if key not in self._known and self.folder is not None and (path := self._path(key)).is_file():
             try:
                 with np.load(path) as stored:
-                    parts = stored["losses"], stored["counts"], float(stored["seconds"]), int(stored["parameters"])
+                    result = RunResult(
+                        stored["losses"],
+                        stored["counts"],
+                        float(stored["seconds"]),
+                        *(int(stored[name]) for name in ("parameters", "peak_bytes", "adapter_bytes")),
+                    )
             except (OSError, ValueError, KeyError, EOFError) as error:
                 raise CheckpointError(f"{path} is damaged ({error}); remove it, and the run is done anew") from None
-            self._known[key] = RunResult(*parts)
+            self._known[key] = result
         return self._known.get(key)
 
     def add(self, key: Key, result: RunResult) -> None:
@@ -78,7 +88,7 @@ class Runs:
 
     def _path(self, key: Key) -> Path:
         assert self.folder is not None
-        return self.folder / "runs" / key.file
+        return self.folder / "runs" / f"{key.name}.npz"
 
 
 def _check_same(before: dict[str, Any], now: dict[str, Any], folder: Path) -> None:

@@ -8,6 +8,7 @@ confirmation part, which no decision has seen; what is promised comes from there
 """
 
 import math
+import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -87,12 +88,16 @@ class ShrinkReport:
     """Why the ladder was not walked further down."""
 
     def __str__(self) -> str:
-        before, after = sum(self.ranks_before.values()), sum(self.ranks_after.values())
         width = max(map(len, self.ranks_before))
         lines = [f"{'matrix':<{width}}  rank before → after"]
         lines += [f"{name:<{width}}  {r:>11} → {self.ranks_after[name]}" for name, r in self.ranks_before.items()]
+        return "\n".join([*lines, self.summary()])
+
+    def summary(self) -> str:
+        """All but the ranks of the single matrices."""
+        before, after = sum(self.ranks_before.values()), sum(self.ranks_after.values())
         share = 1 - self.parameters_after / self.parameters_before
-        lines += [
+        lines = [
             f"total rank {before:,} → {after:,}; {self.parameters_before:,} → {self.parameters_after:,} numbers in "
             f"the updates ({share:.0%} fewer)",
             f"held-out loss {self.loss_full:.4f} → {self.loss_shrunk:.4f} on {self.rows['confirmation']} rows that "
@@ -103,12 +108,15 @@ class ShrinkReport:
         return "\n".join(lines)
 
 
-def split_held_out(rows: Sequence[Row], seed: int) -> HeldOut:
+def split_held_out(rows: Sequence[Row], seed: int, most: int | None = None) -> HeldOut:
     """Cut rows into a fifth for calibration and two fifths each for choice and confirmation, drawn by `seed`.
 
-    Rows with the same content stay in one part. Raises DataError if a tested part would have fewer than 30 rows.
+    Rows with the same content stay in one part. `most`: so many of the rows are drawn first, to spare time.
+    Raises DataError if a tested part would have fewer than 30 rows.
     """
     least = math.ceil(_LEAST_ROWS / _PARTS["choice"])
+    if most is not None and len(rows) > most:
+        rows = random.Random(seed).sample(rows, most)
     if len(rows) >= least:
         rest, confirmation = split_rows(list(rows), _PARTS["confirmation"], seed)
         calibration, choice = split_rows(rest, _PARTS["choice"] / (1 - _PARTS["confirmation"]), seed)

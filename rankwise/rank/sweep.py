@@ -6,11 +6,14 @@ lora_alpha / r, with which the best learning rate hardly depends on the rank (Sc
 That is checked and not assumed: at the smallest, a middle and the largest rank the first seed is also trained with a
 third of the rate and with three times the rate, and further that way while it gets better. If the three agree, all
 ranks train with that rate; else every rank is checked and trains with its own best.
+
+Settings without an order (modules, lora_alpha, learning rates) are swept in the same way at one rank; the first value
+is the reference.
 """
 
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -59,6 +62,19 @@ class RateCheck:
 
 
 @dataclass(frozen=True)
+class Cost:
+    """What one training took, in the mean over the seeds."""
+
+    parameters: int
+    """Trained numbers."""
+    adapter_bytes: int
+    """Of the file; 0: not known."""
+    peak_bytes: float
+    """The most memory that the process held; 0: not known."""
+    seconds: float
+
+
+@dataclass(frozen=True)
 class Sweep:
     """All that a sweep measured."""
 
@@ -68,15 +84,30 @@ class Sweep:
     counts: Array
     """[N]"""
     seeds: tuple[int, ...]
-    parameters: dict[int, int]
-    """Trained numbers by rank."""
-    seconds: dict[int, float]
-    """Mean time of a training run by rank."""
+    costs: dict[int, Cost]
+    """By rank."""
     factors: dict[int, float]
     """On the learning rate, by rank."""
     rate_checks: tuple[RateCheck, ...]
     margin_is_share: bool
     """Whether δ is a share of the gain, and no number that the user gave."""
+    axis: str = "r"
+    """What differs between the runs: r, or the name of a setting."""
+    values: dict[int, str] = field(default_factory=dict)
+    """The setting's values by number; empty for ranks, which stand for themselves."""
+
+    @property
+    def ordered(self) -> bool:
+        """Whether these are ranks."""
+        return not self.values
+
+    def label(self, rank: int) -> str:
+        """A rank (or the value of a setting) in a table."""
+        return {BASE: "base", FULL: "full"}.get(rank) or self.values.get(rank, str(rank))
+
+    def name(self, rank: int) -> str:
+        """The same in a sentence."""
+        return _name(rank, self.axis, self.values)
 
     @property
     def against_full(self) -> Estimate | None:
@@ -107,13 +138,56 @@ def sweep(
     the folder.
     """
     ranks = _checked(ranks, seeds, margin)
-    runs = _Doing(run, Runs(folder, settings), say)
+    runs = _Doing(run, Runs(folder, settings), say, lambda rank: _name(rank, "r", {}))
     say(
         f"plan: a rank as good as r = {ranks[-1]} passes in {POWER:.0%} of sweeps with {len(seeds)} seeds if its "
         f"difference varies by up to {largest_deviation(len(seeds)):.2f}·δ from seed to seed"
     )
-    compared = [BASE, *ranks, *([FULL] if with_full else [])]
     checks = _check_rates(runs, ranks, with_full, seeds[0]) if check_rates else []
+    return _measured(runs, [BASE, *ranks, *([FULL] if with_full else [])], seeds, checks, margin)
+
+
+def sweep_setting(
+    run: Run,
+    setting: str,
+    values: Sequence[str],
+    seeds: Sequence[int],
+    *,
+    margin: float | None = None,
+    check_rates: bool = True,
+    folder: Path | None = None,
+    settings: dict[str, Any] | None = None,
+    say: Callable[[str], None] = lambda text: None,
+) -> Sweep:
+    """Train with every value of a setting and every seed, and compare each with the first value.
+
+    `run` is asked for 1, 2, … in the place of a rank: the first, the second, … value; 0 is the base. With `check_rates`
+    each value trains with its own best learning rate. The other arguments, and errors, are those of `sweep`.
+    """
+    problems = [*_problems(seeds, margin)]
+    if len(set(values)) < 2 or len(set(values)) < len(values):
+        problems.append(f"--over needs at least two values, all different, found {', '.join(values) or 'none'}")
+    if problems:
+        raise ConfigError("this sweep cannot be:\n" + listing(problems))
+    numbered = dict(enumerate(values, start=1))
+    runs = _Doing(run, Runs(folder, settings), say, lambda number: _name(number, setting, numbered))
+    say(f"plan: every {setting} is compared with the first, {values[0]}")
+    base = runs.loss(Key(BASE, seeds[0]))
+    checks = [_check_rate(runs, number, seeds[0], base) for number in numbered] if check_rates else []
+    return _measured(runs, [BASE, *numbered], seeds, checks, margin, 1, setting, numbered)
+
+
+def _measured(
+    runs: "_Doing",
+    compared: Sequence[int],
+    seeds: Sequence[int],
+    checks: Sequence[RateCheck],
+    margin: float | None,
+    reference: int | None = None,
+    axis: str = "r",
+    values: dict[int, str] | None = None,
+) -> Sweep:
+    """Do all runs, each with its learning rate, and compare them."""
     factors = {rank: _factor(checks, rank) for rank in compared}
     results: dict[int, list[RunResult]] = {rank: [] for rank in compared}
     for seed in seeds:
@@ -122,23 +196,29 @@ def sweep(
     losses = {rank: np.stack([result.losses for result in of_rank]) for rank, of_rank in results.items()}
     counts = _same_counts(results)
     return Sweep(
-        compare({rank: losses[rank] for rank in (BASE, *ranks)}, counts, margin),
+        compare({rank: losses[rank] for rank in compared if rank != FULL}, counts, margin, reference),
         losses,
         counts,
         tuple(seeds),
-        {rank: of_rank[0].parameters for rank, of_rank in results.items()},
-        {rank: float(np.mean([result.seconds for result in of_rank])) for rank, of_rank in results.items()},
+        {rank: _cost(of_rank) for rank, of_rank in results.items()},
         factors,
         tuple(checks),
         margin is None,
+        axis,
+        values or {},
     )
+
+
+def _cost(results: Sequence[RunResult]) -> Cost:
+    peaks, seconds = ([getattr(result, name) for result in results] for name in ("peak_bytes", "seconds"))
+    return Cost(results[0].parameters, results[0].adapter_bytes, float(np.mean(peaks)), float(np.mean(seconds)))
 
 
 class _Doing:
     """Does the runs that are not there yet."""
 
-    def __init__(self, run: Run, runs: Runs, say: Callable[[str], None]) -> None:
-        self._run, self._runs, self._say = run, runs, say
+    def __init__(self, run: Run, runs: Runs, say: Callable[[str], None], name: Callable[[int], str]) -> None:
+        self._run, self._runs, self._say, self._name = run, runs, say, name
 
     def result(self, key: Key) -> RunResult:
         result = self._runs.get(key)
@@ -146,7 +226,7 @@ class _Doing:
             result = self._run(key.rank, key.seed, key.factor)
             self._runs.add(key, result)
             loss = f"held-out loss {self.loss(key):.4f}"
-            self._say(f"{_name(key.rank)}, seed {key.seed}, rate × {key.factor:.3g}: {loss}")
+            self._say(f"{self._name(key.rank)}, seed {key.seed}, rate × {key.factor:.3g}: {loss}")
         return result
 
     def loss(self, key: Key) -> float:
@@ -157,12 +237,12 @@ class _Doing:
         """Raises RankwiseError if the training diverged."""
         result = self.result(key)
         if not np.isfinite(result.losses).all():
-            raise RankwiseError(f"training diverged at {_name(key.rank)}, seed {key.seed}; give a lower --lr")
+            raise RankwiseError(f"training diverged at {self._name(key.rank)}, seed {key.seed}; give a lower --lr")
         return result
 
 
-def _name(rank: int) -> str:
-    return {BASE: "base", FULL: "full fine-tuning"}.get(rank, f"rank {rank}")
+def _name(rank: int, axis: str, values: dict[int, str]) -> str:
+    return {BASE: "base", FULL: "full fine-tuning"}.get(rank) or f"{axis} = {values.get(rank, rank)}"
 
 
 def _check_rates(runs: _Doing, ranks: list[int], with_full: bool, seed: int) -> list[RateCheck]:
@@ -201,16 +281,19 @@ def _factor(checks: Sequence[RateCheck], rank: int) -> float:
 
 
 def _checked(ranks: Sequence[int], seeds: Sequence[int], margin: float | None) -> list[int]:
-    problems = []
+    problems = [*_problems(seeds, margin)]
     if len(set(ranks)) < 2 or min(ranks) < 1:
         problems.append(f"--ranks needs at least two ranks from 1 on, found {', '.join(map(str, ranks)) or 'none'}")
-    if len(set(seeds)) < 2 or len(set(seeds)) < len(seeds):
-        problems.append("a sweep needs at least two different seeds: one says nothing on how much seeds differ")
-    if margin is not None and not margin > 0:
-        problems.append(f"--delta must be above 0, found {margin}")
     if problems:
         raise ConfigError("this sweep cannot be:\n" + listing(problems))
     return sorted(set(ranks))
+
+
+def _problems(seeds: Sequence[int], margin: float | None) -> Iterator[str]:
+    if len(set(seeds)) < 2 or len(set(seeds)) < len(seeds):
+        yield "a sweep needs at least two different seeds: one says nothing on how much seeds differ"
+    if margin is not None and not margin > 0:
+        yield f"--delta must be above 0, found {margin}"
 
 
 def _same_counts(results: dict[int, list[RunResult]]) -> Array:

@@ -2,12 +2,13 @@
 
 from rankwise.rank.compare import SHARE, Comparison
 from rankwise.rank.crossed import POWER, needed
-from rankwise.rank.sweep import BASE, FULL, Sweep
+from rankwise.rank.sweep import BASE, Sweep
 
 SCOPE = (
     "A sufficient rank belongs to this task, this amount of data, these modules and this recipe; "
     "with other ones it may be another."
 )
+SCOPE_OF_SETTING = "The answer belongs to this task, this amount of data, this rank and the other settings."
 
 
 def verdict(sweep: Sweep) -> str:
@@ -15,10 +16,13 @@ def verdict(sweep: Sweep) -> str:
     c = sweep.comparisons
     if not learned(sweep):
         return (
-            f"These data cannot tell any rank: r = {c.reference} has not lowered the held-out loss beyond chance "
+            f"These data cannot tell any {'rank' if sweep.ordered else sweep.axis}: {sweep.name(c.reference)} has not "
+            f"lowered the held-out loss beyond chance "
             f"(by {c.gain.mean:.4f} nats, 90 % interval {c.gain.lower:.4f} to {c.gain.upper:.4f}). "
             "Train longer, or with another --lr."
         )
+    if not sweep.ordered:
+        return _of_setting(sweep)
     below = c.below
     if c.sufficient != c.reference:
         passed = c.of(c.sufficient)
@@ -37,6 +41,50 @@ def verdict(sweep: Sweep) -> str:
         f"These data cannot tell whether less than r = {c.reference} suffices: r = {below.rank} is worse by "
         f"{below.difference:.4f} nats, 90 % interval {below.lower:.4f} to {below.upper:.4f}, and the margin is "
         f"{c.margin:.4f}; {_more_for(below)}."
+    )
+
+
+def _of_setting(sweep: Sweep) -> str:
+    """Which value of a setting to take, and how each of the others compares with the reference."""
+    c = sweep.comparisons
+    reference, costs = sweep.name(c.reference), sweep.costs
+    better = [found for found in c.ranks if found.upper < 0]
+    smaller = [
+        found
+        for found in c.ranks
+        if found.outcome == "passes" and costs[found.rank].parameters < costs[c.reference].parameters
+    ]
+    if better:
+        taken = min(better, key=lambda found: found.loss)
+        lead = (
+            f"Take {sweep.name(taken.rank)}: its held-out loss is at least {-taken.upper:.4f} nats below that of "
+            f"{reference}, the reference (95 % for all comparisons together)."
+        )
+    elif smaller:
+        taken = min(smaller, key=lambda found: costs[found.rank].parameters)
+        times = costs[c.reference].parameters / costs[taken.rank].parameters
+        lead = (
+            f"Take {sweep.name(taken.rank)}: it trains {times:.1f} times fewer numbers than {reference}, the "
+            f"reference, and is {_against(taken, c.margin)} (95 % for all comparisons together)."
+        )
+    else:
+        taken = None
+        lead = f"Stay with {reference}: no other value is shown to be better, or as good with fewer trained numbers."
+    return " ".join(
+        [lead, *(f"{sweep.name(found.rank)} is {_against(found, c.margin)}." for found in c.ranks if found != taken)]
+    )
+
+
+def _against(found: Comparison, margin: float) -> str:
+    if found.upper < 0:
+        return f"better, by at least {-found.upper:.4f} nats"
+    if found.outcome == "worse":
+        return f"worse by {found.difference:.4f} nats, more than the margin of {margin:.4f}"
+    if found.outcome == "passes":
+        return f"not worse: by at most {found.upper:.4f} nats, and the margin is {margin:.4f}"
+    return (
+        f"an open question: {found.difference:+.4f} nats, interval {found.lower:+.4f} to {found.upper:+.4f}, and the "
+        f"margin is {margin:.4f}; {_more_for(found)}"
     )
 
 
@@ -75,25 +123,24 @@ def _more_for(comparison: Comparison) -> str:
     return f"{' or '.join(ways)} would" if ways else "neither more seeds nor more examples within reason would"
 
 
-def _name(rank: int) -> str:
-    return {BASE: "the base's head", FULL: "full fine-tuning"}.get(rank, f"r = {rank}")
-
-
 def margin_rule(sweep: Sweep) -> str:
     """How the margin came about."""
     c = sweep.comparisons
     if sweep.margin_is_share:
-        return f"δ = {c.margin:.4f} nats, {SHARE:.0%} of what r = {c.reference} gains over the base"
+        return f"δ = {c.margin:.4f} nats, {SHARE:.0%} of what {sweep.name(c.reference)} gains over the base"
     return f"δ = {c.margin:.4f} nats, as asked"
 
 
 def achieved_power(sweep: Sweep) -> float:
     """How often this sweep would have passed a rank that is exactly as good as the largest.
 
-    By the variances found at the next smaller rank, which is the nearest to being as good.
+    By the variances found at the next smaller rank, which is the nearest to being as good. For a setting: of the value
+    that differs most from seed to seed and example to example.
     """
     c = sweep.comparisons
-    return c.ranks[-1].beyond_margin.components.power(c.margin, len(sweep.seeds), len(sweep.counts))
+    size = len(sweep.seeds), len(sweep.counts)
+    over = [found.beyond_margin for found in (c.ranks[-1:] if sweep.ordered else c.ranks)]
+    return min(found.components.power(c.margin, *size, found.confidence) for found in over)
 
 
 def notes(sweep: Sweep) -> list[str]:
@@ -105,7 +152,8 @@ def notes(sweep: Sweep) -> list[str]:
         weak = "" if power >= POWER else f" Below {POWER:.0%}, an open question is no sign that a rank is worse."
         lines[0] = f"{margin_rule(sweep)}; {lines[0]}"
         lines.append(
-            f"A rank exactly as good as r = {c.reference} would have passed in {power:.0%} of such sweeps.{weak}"
+            f"A {'rank' if sweep.ordered else 'value'} exactly as good as {sweep.name(c.reference)} would have passed "
+            f"in {power:.0%} of such sweeps.{weak}"
         )
     lines += _rates(sweep)
     full = sweep.against_full
@@ -113,8 +161,12 @@ def notes(sweep: Sweep) -> list[str]:
         passes = full.upper < c.margin
         lines.append(
             f"r = {c.sufficient} against full fine-tuning: {full.mean:+.4f} nats, 90 % interval {full.lower:+.4f} to "
-            f"{full.upper:+.4f}; no loss of quality beyond δ is {'shown (95 %)' if passes else 'not shown'}."
+            f"{full.upper:+.4f}; a loss beyond δ is {'ruled out (95 %)' if passes else 'not ruled out'}."
         )
+    if not sweep.ordered:
+        sure = c.ranks[0].beyond_margin.confidence
+        lines.append(f"Each bound is one-sided, of {sure:.1%}, so that all together hold with 95 % (Bonferroni).")
+        return [*lines, SCOPE_OF_SETTING]
     return [*lines, SCOPE]
 
 
@@ -123,7 +175,7 @@ def _rates(sweep: Sweep) -> list[str]:
     lines = []
     for factor in sorted({check.best for check in sweep.rate_checks}):
         checks = [check for check in sweep.rate_checks if check.best == factor]
-        names = ", ".join(_name(check.rank) for check in checks)
+        names = ", ".join("the base's head" if check.rank == BASE else sweep.name(check.rank) for check in checks)
         if factor == 1:
             lines.append(f"Learning rate: neither a third nor three times of it was better at {names}.")
         else:

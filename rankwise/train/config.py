@@ -9,12 +9,18 @@ import yaml
 from rankwise.data.shapes import ASKING, Format, Task
 from rankwise.data.transcripts import TrainOn
 from rankwise.errors import ConfigError, listing
+from rankwise.plan.choices import Choices
 from rankwise.train.trackers import TrackerName
 
 Start = Literal["default", "gaussian", "orthogonal", "pissa", "olora", "eva", "corda", "lora_ga"]
 AUTO_RANK = 32
 """The rank that trains where the rank is to be found: most tasks need less."""
+FIXED_RANK = 8
+"""The rank of --r auto where nothing can show which one is enough."""
+ROWS_TO_CHOOSE = 75
+"""Held-out rows without which `rankwise shrink` cannot choose ranks."""
 LEAST = {
+    "cache_gb": 0,
     "batch_size": 1,
     "batch_tokens": 1,
     "accumulate": 1,
@@ -43,13 +49,14 @@ class TrainConfig:
     model: str
     """Base model: smollm2-135m, minilm-l6, a Hugging Face folder, a .gguf file or a hub id."""
     data: tuple[Path, ...]
-    """Training data: files (JSONL, JSON, CSV, TSV, Parquet), folders of them, or hub data sets (OWNER/NAME@SPLIT).
-    b.csv:2 counts the rows of b.csv twice."""
+    """Training data: files (JSONL, JSON, CSV, TSV, Parquet, CoNLL), folders of them, or hub data sets
+    (OWNER/NAME@SPLIT). b.csv:2 counts the rows of b.csv twice."""
     out: Path
     """Folder of the run; it must not exist yet."""
     task: Task = "causal_lm"
-    """causal_lm: answer prompts. seq_cls: give texts a label. embedding: bring texts that belong together near to each
-    other. seq2seq_lm: answer prompts with an encoder and a decoder (T5, BART)."""
+    """causal_lm: answer prompts. seq_cls: give texts a label, or several. token_cls: give each word a tag. embedding:
+    bring texts that belong together near to each other. seq2seq_lm: answer prompts with an encoder and a decoder (T5,
+    BART)."""
     format: Format | None = None
     """Shape of the rows; without it, the one that most rows have."""
     columns: tuple[str, ...] = ()
@@ -64,15 +71,18 @@ class TrainConfig:
     """At most so many held-out prompts are answered to count exact matches (causal_lm, seq2seq_lm)."""
     metrics: bool = False
     """Measure BLEU, chrF and ROUGE of these answers too; needs pip install 'rankwise[metrics]'."""
-    r: int | Literal["auto"] = 8
+    r: int | Literal["auto"] = "auto"
     """Rank of the adapter. auto: trains at rank 32, then cuts each module to the smallest rank that the held-out rows
-    show to be as good (rankwise shrink); where they cannot tell, the adapter stays as it is."""
+    show to be as good (rankwise shrink); rank 8, uncut, where fewer than 75 rows are held out."""
     lora_alpha: float = 32.0
     """The adapter is scaled by lora_alpha / r."""
     lora_dropout: float = 0.0
     """Dropout on the adapter's input, in [0, 1)."""
     target_modules: tuple[str, ...] = ("all-linear",)
     """Module names (whole, or the last parts), or one regular expression of whole names, or all-linear."""
+    layers_to_transform: tuple[int, ...] = ()
+    """Adapt only the blocks of these indices, counted from 0; without it, all. What enters the lowest adapted block is
+    then computed once a row and kept (--cache-gb)."""
     init_lora_weights: Literal["default", "gaussian", "orthogonal", "pissa", "olora", "eva", "corda", "lora_ga"] = (
         "default"
     )
@@ -124,6 +134,15 @@ class TrainConfig:
     """Save a checkpoint every so many steps; without it, about ten times a run. The last two are kept."""
     tracker: tuple[TrackerName, ...] = ()
     """Send the curves there too; tensorboard and aim write into the run's folder."""
+    base_dtype: Literal["fp32", "bf16"] = "fp32"
+    """How the frozen weights are kept: bf16 takes half the memory, and is exact for a model that is published in it.
+    The computation, the adapter and all that trains are in fp32 either way."""
+    recompute: Literal["never", "always", "auto"] = "never"
+    """Keep of each block its input alone and compute its activations again in the backward pass: the same numbers with
+    less memory, in more time. auto: if the run would otherwise need more memory than is free (docs/engine.md)."""
+    cache_gb: float = 4.0
+    """How much of the user's cache folder the hidden states may take that enter the lowest adapted block. They are the
+    same in every epoch, and for every rank and seed. 0: none are kept."""
     explain_engine: bool = False
     """Say before training which of the engine's techniques the run uses, and why not the others."""
     seed: int = 0
@@ -142,13 +161,17 @@ class TrainConfig:
     def _problems(self):
         if self.needs_data and not self.data:
             yield "--data must name at least one file, folder or hub data set"
+        if self.r != "auto" and self.r < 1:
+            yield f"--r must be a whole number of at least 1, or auto, found {self.r}"
+        if not 0 <= self.lora_dropout < 1:
+            yield f"--lora-dropout must lie in [0, 1), found {self.lora_dropout}"
         if not 0 <= self.eval_fraction < 1:
             yield f"--eval-fraction must lie in [0, 1), found {self.eval_fraction}"
         if not 0 <= self.warmup <= 1:
             yield f"--warmup must lie in [0, 1], found {self.warmup}"
         if not 0 <= self.label_smoothing < 1:
             yield f"--label-smoothing must lie in [0, 1), found {self.label_smoothing}"
-        for name in ("epochs", "lr", "lora_plus_ratio"):
+        for name in ("lora_alpha", "epochs", "lr", "lora_plus_ratio"):
             value = getattr(self, name)
             if value not in (None, "auto") and not value > 0:
                 yield f"--{name.replace('_', '-')} must be above 0, found {value}"
@@ -158,8 +181,6 @@ class TrainConfig:
                 yield f"--{name.replace('_', '-')} must be at least {least}, found {value}"
         if self.eval_steps and self.eval_data is None and not self.eval_fraction:
             yield "--eval-steps needs held-out data; give --eval-data, or an --eval-fraction above 0"
-        if self.r == "auto" and self.eval_data is None and not self.eval_fraction:
-            yield "--r auto needs held-out data to choose by; give --eval-data, or an --eval-fraction above 0"
         if self.metrics and self.task not in ASKING:
             yield f"--metrics measures answers; what is measured of --task {self.task} is always measured"
         if self.metrics and not self.eval_answers:
@@ -174,9 +195,33 @@ class TrainConfig:
             yield "--label-smoothing does not go with --task embedding, whose texts are right or not"
 
     @property
-    def trained_rank(self) -> int:
+    def choices(self) -> Choices:
+        """The settings that trade memory for time, as a plan takes them; "auto" is yet to be settled."""
+        return Choices(base_dtype=self.base_dtype, recompute=self.recompute == "always")
+
+    def fixed_because(self, held_out: int | None = None) -> str | None:
+        """Why the ranks are not chosen after training; None if they are. `held_out`: rows, where that is known."""
+        if self.r != "auto":
+            return "--r is given"
+        if self.eval_data is None and not self.eval_fraction:
+            return "nothing is held out to choose ranks by"
+        if self.use_dora:
+            return "an adapter with --use-dora cannot be cut"
+        if held_out is not None and held_out < ROWS_TO_CHOOSE:
+            return f"{held_out} held-out rows are too few to choose ranks by (at least {ROWS_TO_CHOOSE} are needed)"
+        return None
+
+    def trained_rank(self, held_out: int | None = None) -> int:
         """The rank that trains."""
-        return AUTO_RANK if self.r == "auto" else self.r
+        if self.r != "auto":
+            return self.r
+        return FIXED_RANK if self.fixed_because(held_out) else AUTO_RANK
+
+    def rank_rule(self, held_out: int | None = None) -> str:
+        """What becomes of --r auto, in one line."""
+        if reason := self.fixed_because(held_out):
+            return f"--r auto: rank {FIXED_RANK}, which stays, because {reason}"
+        return f"--r auto: rank {AUTO_RANK} trains; then each module is cut to what the held-out rows show to be enough"
 
     @property
     def targets(self) -> tuple[str, ...] | str:
@@ -190,6 +235,7 @@ class TrainConfig:
         plain = {name: str(value) if isinstance(value, Path) else value for name, value in asdict(self).items()}
         data = [str(entry) for entry in self.data]
         lists = {
+            "layers_to_transform": list(self.layers_to_transform),
             "target_modules": list(self.target_modules),
             "columns": list(self.columns),
             "tracker": list(self.tracker),

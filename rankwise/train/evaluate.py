@@ -7,15 +7,16 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch.nn import functional as F
 
-from rankwise.data.examples import E, LabelExample, Prompt
+from rankwise.data.examples import E, Prompt
+from rankwise.data.labelled import LabelledExample
 from rankwise.data.pairs import PairExample
 from rankwise.engine.embedding import EmbeddingEngine
 from rankwise.engine.engine import Engine
 from rankwise.engine.generate import generate
 from rankwise.lora.inject import set_adapter_training
 from rankwise.train import metrics
+from rankwise.train.label_scores import label_scores
 from rankwise.train.metrics import Estimate
 from rankwise.train.retrieval import retrieve
 from rankwise.train.text_metrics import text_scores
@@ -40,9 +41,9 @@ class Evaluation:
     """What was measured on held-out rows."""
 
     loss: float
-    """Mean over all trained tokens (texts for classification, rows for embeddings), in nats."""
+    """Mean over all trained tokens (texts or words for classification, rows for embeddings), in nats."""
     metric_name: str
-    """exact_match (share of prompts answered exactly), accuracy (share of texts with the right label) or recall@1
+    """exact_match (share of prompts answered exactly), a classifier's main score (train/label_scores.py), or recall@1
     (share of anchors whose positive is the most similar one)."""
     metric: float | None
     """In [0, 1]; None if no prompt was answered."""
@@ -66,11 +67,9 @@ class _Rows:
     losses: NDArray[Any]
     """[n] nats, summed over all that is counted."""
     counted: NDArray[Any]
-    """[n] trained tokens, or 1."""
-    right: NDArray[Any]
-    """[n] how many of these are the most likely ones."""
-    predicted: NDArray[Any]
-    """[n] the most likely class (the last token)."""
+    """[n] trained tokens, or words, or 1."""
+    answers: list[NDArray[Any]]
+    """Of each row what the model finds, as the example's own `answer`."""
 
     @property
     def loss(self) -> float:
@@ -78,9 +77,9 @@ class _Rows:
 
 
 def evaluate(
-    engine: Engine[E],
+    engine: Engine[Any],
     tokenizer: Any,
-    examples: Sequence[E],
+    examples: Sequence[Any],
     prompts: Sequence[Prompt] = (),
     on_progress: Progress = lambda text: None,
     text_metrics: bool = False,
@@ -92,21 +91,13 @@ def evaluate(
     Raises MissingDependency if those need a package that is not installed.
     """
     if isinstance(engine, EmbeddingEngine):
-        return _evaluate_pairs(engine, tokenizer, [e for e in examples if isinstance(e, PairExample)], on_progress)
+        return _of_pairs(engine, tokenizer, examples, on_progress)
     rows = _measure(engine, examples, on_progress)
     loss = metrics.ratio(rows.losses, rows.counted)
-    if isinstance(examples[0], LabelExample):
-        targets = np.array([example.label for example in examples if isinstance(example, LabelExample)])
-        found = {"loss": loss, **metrics.classification(targets, rows.predicted)}
-        names = engine.model.config.id2label
-        samples = tuple(
-            Sample(tokenizer.decode(example.ids, skip_special_tokens=True), names[target], names[answer])
-            for example, target, answer in zip(
-                examples[:SAMPLES], targets.tolist(), rows.predicted.tolist(), strict=False
-            )
-        )
-        return Evaluation(rows.loss, "accuracy", found["accuracy"].value, len(examples), found, samples)
-    accuracy = metrics.ratio(rows.right, rows.counted)
+    if isinstance(examples[0], LabelledExample):
+        return _of_labels(engine, tokenizer, examples, rows, loss)
+    right = [(answer == example.answer).sum() for answer, example in zip(rows.answers, examples, strict=True)]
+    accuracy = metrics.ratio(np.array(right, dtype=float), rows.counted)
     found = {"loss": loss, "perplexity": metrics.perplexity(loss), "token_accuracy": accuracy}
     samples = _answers(engine, tokenizer, prompts, on_progress)
     if samples:
@@ -118,7 +109,7 @@ def evaluate(
     return Evaluation(rows.loss, "exact_match", metric, len(examples), found, samples[:SAMPLES])
 
 
-def _evaluate_pairs(
+def _of_pairs(
     engine: EmbeddingEngine, tokenizer: Any, examples: Sequence[PairExample], on_progress: Progress
 ) -> Evaluation:
     found = retrieve(engine, examples, on_progress)
@@ -133,31 +124,45 @@ def _evaluate_pairs(
     return Evaluation(*values, len(examples), measured, samples)
 
 
+def _of_labels(engine: Engine[Any], tokenizer: Any, examples: Sequence[Any], rows: _Rows, loss: Estimate) -> Evaluation:
+    id2label = engine.model.config.id2label
+    names = [id2label[number] for number in range(len(id2label))]
+    scores = label_scores(examples, rows.answers, names)
+    samples = tuple(
+        Sample(
+            tokenizer.decode(example.ids, skip_special_tokens=True),
+            *(example.written(answer, tokenizer, names) for answer in (example.answer, found.tolist())),
+        )
+        for example, found in zip(examples[:SAMPLES], rows.answers, strict=False)
+    )
+    main = next(iter(scores))
+    return Evaluation(rows.loss, main, scores[main].value, len(examples), {"loss": loss, **scores}, samples)
+
+
 @torch.no_grad()
 def held_out_loss(engine: Engine[E], examples: Sequence[E]) -> float:
     """The loss of `evaluate` alone."""
     set_adapter_training(engine.model, False)
-    batches = engine.held_out_batches(examples)
+    batches = engine.evaluation_batches(examples)
     parts = [engine.example_losses([examples[place] for place in places]) for places in batches]
     return sum(losses.sum().item() for losses, _ in parts) / sum(int(counts.sum()) for _, counts in parts)
 
 
 def _measure(engine: Engine[E], examples: Sequence[E], on_progress: Progress) -> _Rows:
     set_adapter_training(engine.model, False)
-    rows, done = np.zeros((4, len(examples))), 0
-    for places in engine.held_out_batches(examples):
+    losses, done = np.zeros(len(examples)), 0
+    answers: list[NDArray[Any]] = [np.empty(0)] * len(examples)
+    for places in engine.evaluation_batches(examples):
         on_progress(f"held-out loss {done}/{len(examples)}")
         done += len(places)
         counts = [examples[place].counted for place in places]
         with torch.no_grad():
             logits, targets = engine.logits([examples[place] for place in places])
-            losses = F.cross_entropy(logits, targets, reduction="none").double().split(counts)
-        best = logits.argmax(-1)
-        right = (best == targets).split(counts)
-        last = best[torch.tensor(counts, device=best.device).cumsum(0) - 1]
-        sums = [torch.stack([part.sum() for part in parts]).tolist() for parts in (losses, right)]
-        rows[:, places] = sums[0], counts, sums[1], last.tolist()
-    return _Rows(rows[0], rows[1], rows[2], rows[3].astype(np.int64))
+            parts = engine.losses_of(logits, targets).double().split(counts)
+        losses[places] = [part.sum().item() for part in parts]
+        for place, answer in zip(places, engine.answers(logits).cpu().split(counts), strict=True):
+            answers[place] = answer.flatten().numpy()
+    return _Rows(losses, np.array([float(example.counted) for example in examples]), answers)
 
 
 def _answers(

@@ -1,21 +1,23 @@
 """What a coming run will cost: its batches counted, and the plan made of them."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 
-from rankwise.data.examples import LabelExample
-from rankwise.engine.batch import pack, pack_texts
+from rankwise.engine.batch import stream_of
 from rankwise.errors import RankwiseError
 from rankwise.lora.config import LoraConfig
 from rankwise.models import local_path
 from rankwise.plan.architectures import read_shape
 from rankwise.plan.machine import read_machine
+from rankwise.plan.memory import free_bytes
 from rankwise.plan.plan import make_plan
 from rankwise.plan.workload import Batch, packed_batch, padded_batch
 from rankwise.train.batches import planned_steps
 from rankwise.train.config import TrainConfig
+from rankwise.train.progress import peak_memory_bytes
 
 
 def counted_batches(examples: Sequence[Any], config: TrainConfig, packs: bool) -> list[Batch]:
@@ -26,10 +28,8 @@ def counted_batches(examples: Sequence[Any], config: TrainConfig, packs: bool) -
 def _counted(examples: Sequence[Any], packs: bool) -> Batch:
     lengths = [len(example.ids) for example in examples]
     if not packs:
-        labels = isinstance(examples[0], LabelExample)
-        return padded_batch(lengths, len(examples) if labels else sum(sum(e.trained[1:]) for e in examples))
-    cpu = torch.device("cpu")
-    stream = pack_texts(examples, cpu) if isinstance(examples[0], LabelExample) else pack(examples, cpu)
+        return padded_batch(lengths, sum(example.counted for example in examples))
+    stream = stream_of(examples, torch.device("cpu"))
     packing = stream.packing
     return packed_batch(sum(lengths), len(stream.targets), packing.lengths, packing.before, len(examples))
 
@@ -37,17 +37,23 @@ def _counted(examples: Sequence[Any], packs: bool) -> Batch:
 def forecast(
     examples: Sequence[Any], config: TrainConfig, lora: LoraConfig, labels: int, packs: bool
 ) -> dict[str, Any]:
-    """What a plan says of a run that is about to begin, for result.json.
+    """What a plan says of a run that is about to begin, for result.json; and whether it is to recompute activations.
 
-    None stands for a model or targets that a plan does not know. The time is None, too, unless this machine was
-    measured before (`rankwise plan` does that).
+    None stands for a model or targets that a plan does not know; with --recompute auto those recompute nothing. The
+    time is None, too, unless this machine was measured before (`rankwise plan` does that).
     """
+    choices = config.choices
     try:
         shape = read_shape(local_path(config.model), config.task, labels)
-        cost = make_plan(shape, lora, counted_batches(examples, config, packs), read_machine()).adapter
+        batches = counted_batches(examples, config, packs)
+        cost = make_plan(shape, lora, batches, read_machine(), choices).adapter
+        if config.recompute == "auto" and cost.memory and cost.memory.peak - peak_memory_bytes() > free_bytes():
+            choices = replace(choices, recompute=True)
+            cost = make_plan(shape, lora, batches, read_machine(), choices).adapter
     except RankwiseError:
-        return {"predicted_seconds": None, "predicted_peak_memory_bytes": None}
+        return {"recompute": choices.recompute, "predicted_seconds": None, "predicted_peak_memory_bytes": None}
     return {
+        "recompute": choices.recompute,
         "predicted_seconds": cost.seconds and cost.seconds.total,
         "predicted_peak_memory_bytes": cost.memory and cost.memory.peak,
     }

@@ -11,6 +11,7 @@ from torch.optim import AdamW
 
 from rankwise.engine.engine import Engine
 from rankwise.engine.heap import keep_freed_memory
+from rankwise.engine.state_cache import states_kept
 from rankwise.errors import ConfigError, RankwiseError
 from rankwise.lora.inject import set_adapter_training, trainable_parameters
 from rankwise.lora.prepared import prepared_weights, shared_inputs
@@ -58,6 +59,7 @@ class Training:
         Raises ConfigError if the plan cannot be, or if the learning rate is yet to be found ("auto")."""
         self.engine = engine
         self.label_smoothing = config.label_smoothing
+        self.cache_bytes = config.cache_gb * 1e9
         self.plan = planned_steps(examples, config)
         rate = default_rate(len(self.plan)) if config.lr is None else config.lr
         if isinstance(rate, str):
@@ -85,13 +87,18 @@ class Training:
         begin = time.perf_counter()
         keep_freed_memory()
         model = self.engine.model
-        with prepared_weights(model, most_bytes_of_copies()), shared_inputs(model, self._run_once):
+        # What runs before the first step must draw no random numbers for dropout, which a resumed run would draw again.
+        set_adapter_training(model, False)
+        rows = [example for step in self.plan for batch in step for example in batch]
+        with (
+            states_kept(self.engine, rows, self.cache_bytes),
+            prepared_weights(model, most_bytes_of_copies()),
+            shared_inputs(model, self._run_once),
+        ):
             yield from self._steps(begin, stopped)
         set_adapter_training(model, False)
 
     def _run_once(self) -> None:
-        # Not in training: dropout would draw random numbers that a resumed run draws again.
-        set_adapter_training(self.engine.model, False)
         self.engine.logits([self.plan[0][0][0].short()])
 
     def _steps(self, begin: float, stopped: Callable[[], bool]) -> Iterator[Step]:

@@ -77,6 +77,31 @@ def macro_f1(targets: NDArray[Any], predicted: NDArray[Any]) -> float:
     return float((2 * right[present] / (of_class + as_class)[present]).mean())
 
 
+def micro_f1(right: NDArray[Any], of: NDArray[Any], found: NDArray[Any]) -> Estimate:
+    """2·right / (of + found), summed over rows [n]: how many of a row's things are there and found, there, found.
+
+    0 where nothing is there and nothing was found.
+    """
+
+    def statistic(right: NDArray[Any], both: NDArray[Any], axis: int = -1) -> NDArray[Any]:
+        sums = both.sum(axis)
+        return np.divide(2 * right.sum(axis), sums, out=np.zeros(np.shape(sums)), where=sums > 0)
+
+    return _estimate(statistic, (right, of + found), vectorized=True)
+
+
+def macro_f1_of_counts(right: NDArray[Any], of: NDArray[Any], found: NDArray[Any]) -> Estimate:
+    """The mean over classes of the same for [n, classes], each class by itself; a class counts as in `macro_f1`."""
+
+    def statistic(rows: NDArray[Any]) -> float:
+        times = np.bincount(rows, minlength=len(right))
+        both = times @ (of + found)
+        present = both > 0
+        return float((2 * (times @ right)[present] / both[present]).mean()) if present.any() else 0.0
+
+    return _estimate(statistic, (np.arange(len(right)),), vectorized=False)
+
+
 def matthews(targets: NDArray[Any], predicted: NDArray[Any]) -> float:
     """Matthews' correlation coefficient in [-1, 1] for any number of classes (Gorodkin 2004); 0 where it is 0 / 0."""
     right, of_class, as_class = _counts(targets, predicted)

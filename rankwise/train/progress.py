@@ -5,11 +5,13 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 
 import torch
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 
+from rankwise.engine.heap import return_freed_memory
 from rankwise.train.loop import Step
 
 LINES_PER_RUN = 20
@@ -95,6 +97,20 @@ class TrainingView:
     def end(self) -> None:
         if self._progress is not None:
             self._progress.stop()
+
+
+def forget_peak_memory() -> bool:
+    """Let `peak_memory_bytes` begin anew from what is held now; False where the system does not offer that."""
+    return_freed_memory()
+    if torch.cuda.is_available():  # Not verified on a GPU.
+        torch.cuda.reset_peak_memory_stats()
+        return True
+    try:
+        # 5 resets the "high water mark", as proc(5) says.
+        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
+    except OSError:
+        return False
+    return True
 
 
 def peak_memory_bytes() -> int:

@@ -7,6 +7,7 @@ from typing import Any
 
 from jinja2 import Environment, PackageLoader
 
+from rankwise.lora.report import TrainedUpdate
 from rankwise.train.chart import Chart, Series, draw
 from rankwise.train.loop import Step
 
@@ -16,29 +17,6 @@ BARS = 16
 """Singular values drawn of a matrix."""
 TRAINED, HELD_OUT, OTHER = "#7a9", "#a20", "#357"
 """Colours."""
-
-
-@dataclass(frozen=True)
-class Matrix:
-    """An adapted matrix of the final adapter."""
-
-    name: str
-    d: int
-    k: int
-    rank: int
-    sigma: tuple[float, ...]
-    """Singular values of ΔW, the largest first; empty where they are not known."""
-
-    @property
-    def bars(self) -> str:
-        """The first singular values beside the largest, as an SVG path 4·BARS wide and 16 high."""
-        heights = [round(16 * value / self.sigma[0], 1) for value in self.sigma[:BARS]] if self.size else []
-        return "".join(f"M{4 * index} 16v-{height:g}h3v{height:g}z" for index, height in enumerate(heights))
-
-    @property
-    def size(self) -> float:
-        """The largest singular value."""
-        return self.sigma[0] if self.sigma else 0.0
 
 
 @dataclass(frozen=True)
@@ -55,7 +33,7 @@ def render_report(
     result: dict[str, Any],
     steps: Sequence[Step],
     data: str = "",
-    matrices: Sequence[Matrix] = (),
+    updates: Sequence[TrainedUpdate] = (),
 ) -> str:
     """The page: verdict, curves, metrics, samples, cost, data, spectra, settings and all of result.json."""
     template = Environment(loader=PackageLoader("rankwise.train", "."), autoescape=True).get_template("report.html.j2")
@@ -69,8 +47,8 @@ def render_report(
         samples=[{name: _cut(name, text) for name, text in s.items()} for s in result.get("samples") or []],
         cost=_cost(result),
         data=data.splitlines(),
-        matrices=matrices[:MOST_MATRICES],
-        more_matrices=max(0, len(matrices) - MOST_MATRICES),
+        updates=[(update, spectrum_bars(update.sigma)) for update in updates[:MOST_MATRICES]],
+        more_updates=max(0, len(updates) - MOST_MATRICES),
         bars=BARS,
     )
 
@@ -90,10 +68,23 @@ def verdict(result: dict[str, Any], steps: Sequence[Step]) -> Verdict:
         facts += f", {name} {result['metric_before']:.1%} → {result['metric_after']:.1%}"
     if after >= before:
         return Verdict("bad", f"It did not learn: {facts}.")
+    if cut := result.get("shrunk"):
+        facts += (
+            f"; some of these rows chose the ranks, and on {cut['rows']['confirmation']} others the loss is "
+            f"{cut['loss_shrunk']:.4f} ({cut['loss_full']:.4f} before the cut)"
+        )
     first, last = (result[f"metrics_{side}"].get("loss", {}) for side in ("before", "after"))
     if None in (first.get("lower"), last.get("upper")) or last["upper"] >= first["lower"]:
         return Verdict("open", f"A small gain, or chance in the choice of rows: {facts}.")
     return Verdict("good", f"It learned: {facts}.")
+
+
+def spectrum_bars(sigma: Sequence[float]) -> str:
+    """The first singular values beside the largest, which comes first, as an SVG path 4·BARS wide and 16 high."""
+    if not sigma or not sigma[0]:
+        return ""
+    heights = [round(16 * value / sigma[0], 1) for value in sigma[:BARS]]
+    return "".join(f"M{4 * index} 16v-{height:g}h3v{height:g}z" for index, height in enumerate(heights))
 
 
 def _charts(result: dict[str, Any], steps: Sequence[Step]) -> list[Chart | None]:

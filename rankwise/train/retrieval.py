@@ -57,7 +57,7 @@ def retrieve(
     embeddings = _embed(engine, texts, on_progress)
     number = {text: place for place, text in enumerate(texts)}
     losses = np.empty(len(examples))
-    for places in engine.held_out_batches(examples):
+    for places in engine.evaluation_batches(examples):
         batch = Contrast.of([examples[place] for place in places])
         logits = batch.logits(embeddings[[number[text] for text in batch.texts]])
         targets = torch.tensor(batch.targets, device=logits.device)

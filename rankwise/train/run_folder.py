@@ -14,7 +14,7 @@ from torch import nn
 from rankwise import atomic
 from rankwise.errors import ConfigError, StorageError, listing
 from rankwise.lora.checkpoint import save_adapter
-from rankwise.models.adapted import LABELS_FILE
+from rankwise.models.adapted import write_labels
 from rankwise.train.checkpoints import Checkpoints
 from rankwise.train.config import TrainConfig
 from rankwise.train.loop import Step, Training
@@ -112,6 +112,11 @@ class RunFolder:
     def adapter(self) -> Path:
         return self.path / "adapter"
 
+    @property
+    def full_adapter(self) -> Path:
+        """The adapter as it was trained, where adapter/ is cut."""
+        return self.path / "adapter-full"
+
     def write_settings(self) -> None:
         """Write run.yaml; `rankwise train --config run.yaml --out OTHER` repeats the run."""
         if not self.resume:
@@ -140,7 +145,8 @@ class RunFolder:
 
     def keep_full_adapter(self) -> None:
         """Move adapter/ to adapter-full/, before a smaller one takes its place."""
-        self.adapter.replace(self.path / "adapter-full")
+        shutil.rmtree(self.full_adapter, ignore_errors=True)  # Of a run that was killed after this, and resumed.
+        self.adapter.replace(self.full_adapter)
 
     def save_checkpoint(self, training: Training, watch: Watch, steps: Sequence[Step], labels: list[str]) -> None:
         """Write checkpoints/step-…/: an adapter folder, with the state of the run and its metrics so far beside it."""
@@ -183,6 +189,5 @@ def _json(path: Path) -> dict[str, Any] | None:
 
 
 def _save(model: nn.Module, labels: list[str], folder: Path) -> None:
-    if labels:
-        atomic.write_text(folder / LABELS_FILE, json.dumps(labels, ensure_ascii=False, indent=1) + "\n")
+    write_labels(model, labels, folder)
     save_adapter(model, folder)

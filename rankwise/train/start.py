@@ -48,6 +48,5 @@ def data_sha256(*sides: Sequence[Any]) -> str:
     for examples in sides:
         digest.update(f"{len(examples)} rows\n".encode())
         for example in examples:
-            digest.update(array("q", [len(example.ids), *example.ids]).tobytes())
-            digest.update(example.taught)
+            digest.update(array("q", [len(example.ids), *example.ids, *example.taught]).tobytes())
     return digest.hexdigest()

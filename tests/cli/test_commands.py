@@ -141,10 +141,7 @@ def test_merge_writes_a_folder_that_plain_transformers_loads(train, tiny_llama_f
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--r", "0"], "r must be a whole number of at least 1"),
-        (["--r", "-3"], "r must be a whole number of at least 1"),
         (["--r", "33"], "and r = 33 is larger"),
-        (["--lora-dropout", "1"], r"lora_dropout must lie in [0, 1)"),
         (["--target-modules", "q_porj"], "nearest: 'q_proj'"),
         (["--data", "nowhere.jsonl"], "no such data file: nowhere.jsonl"),
         (["--model", "smollm"], "nearest: 'smollm2-135m'"),
@@ -167,6 +164,11 @@ def test_a_wrong_setting_is_one_clear_message_and_exit_code_2(train, capsys, opt
         (["--lora-alhpa", "3"], ["Unrecognized options: --lora-alhpa", "--lora-alpha"]),
         (["--r", "eight"], ["--r", "eight"]),
         (["--lr", "-1", "--epochs", "0"], ["--lr must be above 0", "--epochs must be above 0"]),
+        (
+            ["--r", "0", "--lora-dropout", "2", "--lora-alpha", "-1"],
+            ["--r must be a whole number of at least 1", "--lora-dropout must lie in", "--lora-alpha must be above 0"],
+        ),
+        (["--r", "-3"], ["--r must be a whole number of at least 1"]),
     ],
 )
 def test_a_wrong_flag_names_the_nearest_one(train, capsys, options, messages):

@@ -147,11 +147,11 @@ def test_embeddings_are_those_of_each_text_by_itself(family, pooling, monkeypatc
 def test_a_row_meets_the_same_rows_at_every_evaluation_and_no_row_is_alone():
     examples = pairs(40)
     engine = EmbeddingEngine(embedder("bert"), 1, examples)
-    batches = engine.held_out_batches(examples)
+    batches = engine.evaluation_batches(examples)
     assert sorted(place for places in batches for place in places) == list(range(40))
     assert min(map(len, batches)) >= 16
     engine.packs = False
-    assert engine.held_out_batches(examples) == batches
+    assert engine.evaluation_batches(examples) == batches
     engine.packs = True
     losses, counts = per_example(engine, examples)
     assert counts.tolist() == [1] * 40

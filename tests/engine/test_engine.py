@@ -10,10 +10,12 @@ from torch import nn
 from torch.nn import functional as F
 
 from rankwise import LoraConfig, inject_, trainable_parameters
-from rankwise.data.examples import LabelExample, TextExample, text_examples
+from rankwise.data.examples import TextExample, text_examples
 from rankwise.data.files import Row
+from rankwise.data.labelled import LabelExample
 from rankwise.engine.batch import pack
-from rankwise.engine.engine import ClassifierEngine, LanguageEngine
+from rankwise.engine.classifiers import ClassifierEngine
+from rankwise.engine.language import LanguageEngine
 
 CAUSAL = ["llama", "llama-tied", "qwen2", "mistral-window", "gpt2", "gpt-neox"]
 
@@ -196,15 +198,6 @@ def test_a_model_that_packing_cannot_serve_says_why_and_is_padded():
     engine = LanguageEngine(tiny("bloom"), 2, conversations(3, 0))
     assert not engine.packs
     assert engine.padded_because
-
-
-def test_a_model_that_computes_its_activations_again_is_padded_and_has_the_same_gradients():
-    model, examples = adapted("llama"), conversations(5, 0)
-    expected = gradients(model, reference_loss(model, examples))
-    model.activation_checkpointing_enable()
-    engine = LanguageEngine(model.train(), 2, examples)
-    assert "computes its activations again" in engine.padded_because
-    torch.testing.assert_close(gradients(model, engine.loss(examples)), expected, rtol=1e-10, atol=1e-12)
 
 
 def test_packed_classification_is_that_of_each_text_by_itself():

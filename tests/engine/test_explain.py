@@ -5,9 +5,11 @@ import re
 from conftest import tiny
 
 from rankwise import LoraConfig, inject_
-from rankwise.data.examples import LabelExample, TextExample
-from rankwise.engine.engine import ClassifierEngine, LanguageEngine
+from rankwise.data.examples import TextExample
+from rankwise.data.labelled import LabelExample
+from rankwise.engine.classifiers import ClassifierEngine
 from rankwise.engine.explain import explain
+from rankwise.engine.language import LanguageEngine
 
 
 def rows():

@@ -7,17 +7,20 @@ import pytest
 import torch
 from conftest import tiny
 from test_engine import a_tree_of_conversations, conversations, reference_loss
-from test_model_types import CAUSAL, CLASSIFIERS, PACKED, all_in_fp64, assert_same, build
+from test_model_types import CAUSAL, CLASSIFIERS, PACKED, assert_same, build
 from torch import nn
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
-from rankwise.data.examples import LabelExample, TextExample
+from rankwise.data.examples import TextExample
+from rankwise.data.labelled import LabelExample
 from rankwise.engine.batch import pack
-from rankwise.engine.engine import ClassifierEngine, LanguageEngine
-from rankwise.engine.last_block import last_block
+from rankwise.engine.blocks import blocks_of
+from rankwise.engine.classifiers import ClassifierEngine
+from rankwise.engine.language import LanguageEngine
+from rankwise.lora.layers import named_base_modules
 
-__all__ = ["all_in_fp64"]
+pytestmark = pytest.mark.usefixtures("in_fp64")
 DECODERS = ["llama", "gpt2", "mistral", "opt", "phi", "qwen2"]
 
 
@@ -51,7 +54,9 @@ def linear_inputs(block):
     Told without hooks, because a block with hooks in it is not cut.
     """
     seen = {}
-    layers = {name: layer for name, layer in block.named_modules() if type(layer).__name__ in ("LoraLinear", "Linear")}
+    layers = {
+        name: block.get_submodule(name) for name, base in named_base_modules(block) if isinstance(base, nn.Linear)
+    }
     for name, layer in layers.items():
 
         def forward(x, *more, name=name, before=layer.forward):
@@ -105,7 +110,7 @@ def test_no_layer_behind_attention_sees_a_token_that_is_not_read():
     engine = LanguageEngine(model, 0, examples)
     stream = pack(examples, torch.device("cpu"))
     read, tokens = len(stream.targets), stream.ids.shape[1]
-    with linear_inputs(last_block(model)) as seen:
+    with linear_inputs(blocks_of(model)[-1]) as seen:
         engine.loss(examples)
     projections = {f"self_attn.{name}_proj": [tokens, read] for name in "qkv"}
     behind = {name: [read] for name in ("self_attn.o_proj", "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")}
@@ -115,7 +120,7 @@ def test_no_layer_behind_attention_sees_a_token_that_is_not_read():
 def test_no_layer_behind_attention_sees_more_than_the_first_token_of_a_text():
     model, examples = build(AutoModelForSequenceClassification, "bert", {}, 3, num_labels=4), texts()
     engine = ClassifierEngine(model, 0, examples)
-    with linear_inputs(last_block(model)) as seen:
+    with linear_inputs(blocks_of(model)[-1]) as seen:
         engine.loss(examples)
     behind = {name: counts for name, counts in seen.items() if "self" not in name}
     assert behind == {name: [6] for name in ("attention.output.dense", "intermediate.dense", "output.dense")}
@@ -125,7 +130,7 @@ def test_the_block_runs_whole_where_most_tokens_are_read():
     model = build(AutoModelForCausalLM, "llama", {}, 3)
     examples = [TextExample(tuple(range(5, 5 + length)), (True,) * length, "here") for length in (9, 12)]
     engine = LanguageEngine(model, 0, examples)
-    with linear_inputs(last_block(model)) as seen:
+    with linear_inputs(blocks_of(model)[-1]) as seen:
         engine.loss(examples)
     assert seen["self_attn.k_proj"] == seen["mlp.up_proj"] == [21]
     assert_same(engine, examples, reference_loss(model, examples))
@@ -136,7 +141,7 @@ def test_who_watches_the_block_sees_each_layer_run_once_on_all_tokens():
     engine, seen = LanguageEngine(model, 0, examples), []
     tokens = sum(len(example.ids) for example in examples)
     for name in ("self_attn.k_proj", "mlp.up_proj"):
-        last_block(model).get_submodule(name).register_forward_hook(
+        blocks_of(model)[-1].get_submodule(name).register_forward_hook(
             lambda _, inputs, __: seen.append(inputs[0].shape[1])
         )
     engine.loss(examples)
@@ -195,7 +200,7 @@ def test_blocks_that_are_left_out_at_random_run_whole():
 
 def test_no_hook_stays_behind_also_after_an_error():
     model, examples = tiny("llama"), one_answer(5)
-    engine, block = LanguageEngine(model, 2, examples), last_block(model)
+    engine, block = LanguageEngine(model, 2, examples), blocks_of(model)[-1]
     engine.loss(examples)
     with pytest.raises(IndexError):
         engine.loss([TextExample((1, 1000, 3, 4), (False, False, False, True), "here")])

@@ -10,8 +10,9 @@ from torch.nn import functional as F
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from rankwise import LoraConfig, inject_
-from rankwise.data.examples import LabelExample
-from rankwise.engine.engine import ClassifierEngine, LanguageEngine
+from rankwise.data.labelled import LabelExample
+from rankwise.engine.classifiers import ClassifierEngine
+from rankwise.engine.language import LanguageEngine
 
 SMALL = {
     "vocab_size": 96, "hidden_size": 32, "intermediate_size": 48, "ffn_dim": 48, "num_hidden_layers": 2,
@@ -45,14 +46,7 @@ PACKED = {
 PACKED |= {"qwen3", "smollm3", "starcoder2", "cohere", "helium", "bert", "roberta", "electra"}
 
 
-@pytest.fixture(autouse=True)
-def all_in_fp64(monkeypatch):
-    """Models that compute their norms and rotations in fp32 do so in fp64 here, so that 1e-10 can be asked of them."""
-    monkeypatch.setattr(torch, "float32", torch.float64)
-    monkeypatch.setattr(torch.Tensor, "float", torch.Tensor.double)
-    torch.set_default_dtype(torch.float64)
-    yield
-    torch.set_default_dtype(torch.float)
+pytestmark = pytest.mark.usefixtures("in_fp64")
 
 
 def build(auto, kind, overrides, r, **more):

@@ -96,7 +96,7 @@ def trained(request, tmp_path_factory):
 
     def bare():
         torch.manual_seed(0)
-        return load_model(name, task, read_labels(folder / "run/adapter") if not causal else [])
+        return load_model(name, task, read_labels(folder / "run/adapter")[0] if not causal else [])
 
     return bare, folder / "run" / "adapter"
 

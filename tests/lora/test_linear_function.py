@@ -4,6 +4,8 @@ import pytest
 import torch
 from torch import nn
 
+import rankwise
+from rankwise import LoraConfig
 from rankwise.lora.linear_function import Term, linear_with_update
 
 
@@ -57,3 +59,24 @@ def test_several_terms_of_one_input_have_the_gradients_of_their_sum_also_where_a
     of_theirs = torch.autograd.grad(theirs[0].sin().sum() + theirs[2].sin().sum(), wanted)
     for one, other in zip(of_ours, of_theirs, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("changed", ["forward", "hook", "pre-hook"])
+@pytest.mark.parametrize("trains", [True, False])
+def test_a_base_layer_that_does_more_than_its_product_is_called(changed, trains):
+    torch.manual_seed(0)
+    base = nn.Linear(11, 5, dtype=torch.float64)
+    model = nn.Sequential(base)
+    rankwise.inject_(model, LoraConfig(r=3, target_modules=["0"], init_lora_weights=False))
+    x = torch.randn(2, 11, dtype=torch.float64)
+    with torch.no_grad():
+        plain, doubled = model(x), model(x) + base(x)
+    if changed == "forward":
+        base.forward = lambda x: 2 * nn.functional.linear(x, base.weight, base.bias)
+    elif changed == "hook":
+        base.register_forward_hook(lambda _module, _inputs, output: 2 * output)
+    else:
+        doubled = plain + nn.functional.linear(x, base.weight)
+        base.register_forward_pre_hook(lambda _module, inputs: (2 * inputs[0],))
+    with torch.set_grad_enabled(trains):
+        torch.testing.assert_close(model(x), doubled, rtol=1e-12, atol=1e-12)

@@ -9,11 +9,13 @@ import transformers
 from transformers import AutoConfig
 
 import rankwise
-from rankwise.data.examples import LabelExample, TextExample
+from rankwise.data.examples import TextExample
+from rankwise.data.labelled import LabelExample, TagExample
 from rankwise.engine.tasks import engine_for
 from rankwise.lora.config import LoraConfig
 from rankwise.lora.inject import set_adapter_training
-from rankwise.plan.architectures import read_shape
+from rankwise.plan.architectures import _FAMILIES, TAGGERS, read_shape
+from rankwise.plan.llama import LLAMAS
 
 SMALL = {
     "vocab_size": 96,
@@ -68,7 +70,15 @@ DECODERS_AS_CLASSIFIERS = [
     ("bloom", "BloomForSequenceClassification", {}),
     ("falcon", "FalconForSequenceClassification", {}),
 ]
+TAGGERS_OF = [(kind, name.replace("Sequence", "Token"), other) for kind, name, other in ENCODERS]
+TAGGERS_OF += [
+    (kind, name.replace("CausalLM", "TokenClassification"), {})
+    for kind, name, _ in dict.fromkeys(
+        (kind, name.replace("LMHeadModel", "ForCausalLM"), "") for kind, name, _ in CAUSAL if kind in TAGGERS
+    )
+]
 PLAIN = [("causal_lm", *entry) for entry in CAUSAL] + [("seq_cls", *entry) for entry in ENCODERS]
+PLAIN += [("token_cls", *entry) for entry in TAGGERS_OF]
 ALL = PLAIN + [("seq_cls", *entry) for entry in DECODERS_AS_CLASSIFIERS]
 ARGUMENTS = ("task", "kind", "class_name", "other")
 
@@ -91,7 +101,7 @@ def build(kind, class_name, other, layers, folder):
 
 
 def lora_for(task, **settings):
-    return LoraConfig(r=3, task_type="SEQ_CLS" if task == "seq_cls" else "CAUSAL_LM", **settings)
+    return LoraConfig(r=3, task_type=task.upper(), **settings)
 
 
 def kinds(report):
@@ -110,6 +120,11 @@ def test_matrices_and_parameters_are_those_that_inject_reports(task, kind, class
     assert planned.trainable_parameters == found.trainable_parameters
 
 
+def test_decoders_that_transformers_has_token_classifiers_of_are_known():
+    there = transformers.AutoModelForTokenClassification._model_mapping
+    assert {kind for kind in (*LLAMAS, *_FAMILIES) if type(AutoConfig.for_model(kind)) in there} == set(TAGGERS)
+
+
 def kept_numbers(task, kind, class_name, other, layers, folder, targets):
     """(numbers that autograd keeps for a batch, the batch's tokens as the engine runs them, whether it packs)."""
     model = build(kind, class_name, other, layers, folder)
@@ -118,6 +133,8 @@ def kept_numbers(task, kind, class_name, other, layers, folder, targets):
     rows = [tuple(torch.randint(4, 90, (length,), generator=generator).tolist()) for length in (20, 30)]
     if task == "seq_cls":
         examples = [LabelExample(row, 0, "") for row in rows]
+    elif task == "token_cls":
+        examples = [TagExample(row, (1, 4, 9), (0, 1, 0), "") for row in rows]
     else:
         examples = [TextExample(row, (False,) * (len(row) - 4) + (True,) * 4, "") for row in rows]
     engine = engine_for(task, model, 0, examples)

@@ -8,19 +8,24 @@ import pytest
 import torch
 from conftest import tiny
 from torch.utils.flop_counter import FlopCounterMode
+from transformers import AutoModelForTokenClassification
 
 import rankwise
 from rankwise.cli.main import main
-from rankwise.data.examples import LabelExample, TextExample
+from rankwise.data.examples import TextExample
+from rankwise.data.labelled import LabelExample, TagExample
 from rankwise.engine import head
 from rankwise.engine.batch import pack
-from rankwise.engine.last_block import last_block
+from rankwise.engine.blocks import blocks_of
 from rankwise.engine.tasks import engine_for
 from rankwise.lora import prepared
 from rankwise.lora.config import LoraConfig
+from rankwise.lora.narrow import compute_in_
 from rankwise.plan import calibrate, machine, memory
 from rankwise.plan.architectures import read_shape
+from rankwise.plan.choices import Choices
 from rankwise.plan.flops import lora_flops
+from rankwise.plan.memory import base_bytes
 from rankwise.plan.plan import adapter_file_bytes
 from rankwise.plan.workload import even_batches
 from rankwise.train.config import TrainConfig
@@ -86,7 +91,7 @@ def test_operations_are_those_that_torch_counts(family, targets, tmp_path):
     engine = engine_for(task, model, 0, examples)
     assert engine.packs
     # The plan counts the last block as the others. A block that somebody watches runs whole.
-    last_block(model).register_forward_hook(lambda *_: None)
+    blocks_of(model)[-1].register_forward_hook(lambda *_: None)
     with FlopCounterMode(display=False, custom_mapping={torch.ops.aten.addmm_: added_product}) as counter:
         engine.loss(examples).backward()
     counted = {str(name).split(".")[-1]: flops for name, flops in counter.get_flop_counts()["Global"].items()}
@@ -94,6 +99,70 @@ def test_operations_are_those_that_torch_counts(family, targets, tmp_path):
     # BERT's own forward pass sends the stream's first token through its pooler, which nothing uses.
     unused = 2 * 32 * 32 + (2 * 3 * (32 + 32) if targets == "all-linear" else 0) if family == "bert" else 0
     assert planned.matrices + planned.adapter + planned.head + unused == products
+
+
+@pytest.mark.parametrize("packs", [True, False])
+@pytest.mark.parametrize("family", ["llama", "gpt2", "bert"])
+def test_operations_of_a_tagger_are_those_that_torch_counts(family, packs, tmp_path):
+    config = tiny(family).config
+    config.num_labels = 5
+    config.save_pretrained(tmp_path)
+    model, lora = AutoModelForTokenClassification.from_config(config).eval(), LoraConfig(r=3, task_type="TOKEN_CLS")
+    examples = [TagExample(example.ids, (1, 4, 5), (0, 3, 4), "") for example in texts((20, 20, 20))]
+    shape = read_shape(tmp_path, "token_cls", labels=5)
+    [batch] = counted_batches(examples, settings(task="token_cls"), packs)
+    planned = lora_flops(shape, shape.adapted(lora), batch)
+    rankwise.inject_(model, lora)
+    engine = engine_for("token_cls", model, 0, examples)
+    assert engine.packs
+    engine.packs = packs
+    blocks_of(model)[-1].register_forward_hook(lambda *_: None)
+    with FlopCounterMode(display=False, custom_mapping={torch.ops.aten.addmm_: added_product}) as counter:
+        engine.loss(examples).backward()
+    counted = {str(name).split(".")[-1]: flops for name, flops in counter.get_flop_counts()["Global"].items()}
+    assert planned.matrices + planned.adapter + planned.head == sum(
+        flops for name, flops in counted.items() if name not in ATTENTION
+    )
+
+
+@pytest.mark.parametrize("family", ["llama", "bert"])
+def test_recomputing_adds_the_operations_that_torch_counts(family, tmp_path):
+    model = tiny(family)
+    model.config.save_pretrained(tmp_path)
+    task = "seq_cls" if family == "bert" else "causal_lm"
+    lora = LoraConfig(r=3, task_type="SEQ_CLS" if task == "seq_cls" else None)
+    examples = texts((20, 30, 25))
+    if task == "seq_cls":
+        examples = [LabelExample(example.ids, 0, "") for example in examples]
+    shape = read_shape(tmp_path, task, labels=5)
+    [batch] = counted_batches(examples, settings(task=task), packs=True)
+    report = shape.adapted(lora)
+    plain, again = (lora_flops(shape, report, batch, Choices(recompute=way)) for way in (False, True))
+    rankwise.inject_(model, lora)
+    engine = engine_for(task, model, 0, examples)
+    counts = []
+    for engine.recomputes in (False, True):
+        with FlopCounterMode(display=False, custom_mapping={torch.ops.aten.addmm_: added_product}) as counter:
+            engine.loss(examples).backward()
+        found = {str(name).split(".")[-1]: flops for name, flops in counter.get_flop_counts()["Global"].items()}
+        counts.append(sum(flops for name, flops in found.items() if name not in ATTENTION))
+    assert again.matrices + again.adapter - plain.matrices - plain.adapter == counts[1] - counts[0] > 0
+    assert again.attention > plain.attention
+
+
+@pytest.mark.parametrize("family", ["llama", "llama-tied", "qwen2", "gpt2", "gpt-neox", "bert"])
+def test_a_base_in_bf16_takes_the_planned_bytes(family, tmp_path):
+    model = tiny(family)
+    model.config.save_pretrained(tmp_path)
+    task = "seq_cls" if family == "bert" else "causal_lm"
+    lora = LoraConfig(r=2, task_type="SEQ_CLS" if task == "seq_cls" else None)
+    shape = read_shape(tmp_path, task, labels=5)
+    planned = base_bytes(shape, shape.adapted(lora), Choices(base_dtype="bf16"))
+    compute_in_(model.bfloat16(), torch.float32, ["classifier"])
+    held = sum(parameter.nbytes for parameter in model.parameters())
+    # Norms outside of the blocks are planned with the embeddings.
+    assert 0 <= held - planned <= 2 * 2 * model.config.hidden_size
+    assert held < 4 * sum(parameter.numel() for parameter in model.parameters())
 
 
 def test_packed_batches_count_what_the_stream_holds():
@@ -146,11 +215,15 @@ def test_a_plan_needs_no_torch(tmp_path):
     assert "peak memory" in result.stdout
 
 
-def test_train_predicts_what_plan_says(run, tiny_llama_folder, tmp_path):
+@pytest.mark.parametrize(
+    "more", [(), ("--base-dtype", "bf16"), ("--recompute", "always"), ("--layers-to-transform", 1)], ids=str
+)
+def test_train_predicts_what_plan_says(run, tiny_llama_folder, tmp_path, more):
     data = tmp_path / "data.jsonl"
     rows = [{"prompt": f"how many is {n} and {n}", "completion": f"it is {2 * n}"} for n in range(12)]
     data.write_text("".join(json.dumps(row) + "\n" for row in rows))
     flags = ["--model", tiny_llama_folder, "--data", data, "--batch-size", 4, "--epochs", 2, "--eval-fraction", 0.25]
+    flags += more
     code, out, _ = run("plan", *flags, "--no-time", "--json")
     assert code == 0
     plan = json.loads(out)

@@ -10,7 +10,7 @@ from conftest import ROOT, randomise_adapter, tiny
 from rankwise import LoraConfig, eject_, inject_, trainable_parameters
 from rankwise.cli.main import main
 from rankwise.data.examples import TextExample
-from rankwise.engine.engine import LanguageEngine
+from rankwise.engine.language import LanguageEngine
 from rankwise.errors import ConfigError
 from rankwise.lora.inject import DEFAULT
 from rankwise.lora.layers import named_lora_layers
@@ -140,3 +140,6 @@ def test_the_command_prints_a_loss_for_every_rank_and_keeps_the_result(tiny_llam
     assert "errs high" in capsys.readouterr().out
     assert main(["rank", "nested", *options]) == 2
     assert "exists already" in capsys.readouterr().err
+    out.unlink()
+    assert main(["rank", "nested", *options, "--use-dora", "--init-lora-weights", "pissa"]) == 2
+    assert "leave out --init-lora-weights and --use-dora" in capsys.readouterr().err

@@ -13,9 +13,11 @@ from torch.nn import functional as F
 
 from rankwise import LoraConfig, inject_, load_adapter_, read_adapter, save_adapter
 from rankwise.cli.main import main
-from rankwise.data.examples import LabelExample, TextExample
+from rankwise.data.examples import TextExample
+from rankwise.data.labelled import LabelExample
 from rankwise.data.rows import Row
-from rankwise.engine.engine import ClassifierEngine, LanguageEngine
+from rankwise.engine.classifiers import ClassifierEngine
+from rankwise.engine.language import LanguageEngine
 from rankwise.errors import ConfigError, DataError
 from rankwise.lora.layers import named_lora_layers
 from rankwise.rank.paired import Comparison, ExampleLosses, compare, measure

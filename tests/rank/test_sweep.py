@@ -9,16 +9,21 @@ import torch
 from conftest import ROOT, tiny
 from transformers import AutoModelForCausalLM
 
-from rankwise import LoraConfig, eject_, inject_
+from rankwise import LoraConfig, eject_, inject_, read_adapter
 from rankwise.cli.main import main
+from rankwise.cli.paired_runs import PairedRuns
 from rankwise.errors import ConfigError, RankwiseError
 from rankwise.lora.inject import DEFAULT
 from rankwise.lora.layers import named_lora_layers
-from rankwise.rank.report import HEIGHT, LEFT, WIDTH, as_dict, page, table
+from rankwise.rank.illustrate import Illustrations, illustrate
+from rankwise.rank.page import HEIGHT, LEFT, WIDTH, page
+from rankwise.rank.report import as_dict, table
 from rankwise.rank.runs import RunResult
+from rankwise.rank.similarity import Similarity, layer_map
 from rankwise.rank.start import inject_nested_
 from rankwise.rank.sweep import FULL, sweep
 from rankwise.rank.verdict import achieved_power, notes, verdict
+from rankwise.train.config import TrainConfig
 
 EXAMPLES = 150
 
@@ -88,7 +93,7 @@ def test_a_rate_that_diverges_is_passed_over_but_not_that_of_the_settings():
         return RunResult(result.losses + np.inf, result.counts, 0.0, 1) if factor >= at and rank else result
 
     assert sweep(diverging, [1, 2, 4], range(2)).factors[4] == 1
-    with pytest.raises(RankwiseError, match=r"rank 1, seed 0.*lower --lr"):
+    with pytest.raises(RankwiseError, match=r"r = 1, seed 0.*lower --lr"):
         sweep(lambda *key: diverging(*key, at=0.0), [1, 2, 4], range(2))
 
 
@@ -151,7 +156,7 @@ def test_full_fine_tuning_is_compared_with_the_rank_that_suffices():
     found = sweep(made_up()[0], [1, 4, 8], range(4), with_full=True)
     assert found.against_full is not None
     assert found.against_full.upper < found.comparisons.margin
-    assert any("no loss of quality beyond δ is shown" in note for note in notes(found))
+    assert any("a loss beyond δ is ruled out (95 %)" in note for note in notes(found))
     assert "full" in table(found)
 
 
@@ -170,6 +175,18 @@ def test_the_page_needs_no_other_file_and_begins_with_the_verdict():
     assert len(places) == 4 * 3 + 1
     assert all(LEFT < x < LEFT + WIDTH and 0 < y < HEIGHT for x, y in places)
     assert html.index("Take r = 4") < html.index("<svg") < html.index("<h2>Settings")
+
+
+def test_the_page_of_a_large_model_is_small_and_shows_every_illustration():
+    kinds = [f"mlp.{name}_proj" for name in ("gate", "up", "down", "q", "k", "v", "o")]
+    cut = layer_map("ranks of the cut adapter", {f"layers.{n}.{kind}": n % 32 for n in range(80) for kind in kinds})
+    alike = Similarity("two seeds", (1, 2), {"q": (0.5, 0.4)}, {"q": (0.001, 0.002)})
+    html = page(sweep(made_up()[0], [1, 2, 4, 8], range(3)), {"model": "m"}, Illustrations((cut,), (alike,)))
+    assert len(html) < 1_000_000
+    assert html.count(">31</td>") == 2 * len(kinds) + 1
+    assert "0.50 <" in html
+    assert "0.002" in html
+    assert html.index("<svg") < html.index("<table") < html.index("ranks of the cut adapter") < html.index("two seeds")
 
 
 def test_the_runs_of_one_seed_begin_with_the_first_rows_of_the_largest_rank():
@@ -216,7 +233,22 @@ def test_the_command_leaves_table_page_and_all_differences_and_goes_on_in_its_fo
     assert found["ranks"][3]["parameters"] == sum(p.numel() for p in plain.parameters())
     assert found["ranks"][3]["loss"] < found["ranks"][0]["loss"]
     assert np.array(found["differences"]["1"]).shape == (2, 6)
-    assert (out / "sweep.html").is_file()
+    html = (out / "sweep.html").read_text()
+    kept = {f"rank{rank}-seed{seed}-rate1" for rank in (1, 2) for seed in (0, 1)}
+    assert {path.name for path in (out / "adapters").iterdir()} == kept
+    for line in found["ranks"][1:3]:
+        folder = out / f"adapters/rank{line['name']}-seed0-rate1"
+        assert {update.rank for update in read_adapter(folder).low_rank.values()} == {int(line["name"])}
+        assert line["adapter_bytes"] == (folder / "adapter_model.safetensors").stat().st_size
+        assert line["peak_bytes"] > 1e8
+    # Six rows cannot choose ranks, so the map shows effective ranks.
+    [effective] = found["illustrations"]["maps"]
+    assert effective["layers"] == ["0", "1"]
+    assert all(1 <= value <= 2 for row in effective["kinds"].values() for value in row)
+    for similar in found["illustrations"]["similarities"]:
+        assert similar["title"] in html
+        assert all(0 <= value <= 1 for row in similar["kinds"].values() for value in row)
+    assert [similar["sizes"] for similar in found["illustrations"]["similarities"]] == [[1, 2], [1]]
     assert main(["eval", "--model", str(tiny_llama_folder), "--data", sql[3], "--answers", "0"]) == 0
     base = json.loads(capsys.readouterr().out)["loss"]
     assert found["ranks"][0]["loss"] == pytest.approx(base, rel=1e-5)
@@ -225,6 +257,32 @@ def test_the_command_leaves_table_page_and_all_differences_and_goes_on_in_its_fo
     assert {name: (out / "runs" / name).stat().st_mtime_ns for name in times} == times
     assert main([*options, "--seeds", "3", "--lr", "0.01"]) == 2
     assert "lr: 0.02 there, 0.01 now" in capsys.readouterr().err
+
+
+def test_a_kept_adapter_is_cut_to_ranks_by_module_and_the_model_is_the_base_again(tiny_llama_folder, tmp_path):
+    for name, rows in (("train", range(100)), ("test", range(100, 180))):
+        lines = [json.dumps({"prompt": f"what is {n}?", "completion": " it is so"}) for n in rows]
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(lines) + "\n")
+    config = TrainConfig(
+        model=str(tiny_llama_folder),
+        data=(tmp_path / "train.jsonl",),
+        eval_data=tmp_path / "test.jsonl",
+        out=tmp_path / "out",
+        target_modules=("gate_proj", "up_proj"),
+        lr=0.02,
+        r=4,
+    )
+    runs = PairedRuns(config, 4, tmp_path / "adapters")
+    result = runs(4, 0, 1.0)
+    found = sweep(lambda rank, seed, factor: result if rank else runs(0, 0, 1.0), [2, 4], range(2), check_rates=False)
+    cut = runs.cut_ranks(tmp_path / "adapters/rank4-seed0-rate1", margin=1.0)
+    assert cut is not None
+    assert 0 < sum(cut.values()) < 4 * 4
+    assert runs.cut_ranks(tmp_path / "adapters/rank4-seed0-rate1", margin=1e-12) is None
+    torch.testing.assert_close(torch.tensor(runs(0, 0, 1.0).losses), torch.tensor(found.losses[0][0]))
+    maps = illustrate(found, tmp_path / "adapters", cut).maps
+    assert {value for row in maps[0].kinds.values() for value in row} == set(cut.values())
+    assert maps[0].layers == ("0", "1")
 
 
 def test_settings_that_cannot_be_are_all_named_on_the_command_line(tmp_path, capsys):

@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 from rankwise import TrainConfig
-from rankwise.data.examples import LabelExample, TextExample
+from rankwise.data.examples import TextExample
+from rankwise.data.labelled import LabelExample
 from rankwise.errors import ConfigError
 from rankwise.train.batches import families, planned_steps
 

@@ -12,8 +12,10 @@ from conftest import randomise_adapter, tiny
 from torch.nn import functional as F
 
 from rankwise import LoraConfig, inject_
-from rankwise.data.examples import LabelExample, Prompt, TextExample
-from rankwise.engine.engine import ClassifierEngine, LanguageEngine
+from rankwise.data.examples import Prompt, TextExample
+from rankwise.data.labelled import LabelExample
+from rankwise.engine.classifiers import ClassifierEngine
+from rankwise.engine.language import LanguageEngine
 from rankwise.errors import MissingDependency
 from rankwise.train import evaluate as evaluation
 from rankwise.train import text_metrics

@@ -7,9 +7,10 @@ from itertools import groupby
 
 import pytest
 
+from rankwise.lora.report import TrainedUpdate
 from rankwise.train.chart import HEIGHT, LEFT, WIDTH, draw, outline
 from rankwise.train.loop import Step
-from rankwise.train.report import MOST_MATRICES, Matrix, render_report, verdict
+from rankwise.train.report import MOST_MATRICES, render_report, spectrum_bars, verdict
 
 SETTINGS = {"model": "m", "data": "d.jsonl", "out": "run", "seed": 0}
 
@@ -22,6 +23,10 @@ def steps(count, every=0):
         )
         for n in range(1, count + 1)
     ]
+
+
+def update(name, sigma):
+    return TrainedUpdate(name, 4096, 4096, len(sigma), 1.0, 8192 * len(sigma), sigma, 1.0, 1.0)
 
 
 def estimate(value, width=0.01):
@@ -115,7 +120,7 @@ def test_a_long_run_loses_no_peak_and_no_order():
 
 
 def test_the_page_refers_to_nothing_outside_itself_and_runs_nothing():
-    html = render_report(SETTINGS, result(), steps(6, every=2), "data", [Matrix("q", 4, 4, 2, (1.0, 0.5))])
+    html = render_report(SETTINGS, result(), steps(6, every=2), "data", [update("q", (1.0, 0.5))])
     page = Page(html)
     assert not page.open
     assert "http" not in html
@@ -142,7 +147,7 @@ def test_what_rows_and_settings_hold_stays_text(place):
             ),
             steps(6),
             EVIL if place == "data" else "",
-            [Matrix(EVIL if place == "matrix" else "q", 4, 4, 2, (1.0,))],
+            [update(EVIL if place == "matrix" else "q", (1.0,))],
         )
     )
     assert not page.open
@@ -166,7 +171,7 @@ def test_samples_of_base_and_adapter_stand_side_by_side_and_matches_are_marked()
 def test_the_largest_run_stays_below_a_megabyte():
     long = "&" * 100_000
     sample = {"prompt": long, "reference": long, "before": long, "after": long}
-    matrices = [Matrix(f"model.layers.{n}.mlp.experts.gate_proj", 4096, 4096, 64, (0.123,) * 64) for n in range(50_000)]
+    matrices = [update(f"model.layers.{n}.mlp.experts.gate_proj", (0.123,) * 64) for n in range(50_000)]
     settings = {**SETTINGS, **{f"setting_{n}": long for n in range(40)}}
     html = render_report(settings, result(samples=[sample] * 5), steps(100_000, every=100), "data\n" * 5, matrices)
     assert len(html.encode()) < 1_000_000
@@ -203,7 +208,7 @@ def test_predicted_and_measured_cost_stand_side_by_side():
 
 
 def test_bars_are_the_singular_values_beside_the_largest():
-    path = Matrix("q", 4, 4, 3, (8.0, 4.0, 0.0)).bars
+    path = spectrum_bars((8.0, 4.0, 0.0))
     heights = [float(height) for height in re.findall(r"16v-([\d.]+)", path)]
     assert heights == [16, 8, 0]
-    assert Matrix("q", 4, 4, 3, (0.0, 0.0, 0.0)).bars == Matrix("q", 4, 4, 3, ()).bars == ""
+    assert spectrum_bars((0.0, 0.0, 0.0)) == spectrum_bars(()) == ""

@@ -1,0 +1,84 @@
+"""sweep.html: a sweep as one page that needs no other file. Ten seconds should tell which rank to take."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from jinja2 import Environment, PackageLoader
+
+from rankwise.rank.illustrate import Illustrations
+from rankwise.rank.report import interval_name, lines
+from rankwise.rank.sweep import Sweep
+from rankwise.rank.verdict import learned, notes, verdict
+
+WIDTH, HEIGHT, LEFT = 640, 260, 60
+"""Of the plot, in the drawing's own units; LEFT is the room for the axis."""
+MOST_SETTING = 500
+"""Characters of a setting that are shown."""
+
+
+def page(sweep: Sweep, settings: dict[str, Any], illustrations: Illustrations | None = None) -> str:
+    """The HTML page: verdict, plot, table, illustrations, settings."""
+    template = Environment(loader=PackageLoader("rankwise.rank", "."), autoescape=True).get_template("sweep.html.j2")
+    headline, _, reasons = verdict(sweep).partition(":")
+    c = sweep.comparisons
+    return template.render(
+        headline=headline,
+        reasons=reasons.strip(),
+        clear=learned(sweep) and headline.startswith(("Take", "Stay")),
+        notes=notes(sweep),
+        lines=lines(sweep),
+        axis="rank" if sweep.ordered else sweep.axis,
+        ordered=sweep.ordered,
+        reference=sweep.name(c.reference),
+        interval=interval_name(sweep),
+        settings={name: str(value)[:MOST_SETTING] for name, value in settings.items()},
+        plot=_plot(sweep),
+        illustrations=illustrations or Illustrations(),
+        shade=shade,
+    )
+
+
+def shade(value: float, values: Sequence[float | None]) -> str:
+    """A cell's colour, from white for 0 to green for the largest of `values`."""
+    largest = max((own for own in values if own is not None), default=0.0)
+    return f"rgba(0, 170, 102, {min(1.0, value / largest) if largest > 0 else 0:.2f})"
+
+
+def _plot(sweep: Sweep) -> dict[str, Any]:
+    """Where everything lies in the drawing: ranks at equal distances (each is about twice the one before)."""
+    c = sweep.comparisons
+    ranks = sorted(rank for rank in sweep.losses if rank > 0)
+    means = {r.rank: r.loss for r in c.ranks} | {c.reference: c.reference_loss}
+    bounds = {r.rank: (c.reference_loss + r.lower, c.reference_loss + r.upper) for r in c.ranks}
+    bounds[c.reference] = (c.reference_loss, c.reference_loss)
+    limit = c.reference_loss + c.margin
+    seeds = {rank: sweep.losses[rank].sum(1) / sweep.counts.sum() for rank in ranks}
+    values = [
+        limit,
+        *means.values(),
+        *(v for pair in bounds.values() for v in pair),
+        *(v for s in seeds.values() for v in s),
+    ]
+    lowest, highest = min(values), max(values)
+    height = (highest - lowest) or 1.0
+    xs = {rank: LEFT + WIDTH * (index + 0.5) / len(ranks) for index, rank in enumerate(ranks)}
+
+    def y(value: float) -> float:
+        return 10 + (HEIGHT - 20) * (highest - value) / height
+
+    edge = [(xs[r], y(bounds[r][1])) for r in ranks] + [(xs[r], y(bounds[r][0])) for r in reversed(ranks)]
+    chosen = c.sufficient if sweep.ordered else None
+    return {
+        "width": LEFT + WIDTH,
+        "height": HEIGHT,
+        "left": LEFT,
+        "curve": " ".join(f"{xs[r]:.1f},{y(means[r]):.1f}" for r in ranks),
+        "band": " ".join(f"{px:.1f},{py:.1f}" for px, py in edge),
+        "bars": [(xs[r], y(bounds[r][1]), y(bounds[r][0])) for r in ranks],
+        "means": [(xs[r], y(means[r])) for r in ranks],
+        "dots": [(xs[r], y(value)) for r in ranks for value in seeds[r]],
+        "ticks": [(xs[r], sweep.label(r), r == chosen) for r in ranks],
+        "limit": y(limit),
+        "chosen": (xs[chosen], y(means[chosen])) if chosen and learned(sweep) else None,
+        "axis": [(y(value), value) for value in (highest, (highest + lowest) / 2, lowest)],
+    }
