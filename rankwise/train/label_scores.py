@@ -53,7 +53,7 @@ def tag_scores(
     }
     if not is_bio(names):
         return scores
-    spans = [[entities([names[tag] for tag in tags.tolist()]) for tags in pair] for pair in pairs]
+    spans = [[entities([names[int(tag)] for tag in tags]) for tags in pair] for pair in pairs]
     sizes = np.array([(len(one & other), len(one), len(other)) for one, other in spans], dtype=float)
     return {"entity_f1": metrics.micro_f1(*sizes.T), **scores}
 
