@@ -161,7 +161,7 @@ class TrainConfig:
         if self.r == "auto" and self.eval_data is None and not self.eval_fraction:
             yield "--r auto needs held-out data to choose by; give --eval-data, or an --eval-fraction above 0"
         if self.metrics and self.task not in ASKING:
-            yield f"--metrics measures answers; what is measured of --task {self.task} is always measured"
+            yield f"--metrics needs --task {' or '.join(ASKING)}; what other tasks measure is always measured"
         if self.metrics and not self.eval_answers:
             yield "--metrics measures answers; give --eval-answers above 0"
         if self.batches == "alike" and self.task != "causal_lm":
