@@ -163,9 +163,7 @@ def text_examples(
 def usable(examples: list[E], problems: Sequence[Problem], max_length: int, long_rows: LongRows) -> list[E]:
     """The examples, in their length. Raises DataError if there are problems, as `text_examples` says."""
     if problems:
-        raise DataError(
-            f"the chat template cannot render {len(problems)} rows:\n{listing(list(map(str, problems)), MOST_PROBLEMS)}"
-        )
+        raise DataError(f"{len(problems)} rows cannot be rendered:\n{listing(list(map(str, problems)), MOST_PROBLEMS)}")
     kept = fit(examples, max_length, long_rows)
     untrained = [e.place for e in kept if not e.counted]
     if untrained:
