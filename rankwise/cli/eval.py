@@ -64,7 +64,7 @@ def main(options: list[str]) -> int:
     with reporter.stage("loading"):
         adapted = load_adapted(config.model, config.adapter, config.task, config.base_dtype)
     if config.metrics and adapted.task not in ASKING:
-        raise ConfigError(f"--metrics is for answers; what is measured of {adapted.task} is always measured")
+        raise ConfigError("--metrics is for answers; what other tasks measure is always measured")
     rows, tokenizer = read_rows(config.data, adapted.task, layout), adapted.tokenizer
     length = min(config.max_length, longest_input(adapted.model))
     examples = examples_for(adapted.task, rows, tokenizer, adapted.labels, length, config.long_rows, config.train_on)

@@ -137,9 +137,7 @@ def text_examples(
 def usable(examples: list[E], problems: Sequence[Problem], max_length: int, long_rows: LongRows) -> list[E]:
     """The examples, in their length. Raises DataError if there are problems, and as `fit` does."""
     if problems:
-        raise DataError(
-            f"the chat template cannot render {len(problems)} rows:\n{listing(list(map(str, problems)), MOST_PROBLEMS)}"
-        )
+        raise DataError(f"{len(problems)} rows cannot be rendered:\n{listing(list(map(str, problems)), MOST_PROBLEMS)}")
     return fit(examples, max_length, long_rows)
 
 

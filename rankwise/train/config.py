@@ -182,7 +182,7 @@ class TrainConfig:
         if self.eval_steps and self.eval_data is None and not self.eval_fraction:
             yield "--eval-steps needs held-out data; give --eval-data, or an --eval-fraction above 0"
         if self.metrics and self.task not in ASKING:
-            yield f"--metrics measures answers; what is measured of --task {self.task} is always measured"
+            yield f"--metrics needs --task {' or '.join(ASKING)}; what other tasks measure is always measured"
         if self.metrics and not self.eval_answers:
             yield "--metrics measures answers; give --eval-answers above 0"
         if self.batches == "alike" and self.task != "causal_lm":

@@ -5,6 +5,7 @@ import gzip
 import io
 import json
 import re
+import textwrap
 
 import datasets
 import pyarrow as pa
@@ -334,8 +335,10 @@ def test_every_example_of_the_documentation_has_the_shape_that_it_stands_under(t
     for part in shapes.split("\n**")[1:]:
         name = part[: part.index("**")]
         for example in re.findall(r"(?:^    .*\n)+", part, flags=re.MULTILINE):
-            (tmp_path / "data.jsonl").write_text(" ".join(example.split("\n")))
-            scan = scan_rows(tmp_path / "data.jsonl", next(shape.task for shape in SHAPES if shape.name == name))
+            path = tmp_path / ("data.jsonl" if "{" in example else "data.conll")
+            # What is indented further goes on with a row.
+            path.write_text(textwrap.dedent(example).replace("\n ", " "))
+            scan = scan_rows(path, next(shape.task for shape in SHAPES if shape.name == name))
             assert scan.problems == []
             assert scan.found.shape is not None
             seen.append(scan.found.shape.name)
