@@ -62,6 +62,7 @@ if TYPE_CHECKING:
     from rankwise.rank.verdict import verdict as verdict
     from rankwise.train.config import TrainConfig as TrainConfig
     from rankwise.train.optimizer import lora_optimizer as lora_optimizer
+    from rankwise.train.together import train_together as train_together
 
 __version__ = "0.1.0"
 
@@ -99,6 +100,7 @@ _HOMES = {
     "swap_adapter_": "rankwise.lora.checkpoint",
     "sweep": "rankwise.rank.sweep",
     "sweep_setting": "rankwise.rank.sweep",
+    "train_together": "rankwise.train.together",
     "trainable_parameters": "rankwise.lora.inject",
     "unmerge_": "rankwise.lora.merge",
     "verdict": "rankwise.rank.verdict",

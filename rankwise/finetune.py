@@ -44,6 +44,9 @@ START_STEPS = 8
 ROWS_OF_CUT = 600
 """At most so many held-out rows choose and confirm ranks, so that the cut is a small part of a long run."""
 
+SHARE_OF_CUT = 0.01
+"""Of what the updates gain, the most that a run's adapter may lose by the cut; nobody asked for a smaller one."""
+
 
 @dataclass(frozen=True)
 class Dataset:
@@ -251,7 +254,7 @@ def _shrink(
             )
         )
         with reporter.stage("shrinking") as stage:
-            report = shrink_(engine, held_out, on_progress=stage.update)
+            report = shrink_(engine, held_out, on_progress=stage.update, share=SHARE_OF_CUT)
     except (ConfigError, DataError) as error:
         reporter.say(f"the adapter stays as it was trained: {error}")
         return None, str(error)

@@ -60,3 +60,5 @@ def test_the_page_s_code_trains_adapters_that_rankwise_and_peft_load(run_page, t
     assert names["losses"][-1] < names["losses"][0]
     load_adapter_(plain, tmp_path / "my-adapter")
     torch.testing.assert_close(plain(**names["batch"]).logits, names["model"](**names["batch"]).logits)
+    assert [training.done for training in names["trainings"]] == [10, 10]
+    load_adapter_(AutoModelForCausalLM.from_pretrained(tiny_llama_folder), tmp_path / "rank4")

@@ -2,8 +2,10 @@
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from math import ceil
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +21,11 @@ from rankwise.engine.engine import Engine
 from rankwise.engine.tasks import engine_for
 from rankwise.errors import ConfigError, DataError, RankwiseError
 from rankwise.finetune import ROWS_OF_CUT, labels_of, read_data
+from rankwise.lora.adapters import activate_, adapter_names
 from rankwise.lora.checkpoint import load_adapter_, save_adapter
 from rankwise.lora.config import LoraConfig
-from rankwise.lora.inject import eject_, trainable_parameters
+from rankwise.lora.inject import DEFAULT, eject_, injection, trainable_parameters
+from rankwise.lora.report import InjectReport
 from rankwise.models.adapted import write_labels
 from rankwise.models.load import load_model, load_tokenizer, longest_input, pad_id
 from rankwise.models.pooling import unread_layers
@@ -37,8 +41,9 @@ from rankwise.train.batches import planned_steps
 from rankwise.train.config import TrainConfig
 from rankwise.train.forecast import forecast
 from rankwise.train.learning_rate import default_rate
-from rankwise.train.loop import training_steps
+from rankwise.train.loop import Training, training_steps
 from rankwise.train.progress import forget_peak_memory, peak_memory_bytes
+from rankwise.train.together import at_once, train_together, why_not_together
 
 NOT_PLAIN = ("init_lora_weights", "use_rslora", "use_dora")
 """Settings with which two ranks would differ by more than the rank: by their start, or by their scale."""
@@ -96,19 +101,11 @@ class PairedRuns:
         if rank == FULL:
             return self._full(seed, factor)
         engine = self.engine(seed)
-        report = inject_nested_(engine.model, self.lora(max(rank, 1)), self.largest, seed)
-        try:
-            if rank == BASE:
-                freeze_updates_(engine.model)
-            parameters = sum(p.numel() for p in trainable_parameters(engine.model))
-            cost = self.fit(engine, seed, factor) if parameters else Cost(0.0, 0)
-            losses, counts = self.measure(engine)
-            if self.adapters and rank and seed - self.config.seed < KEPT_SEEDS and not cost.diverged:
-                folder = save_adapter(engine.model, self.adapters / Key(rank, seed, factor).name)
-                write_labels(engine.model, self.labels, folder)
-        finally:
-            eject_(engine.model)
-        return _result(losses, counts, cost, parameters, adapter_file_bytes(report) if rank else 0)
+        with _taken_out_again(engine.model):
+            key = Key(rank, seed, factor)
+            report = self._inject(engine.model, key, DEFAULT)
+            trains = bool(trainable_parameters(engine.model))
+            return self._result(engine, key, report, self.fit(engine, seed, factor) if trains else Cost(0.0, 0))
 
     def examples(self, rows: list[Row]) -> list[Any]:
         """The rows as the model reads them."""
@@ -116,6 +113,90 @@ class PairedRuns:
         return examples_for(
             config.task, rows, self._tokenizer, self.labels, self._length, config.long_rows, config.train_on
         )
+
+    def at_once(self, wanted: int | None) -> tuple[int, str]:
+        """How many runs should share passes over the base (`wanted`, if it is given), and a sentence on the reason.
+
+        Raises ConfigError if several are wanted that cannot share a pass.
+        """
+        if wanted == 1:
+            return 1, "runs train one after the other"
+        engine = self.engine(self.config.seed)
+        with _taken_out_again(engine.model):
+            key, names = Key(1, self.config.seed), ("one", "other")
+            for name in names:
+                self._inject(engine.model, key, name)
+            pair = [self._training(engine, key, name) for name in names]
+            reason = why_not_together(pair)
+        if reason and wanted:
+            raise ConfigError(f"--at-once {wanted} cannot be: {reason}")
+        if reason:
+            return 1, f"runs train one after the other: {reason}"
+        batches = [batch for step in pair[0].plan for batch in step]
+        tokens = sum(len(example.ids) for batch in batches for example in batch) / len(batches)
+        count = wanted or at_once(tokens)
+        how = f"up to {count} runs share a pass over the base" if count > 1 else "runs train one after the other"
+        return count, f"{how}: a batch has {tokens:.0f} tokens"
+
+    def together(self, keys: Sequence[Key], at_once: int) -> Iterator[tuple[Key, RunResult]]:
+        """The results of these runs, each once it has ended; up to `at_once` share passes over the base."""
+        alike: dict[Any, list[Key]] = {}
+        for key in keys:
+            # A classifier's head is drawn with the model; in the base's runs it trains alone.
+            if key.rank == FULL or (key.rank == BASE and not self.labels):
+                alike[key] = [key]
+            else:
+                alike.setdefault((key.seed if self.labels else None, key.rank == BASE), []).append(key)
+        for group in alike.values():
+            passes = ceil(len(group) / at_once)
+            for number in range(passes):
+                yield from self._in_one_pass(group[number::passes])
+
+    def _in_one_pass(self, keys: Sequence[Key]) -> Iterator[tuple[Key, RunResult]]:
+        if len(keys) == 1:
+            yield keys[0], self(keys[0].rank, keys[0].seed, keys[0].factor)
+            return
+        engine = self.engine(keys[0].seed)
+        with _taken_out_again(engine.model):
+            reports = [self._inject(engine.model, key, f"run{index}") for index, key in enumerate(keys)]
+            trainings = [self._training(engine, key, f"run{index}") for index, key in enumerate(keys)]
+            runs = dict(zip(trainings, zip(keys, reports, strict=True), strict=True))
+            for training, step in train_together(trainings):
+                if step.number == step.of:
+                    yield runs[training][0], self._shared_result(training, *runs[training])
+            for training, (key, report) in runs.items():
+                # At another rate nothing but the rate can be wrong: with that of the settings the run went through.
+                if training.failed and key.factor == 1:
+                    raise training.failed
+                if training.failed:
+                    yield key, self._shared_result(training, key, report)
+
+    def _inject(self, model: nn.Module, key: Key, adapter: str) -> InjectReport:
+        """Put in the adapter of a run."""
+        report = inject_nested_(model, self.lora(max(key.rank, 1)), self.largest, key.seed, adapter)
+        if key.rank == BASE:
+            freeze_updates_(model, adapter)
+        return report
+
+    def _training(self, engine: Engine[Any], key: Key, adapter: str) -> Training:
+        activate_(engine.model, adapter)
+        return Training(engine, self.train, self._config(key.seed, self.rate * key.factor))
+
+    def _shared_result(self, training: Training, key: Key, report: InjectReport) -> RunResult:
+        # The memory of a pass is that of all that share it.
+        activate_(training.engine.model, training.adapters)
+        cost = Cost(training.seconds, peak_bytes=0, diverged=training.failed is not None)
+        return self._result(training.engine, key, report, cost)
+
+    def _result(self, engine: Engine[Any], key: Key, report: InjectReport, cost: Cost) -> RunResult:
+        """What the run left whose adapter is at work."""
+        parameters = sum(p.numel() for p in trainable_parameters(engine.model))
+        losses, counts = self.measure(engine)
+        if self.adapters and key.rank and key.seed - self.config.seed < KEPT_SEEDS and not cost.diverged:
+            adapter = next(iter(injection(engine.model).active))
+            folder = save_adapter(engine.model, self.adapters / key.name, adapter)
+            write_labels(engine.model, self.labels, folder)
+        return _result(losses, counts, cost, parameters, adapter_file_bytes(report) if key.rank else 0)
 
     def _full(self, seed: int, factor: float) -> RunResult:
         engine = self.engine(seed)
@@ -171,7 +252,7 @@ class PairedRuns:
         """Train the adapter of the engine's model, or `parameters`."""
         torch.manual_seed(seed)
         rate = self.rate * (1 if parameters is None else FULL_RATE)
-        config = replace(self.config, seed=seed, lr=rate * factor)
+        config = self._config(seed, rate * factor)
         seconds, is_own_peak = 0.0, forget_peak_memory()
         try:
             for step in training_steps(engine, self.train, config, parameters=parameters):
@@ -182,6 +263,9 @@ class PairedRuns:
                 raise
             return Cost(seconds, 0, diverged=True)
         return Cost(seconds, peak_memory_bytes() if is_own_peak else 0)
+
+    def _config(self, seed: int, rate: float) -> TrainConfig:
+        return replace(self.config, seed=seed, lr=rate)
 
     def _load_model(self, seed: int) -> Any:
         torch.manual_seed(seed)
@@ -206,6 +290,16 @@ class SettingRuns:
             return runs(runs.largest, seed, factor)
         finally:
             runs.config, runs.rate = self._config, self._rate
+
+
+@contextmanager
+def _taken_out_again(model: nn.Module) -> Iterator[None]:
+    """Whatever adapters the block puts into the model."""
+    try:
+        yield
+    finally:
+        if adapter_names(model):
+            eject_(model)
 
 
 def rows_sha256(config: TrainConfig) -> str:

@@ -48,6 +48,8 @@ class SweepConfig(TrainConfig):
     """Also train all of the model with every seed (its rate is a tenth, checked too), to compare with."""
     keep_adapters: bool = True
     """Keep the adapters of the first two seeds in adapters/, for use and for what the page shows of them."""
+    at_once: int | None = None
+    """So many runs train in one pass over the base; without it, as many as make it faster. 1: one after the other."""
     r: tyro.conf.Suppress[int] = 8
     eval_answers: tyro.conf.Suppress[int] = 0
 
@@ -65,6 +67,8 @@ class SweepConfig(TrainConfig):
             yield from self._problems_of_over(*self.over.partition("=")[::2])
         if self.seeds < 2:
             yield f"--seeds must be at least 2 (one says nothing on how much seeds differ), found {self.seeds}"
+        if self.at_once is not None and self.at_once < 1:
+            yield f"--at-once must be at least 1, found {self.at_once}"
         if self.delta is not None and not self.delta > 0:
             yield f"--delta must be above 0, found {self.delta}"
 
@@ -78,6 +82,8 @@ class SweepConfig(TrainConfig):
             yield f"--over needs at least two values, all different, found {self.over}"
         elif name != "target_modules" and not all(_is_positive(value) for value in values.split(",")):
             yield f"--over {name} needs numbers above 0, found {values}"
+        if self.at_once not in (None, 1):
+            yield "--at-once is for ranks; beside --over runs train one after the other"
         if self.with_full:
             yield "--with-full is compared with ranks; leave it out beside --over"
 
@@ -121,14 +127,18 @@ def main(options: list[str]) -> int:
 
 
 def _swept(config: SweepConfig, runs: "PairedRuns", settings: dict[str, Any], say: Callable[[str], None]) -> "Sweep":
+    from functools import partial
+
     from rankwise.cli.paired_runs import SettingRuns
     from rankwise.rank.sweep import sweep, sweep_setting
 
     seeds = range(config.seed, config.seed + config.seeds)
     same: dict[str, Any] = {"margin": config.delta, "folder": config.out, "settings": settings, "say": say}
     if config.over is None:
-        check, full = config.check_rates, config.with_full
-        return sweep(runs, config.rank_list, seeds, with_full=full, check_rates=check, **same)
+        at_once, reason = runs.at_once(config.at_once)
+        say(reason)
+        same |= {"with_full": config.with_full, "check_rates": config.check_rates}
+        return sweep(runs, config.rank_list, seeds, together=partial(runs.together, at_once=at_once), **same)
     name, _, values = config.over.partition("=")
     read = [SETTINGS[name](value) for value in values.split(",")]
     check = config.check_rates and name != "lr"
@@ -159,6 +169,7 @@ def _settings(config: SweepConfig) -> dict[str, Any]:
     from rankwise.cli.paired_runs import rows_sha256
 
     settings = config.as_dict()
-    for name in ("out", "seeds", "delta", "check_rates", "with_full", "keep_adapters", "r", "eval_answers"):
+    unimportant = ("out", "seeds", "delta", "check_rates", "with_full", "keep_adapters", "at_once", "r", "eval_answers")
+    for name in unimportant:
         del settings[name]
     return settings | {"rows_sha256": rows_sha256(config)}

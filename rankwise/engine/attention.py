@@ -47,6 +47,11 @@ class Packing:
         """Examples that share nothing."""
         return cls(tuple(lengths), (None,) * len(lengths))
 
+    def followed_by(self, other: "Packing") -> "Packing":
+        """The packing of another stream that stands after this one."""
+        shifted = (None if segment is None else segment + len(self.lengths) for segment in other.before)
+        return Packing((*self.lengths, *other.lengths), (*self.before, *shifted))
+
     def path(self, segment: int) -> list[int]:
         """The segments from the beginning of an example to this one."""
         before = self.before[segment]

@@ -34,6 +34,11 @@ class Stream:
     own: tuple[int, ...]
     """For each text the segment that it ends with."""
 
+    @property
+    def tokens(self) -> int:
+        """T"""
+        return sum(self.packing.lengths)
+
     def inputs(self) -> dict[str, Any]:
         """What a model with packed attention takes."""
         return {"input_ids": self.ids, "position_ids": self.positions, "packing": self.packing}
@@ -48,6 +53,24 @@ class Stream:
 def stream_of(examples: Sequence[Any], device: torch.device) -> Stream:
     """The stream of examples of any one kind."""
     return _PACKERS[type(examples[0])](examples, device)
+
+
+def join(streams: Sequence[Stream]) -> Stream:
+    """Streams one after the other in one. They share nothing."""
+    starts = [0, *accumulate(stream.tokens for stream in streams)]
+    packing, own = Packing((), ()), ()
+    for stream in streams:
+        own = (*own, *(segment + len(packing.lengths) for segment in stream.own))
+        packing = packing.followed_by(stream.packing)
+    return Stream(
+        torch.cat([stream.ids for stream in streams], dim=1),
+        torch.cat([stream.positions for stream in streams], dim=1),
+        packing,
+        torch.cat([stream.predictors + start for stream, start in zip(streams, starts, strict=False)]),
+        torch.cat([stream.targets for stream in streams]),
+        tuple(text for stream in streams for text in stream.texts),
+        own,
+    )
 
 
 def pack(examples: Sequence[TextExample], device: torch.device) -> Stream:

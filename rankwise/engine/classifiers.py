@@ -1,4 +1,4 @@
-"""Logits and losses of classifiers: of texts with a label or several, and of words with a tag."""
+"""Engines of models whose head gives classes: to texts, to texts with any number of labels, to words."""
 
 from abc import abstractmethod
 from collections.abc import Sequence
@@ -18,8 +18,7 @@ C = TypeVar("C", bound=LabelledExample)
 class _HeadedEngine(WholeTextEngine[C]):
     """For models whose head gives classes to what it reads of a text."""
 
-    def _packed(self, examples: Sequence[C]) -> tuple[Tensor, Tensor]:
-        stream = self.stream(examples)
+    def _logits_in(self, stream: Stream) -> tuple[Tensor, Tensor]:
         return self._classify(self._read_hidden(stream, self._read(stream))), stream.targets
 
     def stream(self, examples: Sequence[C]) -> Stream:

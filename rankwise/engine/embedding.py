@@ -1,7 +1,7 @@
 """Embeddings of texts, packed or padded, and the contrastive loss of pairs of them."""
 
 import random
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -13,6 +13,7 @@ from rankwise.data.pairs import PairExample
 from rankwise.engine.batch import Stream, pack_whole, pad
 from rankwise.engine.contrast import Contrast
 from rankwise.engine.engine import EVALUATED_AT_ONCE, WholeTextEngine
+from rankwise.errors import ConfigError
 from rankwise.models.pooling import pooling_of
 
 
@@ -40,6 +41,12 @@ class EmbeddingEngine(WholeTextEngine[PairExample]):
         order = random.Random(0).sample(range(len(examples)), len(examples))
         count = max(1, len(order) // EVALUATED_AT_ONCE)
         return [order[start::count] for start in range(count)]
+
+    def losses(self, batches: Mapping[str, Sequence[PairExample]], label_smoothing: float = 0.0) -> list[Tensor]:
+        raise ConfigError("the loss of pairs is one of a whole batch, so adapters cannot share a pass")
+
+    def _logits_in(self, stream: Stream) -> tuple[Tensor, Tensor]:
+        raise NotImplementedError("the loss of pairs needs their examples, not their stream")
 
     def _packed(self, examples: Sequence[PairExample]) -> tuple[Tensor, Tensor]:
         """Embeddings in the place of logits: a wrong one shows more clearly than in cosines that nearly agree."""

@@ -1,7 +1,7 @@
 """Logits and losses of a batch of examples: packed where the model allows it, which is checked and not assumed."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import Any, Generic
 
@@ -11,11 +11,13 @@ from torch.nn import functional as F
 
 from rankwise.data.examples import E
 from rankwise.engine.attention import PACKED
-from rankwise.engine.batch import Stream
+from rankwise.engine.batch import Stream, join
 from rankwise.engine.blocks import blocks_of, inputs_of, is_watched
 from rankwise.engine.frozen_states import FrozenStates
 from rankwise.engine.last_block import PAYS_UP_TO, only_at
 from rankwise.engine.recompute import recomputing
+from rankwise.errors import ConfigError
+from rankwise.lora.adapters import adapters_by_part
 
 # Packing changes the order of sums and nothing else; fp32 logits of real models then differ by less than this share.
 _SAME = 1e-3
@@ -58,12 +60,27 @@ class Engine(ABC, Generic[E]):
         n is the number of trained tokens and the classes are the vocabulary, or n is the number of texts to classify or
         of words to tag. Where a text may have several labels, its targets are [n, classes] of 0 and 1.
         """
-        logits, targets = self._packed(examples) if self.packs else self._padded(examples)
-        return logits.to(torch.promote_types(logits.dtype, torch.float32)), targets
+        return _at_least_fp32(*(self._packed(examples) if self.packs else self._padded(examples)))
 
     def loss(self, examples: Sequence[E], label_smoothing: float = 0.0) -> Tensor:
         """The mean cross-entropy, in nats, over all that the batch's loss counts."""
         return self._losses(examples, label_smoothing).mean()
+
+    def losses(self, batches: Mapping[str, Sequence[E]], label_smoothing: float = 0.0) -> list[Tensor]:
+        """For each adapter the mean cross-entropy, in nats, over all that its own batch's loss counts, in one pass.
+
+        Raises ConfigError if the adapters, or this model's, cannot share a pass.
+        """
+        if not self.packs:
+            raise ConfigError(
+                f"adapters share a pass only in packed streams; this model is padded: {self.padded_because}"
+            )
+        streams = [self.stream(batch) for batch in batches.values()]
+        tokens, counts = ([x.tokens for x in streams], [len(x.targets) for x in streams])
+        sizes = {sum(parts): tuple(parts) for parts in (tokens, counts)}
+        with adapters_by_part(self.model, list(batches), sizes):
+            losses = self._losses_in(join(streams), label_smoothing)
+        return [part.mean() for part in losses.split(counts)]
 
     def example_losses(self, examples: Sequence[E]) -> tuple[Tensor, Tensor]:
         """([B] cross-entropy in nats summed over all that is counted, [B] how much that is), example by example."""
@@ -95,8 +112,20 @@ class Engine(ABC, Generic[E]):
         return [self.blocks] if self.blocks else []
 
     @property
+    def inner(self) -> "Engine[E]":
+        """The engine that runs the passes: this one. What stands around an engine (rank/nested.py) names that."""
+        return self
+
+    @property
     def _device(self) -> torch.device:
         return self.model.device
+
+    def _packed(self, examples: Sequence[E]) -> tuple[Tensor, Tensor]:
+        return self._logits_in(self.stream(examples))
+
+    def _losses_in(self, stream: Stream, label_smoothing: float) -> Tensor:
+        """[n] cross-entropies in nats of a stream of examples."""
+        return self.losses_of(*_at_least_fp32(*self._logits_in(stream)), label_smoothing)
 
     @abstractmethod
     def stream(self, examples: Sequence[E]) -> Stream:
@@ -107,7 +136,8 @@ class Engine(ABC, Generic[E]):
         """[1, T, k] the last hidden states of a stream, in whatever attention is set."""
 
     @abstractmethod
-    def _packed(self, examples: Sequence[E]) -> tuple[Tensor, Tensor]: ...
+    def _logits_in(self, stream: Stream) -> tuple[Tensor, Tensor]:
+        """The logits and targets of a stream of examples."""
 
     @abstractmethod
     def _padded(self, examples: Sequence[E]) -> tuple[Tensor, Tensor]: ...
@@ -237,9 +267,27 @@ class WholeTextEngine(Engine[E]):
         inputs["position_ids"] = stream.positions + self._first_position
         if getattr(self.model.config, "use_cache", None) is not None:
             inputs["use_cache"] = False
-        return self.model.base_model(**inputs).last_hidden_state
+        with _without_pooler(self.model.base_model):
+            return self.model.base_model(**inputs).last_hidden_state
 
     def _read_hidden(self, stream: Stream, read: Tensor) -> Tensor:
         """[n, k] the last hidden states of the tokens at `read` [n] of a stream."""
         with self._packed_pass(stream, read):
             return self._body(stream)[0, read]
+
+
+def _at_least_fp32(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    return logits.to(torch.promote_types(logits.dtype, torch.float32)), targets
+
+
+@contextmanager
+def _without_pooler(body: Any) -> Iterator[None]:
+    """BERT's body pools the first token of what it is given, which says nothing about a stream."""
+    pooler = getattr(body, "pooler", None)
+    if pooler is not None:
+        body.pooler = None
+    try:
+        yield
+    finally:
+        if pooler is not None:
+            body.pooler = pooler

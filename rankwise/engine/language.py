@@ -47,14 +47,21 @@ class LanguageEngine(Engine[TextExample]):
             return super()._losses(examples, label_smoothing)
         return self.head.losses(*self._hidden(examples), label_smoothing)
 
+    def _losses_in(self, stream: Stream, label_smoothing: float) -> Tensor:
+        if self.head is None or self.head_unchunked_because is not None:
+            return super()._losses_in(stream, label_smoothing)
+        return self.head.losses(*self._hidden_in(stream), label_smoothing)
+
     def _hidden(self, examples: Sequence[TextExample]) -> tuple[Tensor, Tensor]:
         """([n, k] what the head makes logits of, [n] targets)."""
-        if not self.packs:
-            ids, mask, trained = self._pad(examples)
-            with self._recomputing():
-                hidden = self.model.base_model(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state
-            return hidden[:, :-1][trained], ids[:, 1:][trained]
-        stream = self.stream(examples)
+        if self.packs:
+            return self._hidden_in(self.stream(examples))
+        ids, mask, trained = self._pad(examples)
+        with self._recomputing():
+            hidden = self.model.base_model(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state
+        return hidden[:, :-1][trained], ids[:, 1:][trained]
+
+    def _hidden_in(self, stream: Stream) -> tuple[Tensor, Tensor]:
         with self._packed_pass(stream, stream.predictors):
             hidden = self._body(stream)
         return hidden[0, stream.predictors], stream.targets
@@ -65,8 +72,7 @@ class LanguageEngine(Engine[TextExample]):
     def _body(self, stream: Stream) -> Tensor:
         return self.model.base_model(**stream.inputs(), use_cache=False).last_hidden_state
 
-    def _packed(self, examples: Sequence[TextExample]) -> tuple[Tensor, Tensor]:
-        stream = self.stream(examples)
+    def _logits_in(self, stream: Stream) -> tuple[Tensor, Tensor]:
         with self._packed_pass(stream, stream.predictors):
             output = self.model(**stream.inputs(), logits_to_keep=stream.predictors, use_cache=False)
         return output.logits[0], stream.targets

@@ -41,7 +41,7 @@ class Seq2SeqEngine(Engine[Seq2SeqExample]):
     def _body(self, stream: Stream) -> Tensor:
         raise NotImplementedError(self.padded_because)
 
-    def _packed(self, examples: Sequence[Seq2SeqExample]) -> tuple[Tensor, Tensor]:
+    def _logits_in(self, stream: Stream) -> tuple[Tensor, Tensor]:
         raise NotImplementedError(self.padded_because)
 
     def _padded(self, examples: Sequence[Seq2SeqExample]) -> tuple[Tensor, Tensor]:

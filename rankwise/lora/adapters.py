@@ -1,4 +1,4 @@
-"""Many adapters over one base: which of them work, for all rows of a batch or row by row."""
+"""Many adapters over one base: which of them work, for all rows of a batch, row by row or part by part."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -9,6 +9,8 @@ from torch import nn
 from rankwise.errors import ConfigError, nearest
 from rankwise.lora.inject import eject_, injection, set_active
 from rankwise.lora.layers import LoraLayer, has_merged, named_lora_layers, named_wrappers, refuse_dora_beside_merged
+from rankwise.lora.linear import LoraLinear
+from rankwise.lora.parts import Parts
 from rankwise.lora.trained import TrainedCopy
 
 
@@ -90,6 +92,34 @@ def adapters_by_row(model: nn.Module, adapters: Sequence[str | None]) -> Iterato
     finally:
         for layer in layers:
             layer.rows = None
+
+
+@contextmanager
+def adapters_by_part(model: nn.Module, adapters: Sequence[str], sizes: Mapping[int, tuple[int, ...]]) -> Iterator[None]:
+    """Let each adapter compute its part of all tokens while the block lasts, in training too; see `Parts`.
+
+    Raises ConfigError for a name that is not there, a merged model, or an adapter of another kind than low-rank updates
+    of linear layers and modules trained in full.
+    """
+    check_names(model, adapters)
+    if has_merged(model):
+        raise ConfigError("this model has merged adapters, for all tokens; go back first: rankwise.unmerge_(model)")
+    layers = []
+    for name, layer in named_wrappers(model):
+        if isinstance(layer, LoraLinear | TrainedCopy) and not layer.weight_is_read:
+            layers.append(layer)
+        elif layer.active or layer.adapters() & set(adapters):
+            raise ConfigError(f"{name} is no linear layer that the model calls; adapters cannot share a pass there")
+    if any(bias.adapter in adapters for bias in injection(model).biases):
+        raise ConfigError("an adapter that trains the model's biases cannot share a pass with others")
+    parts = Parts(tuple(adapters), sizes)
+    for layer in layers:
+        layer.parts = parts
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.parts = None
 
 
 def check_names(model: nn.Module, adapters: Sequence[str] | Mapping[str, float]) -> None:

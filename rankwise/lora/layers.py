@@ -118,7 +118,7 @@ class LoraLayer(Wrapper):
     def product(self, update: Update, x: Tensor) -> Tensor:
         """scale·B·A·x, with the update's dropout on x, in the layout of the base's output."""
         A, B = update.factors(x.dtype)
-        return F.linear(F.linear(F.dropout(x, update.dropout, update.training), A) * update.scale, B)
+        return F.linear(F.linear(update.drop(x), A) * update.scale, B)
 
     def add(
         self,

@@ -10,6 +10,7 @@ from rankwise.lora.frozen_product import PreparedWeight
 from rankwise.lora.layers import LoraLayer
 from rankwise.lora.linear_function import Term, linear_with_update
 from rankwise.lora.narrow import NarrowLinear, is_plain_linear
+from rankwise.lora.parts import Parts
 from rankwise.lora.shared_input import SharedInput
 from rankwise.lora.update import Update
 
@@ -21,40 +22,61 @@ class LoraLinear(LoraLayer):
     """Copies of the base's weight that training computes with (lora/prepared.py)."""
     shared_input: SharedInput | None = None
     """The layers that are called with the same input as this one, this one included."""
+    parts: Parts | None = None
+    """Which adapter computes which part of the input, while several work in one pass."""
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """x: [..., k] → [..., d]"""
-        update = self._only_plain_update()
-        if update is None or args or kwargs:
+        if args or kwargs:
             return super().forward(x, *args, **kwargs)
-        # A and B go to the type of x, never x to theirs: they are small, x is not.
-        A, B = update.factors(x.dtype)
-        dropped = update.dropout > 0 and update.training
-        matrix = self._frozen_matrix(x)
         # The autograd function is there for its backward pass, and costs more than a token's arithmetic to call.
-        if torch.is_grad_enabled() and not dropped and matrix is not None:
+        if torch.is_grad_enabled() and (terms := self.terms(x)) is not None:
             if self.shared_input is not None:
                 return self.shared_input.result(self, x)
-            return linear_with_update(x, [self._term(matrix, A, B, update.scale)])[0]
-        # Few and cheap calls: for one token they are what an adapter costs.
+            return linear_with_update(x, terms, self.lengths(x))[0]
+        update = self._only_plain_update()
+        if update is None:
+            return super().forward(x)
+        # A and B go to the type of x, never x to theirs: they are small, x is not.
+        A, B = update.factors(x.dtype)
+        matrix = self._frozen_matrix(x)
         result = F.linear(x, *matrix) if matrix is not None and matrix[0].dtype == x.dtype else self.base(x)
         if result.dtype != A.dtype:
             return result + self.product(update, x).to(result.dtype)
-        hidden = F.linear(F.dropout(x, update.dropout) if dropped else x, A)
-        return torch.add(result, F.linear(hidden, B), alpha=update.scale)
+        # Few and cheap calls: for one token they are what an adapter costs.
+        return torch.add(result, F.linear(F.linear(update.drop(x), A), B), alpha=update.scale)
 
-    def term(self, x: Tensor) -> Term | None:
-        """The layer as linear_function computes it on this input; None where it is more than that."""
-        update, matrix = self._only_plain_update(), self._frozen_matrix(x)
-        if update is None or (update.dropout and update.training) or matrix is None:
+    def with_changes(self, x: Tensor, plain: Tensor) -> Tensor:
+        if self.parts is None:
+            return super().with_changes(x, plain)
+        lengths = self.parts.lengths(x)
+        rows, results = (values.reshape(-1, values.shape[-1]).split(lengths) for values in (x, plain))
+        changed = [
+            result + self.change(self.update(adapter), own, result) if adapter in self.shares else result
+            for adapter, own, result in zip(self.parts.adapters, rows, results, strict=True)
+        ]
+        return torch.cat(changed).view(plain.shape)
+
+    def terms(self, x: Tensor) -> list[Term] | None:
+        """The layer as linear_function computes it on this input, a term a part; None where it is more than that."""
+        updates, matrix = self._plain_updates(), self._frozen_matrix(x)
+        if matrix is None or any(update.dropout and update.training for update in updates if update):
             return None
-        return self._term(matrix, *update.factors(x.dtype), update.scale)
+        return [self._term(matrix, update, x.dtype) for update in updates] or None
 
-    def _term(self, matrix: tuple[Tensor, Tensor | None], A: Tensor, B: Tensor, scale: float) -> Term:
-        weight, bias = matrix
-        prepared = self.prepared
+    def lengths(self, x: Tensor) -> tuple[int, ...] | None:
+        """How many rows of x [..., k] each part has; None: it is one."""
+        return None if self.parts is None else self.parts.lengths(x)
+
+    def _term(self, matrix: tuple[Tensor, Tensor | None], update: Update | None, dtype: torch.dtype) -> Term:
+        (weight, bias), prepared = matrix, self.prepared
         if prepared is not None and prepared.source is not weight:
             prepared = None
+        if update is None:  # an adapter without a share here, as one of rank 0
+            d, k = weight.shape
+            A, B, scale = weight.new_empty(0, k, dtype=dtype), weight.new_empty(d, 0, dtype=dtype), 1.0
+        else:
+            (A, B), scale = update.factors(dtype), update.scale
         return Term(weight, bias, A, B, scale, prepared)
 
     def has_own_backward(self, dtype: torch.dtype) -> bool:
@@ -63,9 +85,17 @@ class LoraLinear(LoraLayer):
         empty = self.base.weight.new_empty(0, dtype=dtype)
         return update is not None and not update.dropout and self._frozen_matrix(empty) is not None
 
+    def _plain_updates(self) -> list[Update | None]:
+        """The update of each part of the input (None: it has none); nothing if one is more than scale·B·A·x."""
+        if self.parts is None:
+            update = self._only_plain_update()
+            return [] if update is None else [update]
+        updates = [self.update(name) if name in self.shares else None for name in self.parts.adapters]
+        return updates if all(update is None or update.is_plain for update in updates) else []
+
     def _only_plain_update(self) -> Update | None:
         """The one update at work, if its change is scale·B·A·x and nothing more."""
-        if self.rows is not None or self.merged or len(self.active) != 1:
+        if self.rows is not None or self.parts is not None or self.merged or len(self.active) != 1:
             return None
         [(adapter, weight)] = self.active.items()
         # Past nn.Module's search for attributes, which costs as much as a quarter of a token's product.

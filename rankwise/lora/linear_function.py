@@ -3,6 +3,7 @@
 x is saved once, the A of all layers meet it in one product, and nothing of x's size is made beside the results.
 T rows of x [T, k]; for each layer W [d, k], A [r, k], B [d, r]; backward, with g the gradient of its result [T, d]:
     ∂x = Σ g·W + (s·g·B)·A      ∂A = (s·g·B)ᵀ·x      ∂B = s·gᵀ·(x·Aᵀ)
+The rows may fall into parts, each with A, B and s of its own adapter: W then meets all rows at once.
 """
 
 from collections.abc import Sequence
@@ -17,7 +18,7 @@ from rankwise.lora.frozen_product import PreparedWeight, frozen_linear, frozen_p
 
 
 class Term(NamedTuple):
-    """One layer. W and bias are frozen: they get no gradient."""
+    """One layer, or an adapter's part of it. W and bias are frozen: they get no gradient."""
 
     weight: Tensor
     bias: Tensor | None
@@ -28,67 +29,95 @@ class Term(NamedTuple):
     """Copies of the weight to compute with."""
 
 
-def linear_with_update(x: Tensor, terms: Sequence[Term]) -> tuple[Tensor, ...]:
-    """x [..., k] → for each layer [..., d]."""
-    return _LinearWithUpdate.apply(x, *[value for term in terms for value in term])
+def linear_with_update(x: Tensor, terms: Sequence[Term], lengths: Sequence[int] | None = None) -> tuple[Tensor, ...]:
+    """x [..., k] → for each layer [..., d].
+
+    With `lengths`, x is cut into parts of so many rows, and each layer has a term for every part, one after the other:
+    W is the same for all, and A and B are those of the part's own adapter.
+    """
+    return _LinearWithUpdate.apply(x, lengths, *[value for term in terms for value in term])
 
 
 class _LinearWithUpdate(torch.autograd.Function):
-    """apply(x, *values of all terms): autograd looks for tensors among the arguments themselves alone."""
+    """apply(x, lengths, *values of all terms): autograd looks for tensors among the arguments themselves alone."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, *values: Any) -> tuple[Tensor, ...]:
+    def forward(ctx: Any, x: Tensor, lengths: Sequence[int] | None, *values: Any) -> tuple[Tensor, ...]:
+        rows = x.reshape(-1, x.shape[-1])
+        ctx.lengths = lengths = [len(rows)] if lengths is None else list(lengths)
         terms = [Term(*values[start : start + _VALUES]) for start in range(0, len(values), _VALUES)]
-        stacked = torch.cat([term.A for term in terms]) if len(terms) > 1 else terms[0].A
-        hidden = F.linear(x.reshape(-1, x.shape[-1]), stacked)
-        ctx.ranks = [term.A.shape[0] for term in terms]
+        layers = [terms[start : start + len(lengths)] for start in range(0, len(terms), len(lengths))]
+        parts = [terms[part :: len(lengths)] for part in range(len(lengths))]
+        stacked = [torch.cat([term.A for term in part]) if len(part) > 1 else part[0].A for part in parts]
+        hidden = [F.linear(own, A) for own, A in zip(rows.split(lengths), stacked, strict=True)]
+        ctx.ranks = [[term.A.shape[0] for term in part] for part in parts]
         results = []
-        for term, own in zip(terms, hidden.split(ctx.ranks, dim=1), strict=True):
+        for layer, of_layer in zip(layers, _by_layer(hidden, ctx.ranks), strict=True):
+            weight, bias, prepared = layer[0].weight, layer[0].bias, layer[0].prepared
             # The result must not be a view: models divide or activate it in place, which autograd forbids for a view.
-            result = frozen_linear(x, term.weight if term.prepared is None else term.prepared.forward, term.bias)
-            result.view(-1, result.shape[-1]).addmm_(own, term.B.T, alpha=term.scale)
+            result = frozen_linear(x, weight if prepared is None else prepared.forward, bias)
+            places = result.view(-1, result.shape[-1]).split(lengths)
+            for term, own, place in zip(layer, of_layer, places, strict=True):
+                place.addmm_(own, term.B.T, alpha=term.scale)
             results.append(result)
-        ctx.save_for_backward(x, hidden, stacked, *[tensor for term in terms for tensor in (term.weight, term.B)])
-        ctx.rest = [(term.scale, term.prepared) for term in terms]
+        ctx.save_for_backward(x, *hidden, *stacked, *[layer[0].weight for layer in layers], *[term.B for term in terms])
+        ctx.scales = [[term.scale for term in layer] for layer in layers]
+        ctx.prepared = [layer[0].prepared for layer in layers]
         ctx.set_materialize_grads(False)
         return tuple(results)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *gradients: Tensor | None) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
-        x, hidden, stacked, *tensors = ctx.saved_tensors
+        parts = len(ctx.lengths)
+        x, *tensors = ctx.saved_tensors
+        hidden, stacked, tensors = tensors[:parts], tensors[parts : 2 * parts], tensors[2 * parts :]
+        weights, B = tensors[: len(gradients)], tensors[len(gradients) :]
         of_x = None
-        of_hidden = torch.zeros_like(hidden)
-        of_B: list[Tensor | None] = [None] * len(gradients)
-        parts = zip(hidden.split(ctx.ranks, dim=1), of_hidden.split(ctx.ranks, dim=1), strict=True)
-        for index, (own, of_own) in enumerate(parts):
-            (weight, B), (scale, prepared) = tensors[2 * index : 2 * index + 2], ctx.rest[index]
-            gradient = gradients[index]
+        of_hidden = [torch.zeros_like(own) for own in hidden]
+        of_B: list[Tensor | None] = [None] * len(B)
+        own, of_own = _by_layer(hidden, ctx.ranks), _by_layer(of_hidden, ctx.ranks)
+        for layer, gradient in enumerate(gradients):
             if gradient is None:
                 continue
             rows = gradient.reshape(-1, gradient.shape[-1])
-            # A BLAS runs the thin products as written here two to three times faster than as g·B and gᵀ·h.
-            torch.mul(rows @ B.T.contiguous().T, scale, out=of_own)
-            if ctx.needs_input_grad[_argument(index, "B")]:
-                of_B[index] = (own.T @ rows).mul_(scale).T
+            for part, own_rows in enumerate(rows.split(ctx.lengths)):
+                index, scale = layer * parts + part, ctx.scales[layer][part]
+                # A BLAS runs the thin products as written here two to three times faster than as g·B and gᵀ·h.
+                torch.mul(own_rows @ B[index].T.contiguous().T, scale, out=of_own[layer][part])
+                if ctx.needs_input_grad[_argument(index, "B")]:
+                    of_B[index] = (own[layer][part].T @ own_rows).mul_(scale).T
             if ctx.needs_input_grad[0]:
-                part = frozen_product(rows, weight) if prepared is None else frozen_linear(rows, prepared.backward)
-                of_x = part if of_x is None else of_x.add_(part)
+                prepared = ctx.prepared[layer]
+                if prepared is None:
+                    through = frozen_product(rows, weights[layer])
+                else:
+                    through = frozen_linear(rows, prepared.backward)
+                of_x = through if of_x is None else of_x.add_(through)
         if of_x is not None:
-            of_x = of_x.addmm_(of_hidden, stacked).view(x.shape)
-        of_A: Sequence[Tensor | None] = [None] * len(gradients)
-        if any(ctx.needs_input_grad[_argument(index, "A")] for index in range(len(gradients))):
-            of_A = (of_hidden.T @ x.reshape(-1, x.shape[-1])).split(ctx.ranks)
-        return of_x, *[
+            for place, of_part, A in zip(of_x.split(ctx.lengths), of_hidden, stacked, strict=True):
+                place.addmm_(of_part, A)
+            of_x = of_x.view(x.shape)
+        of_A: list[Tensor | None] = [None] * len(B)
+        for part, own_rows in enumerate(x.reshape(-1, x.shape[-1]).split(ctx.lengths)):
+            if any(ctx.needs_input_grad[_argument(index, "A")] for index in range(part, len(B), parts)):
+                of_A[part::parts] = (of_hidden[part].T @ own_rows).split(ctx.ranks[part])
+        of_terms = [
             value
-            for A, B in zip(of_A, of_B, strict=True)
-            for value in Term(None, None, A, B, None, None)  # pyright: ignore[reportArgumentType]
+            for one_A, one_B in zip(of_A, of_B, strict=True)
+            for value in Term(None, None, one_A, one_B, None, None)  # pyright: ignore[reportArgumentType]
         ]
+        return of_x, None, *of_terms
 
 
 _VALUES = len(Term._fields)
 
 
+def _by_layer(hidden: Sequence[Tensor], ranks: Sequence[list[int]]) -> list[tuple[Tensor, ...]]:
+    """For each part the hidden values of all layers beside each other → for each layer those of all parts."""
+    return list(zip(*(own.split(r, dim=1) for own, r in zip(hidden, ranks, strict=True)), strict=True))
+
+
 def _argument(index: int, field: str) -> int:
     """Where among the arguments of apply a field of a term stands."""
-    return 1 + index * _VALUES + Term._fields.index(field)
+    return 2 + index * _VALUES + Term._fields.index(field)

@@ -9,7 +9,9 @@ from rankwise.lora.linear_function import Term, linear_with_update
 
 
 class _Layer(Protocol):
-    def term(self, x: Tensor) -> Term | None: ...
+    def terms(self, x: Tensor) -> list[Term] | None: ...
+
+    def lengths(self, x: Tensor) -> tuple[int, ...] | None: ...
 
 
 class SharedInput:
@@ -26,13 +28,14 @@ class SharedInput:
         self._waiting: dict[_Layer, Tensor] = {}
 
     def result(self, layer: _Layer, x: Tensor) -> Tensor:
-        """x [..., k] → what a layer that has a term for x makes of it [..., d]."""
+        """x [..., k] → what a layer that has terms for x makes of it [..., d]."""
         if self._input is x and self._version == x._version and layer in self._waiting:
             return self._take(layer)
         together = self.layers if layer is self.layers[0] else [layer]
-        terms = {member: term for member in together if (term := member.term(x)) is not None}
+        terms = {member: own for member in together if (own := member.terms(x)) is not None}
         self._input, self._version = x, x._version
-        self._waiting = dict(zip(terms, linear_with_update(x, list(terms.values())), strict=True))
+        results = linear_with_update(x, [term for own in terms.values() for term in own], layer.lengths(x))
+        self._waiting = dict(zip(terms, results, strict=True))
         return self._take(layer)
 
     def _take(self, layer: _Layer) -> Tensor:

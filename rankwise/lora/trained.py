@@ -11,13 +11,18 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from rankwise.errors import ConfigError
 from rankwise.lora.base_weight import bias_name
 from rankwise.lora.config import LoraConfig
 from rankwise.lora.layers import Wrapper
+from rankwise.lora.parts import Parts
 
 
 class TrainedCopy(Wrapper):
     """A module that is trained in full (a classifier head): each adapter trains a copy, the original stays."""
+
+    parts: Parts | None = None
+    """Which adapter's copy computes which part of the input, while several work in one pass."""
 
     def add(self, adapter: str, config: LoraConfig) -> None:
         """Give an adapter its copy of the original."""
@@ -28,7 +33,14 @@ class TrainedCopy(Wrapper):
         return next((self.shares[adapter] for adapter in self.active), self.base)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        return self.chosen()(*args, **kwargs)
+        if self.parts is None:
+            return self.chosen()(*args, **kwargs)
+        if len(args) != 1 or kwargs:
+            raise ConfigError("a module trained in full that is called with more than its input cannot share a pass")
+        inputs, dim = self.parts.split(args[0])
+        copies: dict[str, Any] = dict(self.shares.items())
+        own = [copies.get(name, self.base)(x) for name, x in zip(self.parts.adapters, inputs, strict=True)]
+        return torch.cat(own, dim)
 
 
 class Rows(nn.Module):

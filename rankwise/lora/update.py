@@ -4,6 +4,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from rankwise.lora.config import LoraConfig
 from rankwise.lora.low_rank import LowRank
@@ -27,6 +28,8 @@ class Update(nn.Module):
     has_start = False
     start_A: Tensor
     start_B: Tensor
+    masks: torch.Generator | None = None
+    """Draws the dropout masks; None: torch's global generator."""
     first: int | None = None
     """Only so many directions, the first ones, work; None: all."""
 
@@ -74,6 +77,15 @@ class Update(nn.Module):
         if self.has_start:
             A, B = torch.cat([A, self.start_A]), torch.cat([B, -self.start_B], dim=1)
         return (A, B) if dtype is None or A.dtype == dtype else (A.to(dtype), B.to(dtype))
+
+    def drop(self, x: Tensor) -> Tensor:
+        """x with the dropout of training."""
+        if not (self.dropout and self.training):
+            return x
+        if self.masks is None:
+            return F.dropout(x, self.dropout)
+        kept = 1 - self.dropout
+        return x * torch.empty_like(x).bernoulli_(kept, generator=self.masks).div_(kept)
 
     def low_rank(self) -> LowRank:
         """The update as a d × k matrix; a convolution's kernel is flattened into k."""

@@ -38,16 +38,16 @@ class NestedEngine:
         others = [name for name, layer in named_lora_layers(engine.model) if not isinstance(layer, LoraLinear)]
         if others:
             raise ConfigError(f"the nested run goes with linear layers alone, found {', '.join(others[:5])}")
-        self.model, self._engine, self._ranks = engine.model, engine, list(ranks)
+        self.model, self.inner, self._ranks = engine.model, engine, list(ranks)
         self._draw = random.Random(seed)
 
     def loss(self, examples: Sequence[Any], label_smoothing: float = 0.0) -> Tensor:
         cut_(self.model, self._draw.choice(self._ranks))
-        return self._engine.loss(examples, label_smoothing)
+        return self.inner.loss(examples, label_smoothing)
 
     def logits(self, examples: Sequence[Any]) -> tuple[Tensor, Tensor]:
         """Those of the adapter as it is cut."""
-        return self._engine.logits(examples)
+        return self.inner.logits(examples)
 
 
 def cut_(model: nn.Module, rank: int | None) -> None:

@@ -136,11 +136,12 @@ def shrink_(
     reader: Reader = "vllm",
     adapter: str = DEFAULT,
     on_progress: Callable[[str], None] = lambda text: None,
+    share: float = SHARE_OF_GAIN,
 ) -> ShrinkReport:
     """Cut an adapter of the engine's model to the smallest ranks that the held-out examples allow, in place.
 
-    The cut adapter's held-out loss is at most `delta` nats worse, with 95 % confidence; without `delta`, 5 % of what
-    the low-rank updates gain. PEFT reads what is saved afterwards, whatever the `reader`.
+    The cut adapter's held-out loss is at most `delta` nats worse, with 95 % confidence; without `delta`, the
+    `share` of what the low-rank updates gain. PEFT reads what is saved afterwards, whatever the `reader`.
 
     Several rungs are tested at 5 % each without a correction, because they are tested in a fixed order, from the
     largest down, and the first failure ends it (fixed-sequence testing: Maurer, Hothorn and Lehmacher 1995; Westfall
@@ -163,7 +164,7 @@ def shrink_(
         cutter.cut(total)
         return compare(measured(part, f"total rank {total}, {part}"), full[part])
 
-    allowed = delta if delta is not None else SHARE_OF_GAIN * gain
+    allowed = delta if delta is not None else share * gain
     ladder = Ladder(test, cutter.largest, cutter.smallest, allowed)
     before = cutter.updates()
     with put_back_on_error(cutter.model, cutter.layers, adapter):
@@ -298,7 +299,7 @@ class Ladder:
 
         Raises DataError if the rows for confirmation confirm none of the accepted ones.
         """
-        candidates = self._accepted()
+        candidates = _back_off(self._accepted())
         confirmed = None
         for total in candidates:
             comparison = self._test("confirmation", total)
@@ -313,16 +314,20 @@ class Ladder:
         return total, comparison.bound if total == candidates[-1] else self.delta, comparison
 
     def _accepted(self) -> list[int]:
-        """Total ranks that pass on the choice part, from the largest down: halves first, then finer rungs."""
+        """Total ranks that pass on the choice part, from the largest down: halves, then finer rungs by bisection."""
         accepted = [self.largest]
         while accepted[-1] // 2 >= self.least and self._passes(accepted[-1] // 2):
             accepted.append(accepted[-1] // 2)
         above = accepted[-1]
-        fine = {round(above * _FINE**step) for step in range(1, 8)}
-        for total in sorted((rung for rung in fine if max(self.least, above // 2 + 1) <= rung < above), reverse=True):
-            if not self._passes(total):
-                break
-            accepted.append(total)
+        rungs = {round(above * _FINE**step) for step in range(1, 8)}
+        fine = sorted((rung for rung in rungs if max(self.least, above // 2 + 1) <= rung < above), reverse=True)
+        while fine:
+            middle = len(fine) // 2
+            if self._passes(fine[middle]):
+                accepted.append(fine[middle])
+                fine = fine[middle + 1 :]
+            else:
+                fine = fine[:middle]
         return accepted
 
     def _passes(self, total: int) -> bool:
@@ -335,6 +340,12 @@ class Ladder:
         if not passed:
             self.stopped_because = _why(part, total, comparison, self.delta)
         return comparison
+
+
+def _back_off(accepted: list[int]) -> list[int]:
+    """Which accepted total ranks to confirm: the first of the falling row, and from its end the 1st, 2nd, 4th, 8th …"""
+    places = [-(2**step) for step in range(len(accepted).bit_length()) if 2**step < len(accepted)]
+    return [accepted[place] for place in (-len(accepted), *reversed(places))]
 
 
 def _why(part: Part, total: int, comparison: Comparison, delta: float) -> str:

@@ -12,8 +12,9 @@ is the reference.
 """
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -34,8 +35,13 @@ TOLERANCE = 0.01
 """A rate must lower the loss by this share of the gain over the base to count as better, a fifth of the usual margin:
 less cannot decide on a rank, and a choice among equals by noise would end at extreme rates."""
 
+FIRST = (1.0, 1 / STEP, STEP)
+"""The factors that the check begins with."""
+
 Run = Callable[[int, int, float], RunResult]
 """run(rank, seed, factor): train with `factor` times the learning rate, and measure on the held-out examples."""
+Together = Callable[[Sequence[Key]], Iterable[tuple[Key, RunResult]]]
+"""From runs to be done to each one's result, as soon as it is there."""
 
 
 @dataclass(frozen=True)
@@ -122,6 +128,7 @@ def sweep(
     ranks: Sequence[int],
     seeds: Sequence[int],
     *,
+    together: Together | None = None,
     margin: float | None = None,
     with_full: bool = False,
     check_rates: bool = True,
@@ -132,13 +139,15 @@ def sweep(
     """Train at every rank with every seed, and say how much worse each is than the largest.
 
     `run` is also asked for rank 0, the base (a classifier's head is trained there, so that it is not counted as a gain
-    of the rank), and, `with_full`, for rank -1, full fine-tuning. `margin`: δ in nats; None: 5 % of the largest rank's
-    gain. With `folder`, each finished run is kept there, and a later call with the same `settings` goes on; it may have
-    more seeds. `say` is told what goes on. Raises ConfigError for ranks or seeds that cannot be, or other settings in
-    the folder.
+    of the rank), and, `with_full`, for rank -1, full fine-tuning. `together`, if given, is asked instead of `run`, each
+    time for all runs that are known to be needed. `margin`: δ in nats; None: 5 % of the largest rank's gain. With
+    `folder`, each finished run is kept there, and a later call with the same `settings` goes on; it may have more
+    seeds. `say` is told what goes on. Raises ConfigError for ranks or seeds that cannot be, or other settings in the
+    folder.
     """
     ranks = _checked(ranks, seeds, margin)
-    runs = _Doing(run, Runs(folder, settings), say, lambda rank: _name(rank, "r", {}))
+    does = together or partial(_one_by_one, run)
+    runs = _Doing(does, Runs(folder, settings), say, lambda rank: _name(rank, "r", {}))
     say(
         f"plan: a rank as good as r = {ranks[-1]} passes in {POWER:.0%} of sweeps with {len(seeds)} seeds if its "
         f"difference varies by up to {largest_deviation(len(seeds)):.2f}·δ from seed to seed"
@@ -170,10 +179,11 @@ def sweep_setting(
     if problems:
         raise ConfigError("this sweep cannot be:\n" + listing(problems))
     numbered = dict(enumerate(values, start=1))
-    runs = _Doing(run, Runs(folder, settings), say, lambda number: _name(number, setting, numbered))
+    does = partial(_one_by_one, run)
+    runs = _Doing(does, Runs(folder, settings), say, lambda number: _name(number, setting, numbered))
     say(f"plan: every {setting} is compared with the first, {values[0]}")
     base = runs.loss(Key(BASE, seeds[0]))
-    checks = [_check_rate(runs, number, seeds[0], base) for number in numbered] if check_rates else []
+    checks = _rates_of(runs, list(numbered), seeds[0], base) if check_rates else []
     return _measured(runs, [BASE, *numbered], seeds, checks, margin, 1, setting, numbered)
 
 
@@ -189,10 +199,8 @@ def _measured(
 ) -> Sweep:
     """Do all runs, each with its learning rate, and compare them."""
     factors = {rank: _factor(checks, rank) for rank in compared}
-    results: dict[int, list[RunResult]] = {rank: [] for rank in compared}
-    for seed in seeds:
-        for rank in compared:
-            results[rank].append(runs.finite_result(Key(rank, seed, factors[rank])))
+    runs.do([Key(rank, seed, factors[rank]) for seed in seeds for rank in compared])
+    results = {rank: [runs.finite_result(Key(rank, seed, factors[rank])) for seed in seeds] for rank in compared}
     losses = {rank: np.stack([result.losses for result in of_rank]) for rank, of_rank in results.items()}
     counts = _same_counts(results)
     return Sweep(
@@ -214,19 +222,28 @@ def _cost(results: Sequence[RunResult]) -> Cost:
     return Cost(results[0].parameters, results[0].adapter_bytes, float(np.mean(peaks)), float(np.mean(seconds)))
 
 
+def _one_by_one(run: Run, keys: Sequence[Key]) -> Iterable[tuple[Key, RunResult]]:
+    return ((key, run(key.rank, key.seed, key.factor)) for key in keys)
+
+
 class _Doing:
     """Does the runs that are not there yet."""
 
-    def __init__(self, run: Run, runs: Runs, say: Callable[[str], None], name: Callable[[int], str]) -> None:
-        self._run, self._runs, self._say, self._name = run, runs, say, name
+    def __init__(self, together: Together, runs: Runs, say: Callable[[str], None], name: Callable[[int], str]) -> None:
+        self._together, self._runs, self._say, self._name = together, runs, say, name
 
-    def result(self, key: Key) -> RunResult:
-        result = self._runs.get(key)
-        if result is None:
-            result = self._run(key.rank, key.seed, key.factor)
+    def do(self, keys: Sequence[Key]) -> None:
+        """Those of `keys` that are not there yet."""
+        missing = [key for key in keys if self._runs.get(key) is None]
+        for key, result in self._together(missing) if missing else ():
             self._runs.add(key, result)
             loss = f"held-out loss {self.loss(key):.4f}"
             self._say(f"{self._name(key.rank)}, seed {key.seed}, rate × {key.factor:.3g}: {loss}")
+
+    def result(self, key: Key) -> RunResult:
+        self.do([key])
+        result = self._runs.get(key)
+        assert result is not None
         return result
 
     def loss(self, key: Key) -> float:
@@ -249,28 +266,39 @@ def _check_rates(runs: _Doing, ranks: list[int], with_full: bool, seed: int) -> 
     """At three ranks, or at all of them where the three do not agree; and of a head alone and of full fine-tuning."""
     base, head = runs.loss(Key(BASE, seed)), []
     if runs.result(Key(BASE, seed)).parameters > 0:
-        head = [_check_rate(runs, BASE, seed, base)]
+        head = _rates_of(runs, [BASE], seed, base)
         base = head[0].losses[head[0].best]
     three = sorted({ranks[0], ranks[len(ranks) // 2], ranks[-1]})
-    checks = [_check_rate(runs, rank, seed, base) for rank in three]
-    if len({check.best for check in checks}) > 1:
-        checks = [_check_rate(runs, rank, seed, base) for rank in ranks]
-    return [*head, *checks, *([_check_rate(runs, FULL, seed, base)] if with_full else [])]
+    checks = _rates_of(runs, [*three, *([FULL] if with_full else [])], seed, base)
+    if len({check.best for check in checks if check.rank != FULL}) > 1:
+        checks += _rates_of(runs, [rank for rank in ranks if rank not in three], seed, base)
+    return [*head, *sorted(checks, key=lambda check: math.inf if check.rank == FULL else check.rank)]
 
 
-def _check_rate(runs: _Doing, rank: int, seed: int, base: float) -> RateCheck:
-    losses: dict[float, float] = {}
-    wanted = [1.0, 1 / STEP, STEP]
+def _rates_of(runs: _Doing, ranks: Sequence[int], seed: int, base: float) -> list[RateCheck]:
+    """The check at each of these ranks, a round of all of them at a time."""
+    losses: dict[int, dict[float, float]] = {rank: {} for rank in ranks}
+    wanted = [Key(rank, seed, factor) for rank in ranks for factor in FIRST]
     while True:
-        for factor in wanted:
-            losses[factor] = runs.loss(Key(rank, seed, factor))
-        # A head alone starts from no other loss than its own.
-        gain = base if rank == BASE else base - min(losses.values())
-        check = RateCheck(rank, losses, TOLERANCE * max(gain, 0.0))
-        further = check.best * (STEP if check.best > 1 else 1 / STEP)
-        if not check.at_the_edge or not 1 / WIDEST <= further <= WIDEST:
-            return check
-        wanted = [further]
+        runs.do(wanted)
+        for key in wanted:
+            losses[key.rank][key.factor] = runs.loss(key)
+        checks = [_rate_check(rank, losses[rank], base) for rank in ranks]
+        wanted = [Key(check.rank, seed, factor) for check in checks for factor in _further(check)]
+        if not wanted:
+            return checks
+
+
+def _rate_check(rank: int, losses: dict[float, float], base: float) -> RateCheck:
+    # A head alone starts from no other loss than its own.
+    gain = base if rank == BASE else base - min(losses.values())
+    return RateCheck(rank, losses, TOLERANCE * max(gain, 0.0))
+
+
+def _further(check: RateCheck) -> list[float]:
+    """The factor beyond the best one, where that may be better still."""
+    further = check.best * (STEP if check.best > 1 else 1 / STEP)
+    return [further] if check.at_the_edge and 1 / WIDEST <= further <= WIDEST else []
 
 
 def _factor(checks: Sequence[RateCheck], rank: int) -> float:

@@ -1,8 +1,10 @@
 """The training loop. It yields what happened and prints nothing."""
 
 import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, replace
+from itertools import zip_longest
 from typing import Any
 
 import torch
@@ -13,7 +15,8 @@ from rankwise.engine.engine import Engine
 from rankwise.engine.heap import keep_freed_memory
 from rankwise.engine.state_cache import states_kept
 from rankwise.errors import ConfigError, RankwiseError
-from rankwise.lora.inject import set_adapter_training, trainable_parameters
+from rankwise.lora.inject import injection, set_adapter_training, trainable_parameters
+from rankwise.lora.layers import Wrapper, named_wrappers
 from rankwise.lora.prepared import prepared_weights, shared_inputs
 from rankwise.plan.memory import most_bytes_of_copies
 from rankwise.train.batches import planned_steps
@@ -54,18 +57,22 @@ class Training:
         config: TrainConfig,
         parameters: Sequence[nn.Parameter] | None = None,
     ) -> None:
-        """`parameters` are trained instead of the adapter's, if given (full fine-tuning).
+        """It trains what is at work in the model, or `parameters` instead, if given (full fine-tuning).
 
         Raises ConfigError if the plan cannot be, or if the learning rate is yet to be found ("auto")."""
         self.engine = engine
         self.label_smoothing = config.label_smoothing
         self.cache_bytes = config.cache_gb * 1e9
+        self.seed = config.seed
         self.plan = planned_steps(examples, config)
         rate = default_rate(len(self.plan)) if config.lr is None else config.lr
         if isinstance(rate, str):
             raise ConfigError(f"a learning rate of {rate!r} must be found first; see train/rate_check.py")
         self.rate = rate
+        self.adapters: dict[str, float] = {}
+        """The adapters that train, and the weight of each in the sum."""
         if parameters is None:
+            self.adapters = dict(injection(engine.model).active)
             self.parameters = trainable_parameters(engine.model)
             self.optimizer = lora_optimizer(
                 engine.model, rate, config.lora_plus_ratio, config.weight_decay, config.preconditioned
@@ -77,61 +84,123 @@ class Training:
         self.done = 0
         """Steps."""
         self.seconds = 0.0
-        """Spent in them."""
+        """Spent in them; of a step that several trainings share, its part by its tokens."""
+        self.failed: RankwiseError | None = None
+        """Why it cannot go on."""
 
     def steps(self, stopped: Callable[[], bool] = lambda: False) -> Iterator[Step]:
         """Train from where the run is; ends early, between two steps, once `stopped()`.
 
         Raises RankwiseError when the loss is no longer finite; the adapter then keeps its values from before that step.
         """
-        begin = time.perf_counter()
-        keep_freed_memory()
-        model = self.engine.model
-        # What runs before the first step must draw no random numbers for dropout, which a resumed run would draw again.
-        set_adapter_training(model, False)
-        rows = [example for step in self.plan for batch in step for example in batch]
-        with (
-            states_kept(self.engine, rows, self.cache_bytes),
-            prepared_weights(model, most_bytes_of_copies()),
-            shared_inputs(model, self._run_once),
-        ):
-            yield from self._steps(begin, stopped)
-        set_adapter_training(model, False)
 
-    def _run_once(self) -> None:
-        self.engine.logits([self.plan[0][0][0].short()])
+        def losses(batches: Mapping[Training, Sequence[Any]]) -> list[Tensor]:
+            return [self.engine.loss(batch, self.label_smoothing) for batch in batches.values()]
 
-    def _steps(self, begin: float, stopped: Callable[[], bool]) -> Iterator[Step]:
-        for batches in self.plan[self.done :]:
-            set_adapter_training(self.engine.model, True)
-            loss = self._backward(batches)
-            norm = nn.utils.clip_grad_norm_(self.parameters, LARGEST_GRADIENT)
-            if not _is_finite(loss, norm):
-                raise RankwiseError(
-                    f"the loss or its gradient is not finite at step {self.done + 1} (loss {loss.item()}); "
-                    f"try a lower --lr than {self.rate:g}. The adapter of the step before is kept"
-                )
-            self.optimizer.step()
-            self.optimizer.zero_grad(set_to_none=True)
-            rate = float(self.schedule.get_last_lr()[0])
-            self.schedule.step()
-            tokens = sum(len(example.ids) for batch in batches for example in batch)
-            self.done += 1
-            self.seconds += time.perf_counter() - begin
-            yield Step(self.done, len(self.plan), loss.item(), rate, norm.item(), tokens, self.seconds)
+        for _, step in steps_of([self], losses, stopped):
+            yield step
+        if self.failed:
+            raise self.failed
+
+    @property
+    def places(self) -> frozenset[str]:
+        """The modules in which an adapter trains."""
+        own = [name for name, layer in named_wrappers(self.engine.model) if _trains(layer, self.adapters)]
+        return frozenset(own)
+
+    @property
+    def batches(self) -> list[list[Any]]:
+        """Those of the next step; none after the last one, or once it failed."""
+        return [] if self.failed or self.done == len(self.plan) else self.plan[self.done]
+
+    def move(self, loss: Tensor) -> Step | None:
+        """Take the optimiser's step by the gradients that are there.
+
+        If they or the `loss` are not finite, nothing moves, and `failed` says so.
+        """
+        norm = nn.utils.clip_grad_norm_(self.parameters, LARGEST_GRADIENT)
+        if not _is_finite(loss, norm):
+            self.failed = RankwiseError(
+                f"the loss or its gradient is not finite at step {self.done + 1} (loss {loss.item()}); "
+                f"try a lower --lr than {self.rate:g}. The adapter of the step before is kept"
+            )
+            return None
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        rate = float(self.schedule.get_last_lr()[0])
+        self.schedule.step()
+        tokens = sum(len(example.ids) for batch in self.batches for example in batch)
+        self.done += 1
+        return Step(self.done, len(self.plan), loss.item(), rate, norm.item(), tokens, self.seconds)
+
+
+Losses = Callable[[Mapping[Training, Sequence[Any]]], list[Tensor]]
+"""From a batch for each training to its mean loss."""
+
+
+def steps_of(
+    trainings: Sequence[Training], losses: Losses, stopped: Callable[[], bool]
+) -> Iterator[tuple[Training, Step]]:
+    """The steps of trainings of one model that go on side by side, each to its own end."""
+    begin = time.perf_counter()
+    keep_freed_memory()
+    model = trainings[0].engine.model
+    # What runs before the first step must draw no random numbers for dropout, which a resumed run would draw again.
+    set_adapter_training(model, False)
+    with (
+        _states_kept(trainings),
+        prepared_weights(model, most_bytes_of_copies()),
+        shared_inputs(model, lambda: _run_once(trainings[0])),
+    ):
+        while going := [training for training in trainings if training.batches]:
+            set_adapter_training(model, True)
+            found = _backward(going, losses)
+            moved = [
+                (training, step) for training, loss in zip(going, found, strict=True) if (step := training.move(loss))
+            ]
+            seconds = time.perf_counter() - begin
+            for training, step in moved:
+                training.seconds += seconds * step.tokens / sum(step.tokens for _, step in moved)
+                yield training, replace(step, seconds=training.seconds)
             if stopped():
-                return
+                break
             begin = time.perf_counter()
+    set_adapter_training(model, False)
 
-    def _backward(self, batches: Sequence[Sequence[Any]]) -> Tensor:
-        """The mean loss over all trained tokens of a step; its gradient is added up batch by batch."""
-        counts = [sum(example.counted for example in batch) for batch in batches]
-        parts = []
-        for batch, count in zip(batches, counts, strict=True):
-            part = self.engine.loss(batch, self.label_smoothing) * (count / sum(counts))
-            part.backward()
-            parts.append(part.detach())
-        return torch.stack(parts).sum()
+
+def _states_kept(trainings: Sequence[Training]) -> AbstractContextManager[None]:
+    """What enters the lowest block that trains, kept on the disk; where not all train in the same places, nothing."""
+    most_bytes = min(training.cache_bytes for training in trainings)
+    if len({training.places for training in trainings}) > 1:
+        most_bytes = 0.0
+    plans = (training.plan for training in trainings)
+    rows = [example for plan in plans for step in plan for batch in step for example in batch]
+    return states_kept(trainings[0].engine.inner, rows, most_bytes)
+
+
+def _run_once(training: Training) -> None:
+    training.engine.logits([training.plan[0][0][0].short()])
+
+
+def _backward(trainings: Sequence[Training], losses: Losses) -> list[Tensor]:
+    """For each training the mean loss over all that its step counts; the gradients are added up batch by batch."""
+    parts: dict[Training, list[Tensor]] = {training: [] for training in trainings}
+    for batches in zip_longest(*(training.batches for training in trainings)):
+        own = {training: batch for training, batch in zip(trainings, batches, strict=True) if batch}
+        shares = [_counted([batch]) / _counted(training.batches) for training, batch in own.items()]
+        weighted = [loss * share for loss, share in zip(losses(own), shares, strict=True)]
+        torch.stack(weighted).sum().backward()
+        for training, part in zip(own, weighted, strict=True):
+            parts[training].append(part.detach())
+    return [torch.stack(own).sum() for own in parts.values()]
+
+
+def _trains(layer: Wrapper, adapters: Iterable[str]) -> bool:
+    return any(parameter.requires_grad for name in adapters for parameter in layer.parameters_of(name))
+
+
+def _counted(batches: Sequence[Sequence[Any]]) -> int:
+    return sum(example.counted for batch in batches for example in batch)
 
 
 def training_steps(

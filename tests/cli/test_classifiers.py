@@ -40,7 +40,7 @@ def run(request, tmp_path_factory):
     (folder / "train.jsonl").write_text(rows_of(task, "train", 600))
     (folder / "test.jsonl").write_text(rows_of(task, "test", 100))
     options = ["--model", "minilm-l6", "--task", task, "--data", str(folder / "train.jsonl")]
-    options += ["--eval-data", str(folder / "test.jsonl"), "--out", str(folder / "run")]
+    options += ["--eval-data", str(folder / "test.jsonl"), "--out", str(folder / "run"), "--r", "8"]
     assert main(["train", *options, "--max-steps", "24", "--batch-size", "12", "--lr", "3e-3"]) == 0
     return task, folder / "run", folder / "test.jsonl"
 

@@ -9,10 +9,11 @@ from test_engine import conversations, gradients, reference_loss
 from torch.nn import functional as F
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
 
-from rankwise import LoraConfig, inject_
+from rankwise import LoraConfig, activate_, inject_
 from rankwise.data.labelled import LabelExample
 from rankwise.engine.classifiers import ClassifierEngine
 from rankwise.engine.language import LanguageEngine
+from rankwise.lora.inject import DEFAULT, trainable_parameters
 
 SMALL = {
     "vocab_size": 96, "hidden_size": 32, "intermediate_size": 48, "ffn_dim": 48, "num_hidden_layers": 2,
@@ -92,3 +93,29 @@ def test_loss_and_gradients_of_texts_are_those_of_each_by_itself(kind):
     assert_same(engine, texts, F.cross_entropy(logits, torch.tensor(labels)))
     smoothed = F.cross_entropy(logits, torch.tensor(labels), label_smoothing=0.1)
     torch.testing.assert_close(engine.loss(texts, 0.1), smoothed, rtol=1e-10, atol=0)
+
+
+@pytest.mark.parametrize("kind", sorted(PACKED))
+def test_adapters_that_share_a_pass_have_the_losses_and_gradients_of_each_by_itself(kind):
+    labels = kind in CLASSIFIERS
+    auto = AutoModelForSequenceClassification if labels else AutoModelForCausalLM
+    model = build(auto, kind, {**CAUSAL, **CLASSIFIERS}[kind], 3, **({"num_labels": 4} if labels else {}))
+    inject_(model, LoraConfig(r=2, task_type="SEQ_CLS" if labels else "CAUSAL_LM"), adapter="other")
+    randomise_adapter(model, seed=2)
+    rows = [LabelExample((5, 7, 9 + n), n % 4, "here") for n in range(5)] if labels else conversations(5, 18, 1)
+    engine = (ClassifierEngine if labels else LanguageEngine)(model, 0, rows)
+    batches = {DEFAULT: rows[:3], "other": rows[2:]}
+    ours = engine.losses(batches)
+    own = []
+    for adapter in batches:
+        activate_(model, adapter)
+        own.append(trainable_parameters(model))
+    gradients_of_ours = torch.autograd.grad(sum(ours), [*own[0], *own[1]])
+    for adapter, loss, parameters in zip(batches, ours, own, strict=True):
+        activate_(model, adapter)
+        alone = engine.loss(batches[adapter])
+        torch.testing.assert_close(loss, alone, rtol=1e-10, atol=0)
+        part, gradients_of_ours = gradients_of_ours[: len(parameters)], gradients_of_ours[len(parameters) :]
+        expected = gradients(model, alone)
+        difference = torch.cat([gradient.flatten() for gradient in part]) - expected
+        assert difference.abs().max() <= 1e-10 * expected.abs().max()

@@ -18,6 +18,7 @@ from rankwise.engine import state_cache
 from rankwise.engine.classifiers import ClassifierEngine
 from rankwise.engine.language import LanguageEngine
 from rankwise.engine.state_cache import plan_states, states_kept
+from rankwise.rank.nested import NestedEngine
 from rankwise.train.loop import training_steps
 
 
@@ -166,3 +167,15 @@ def test_why_nothing_is_kept_is_said(monkeypatch):
         plan_states(LanguageEngine(head, 2, examples), examples, 1e9)
         == "the lowest block trains, or what lies below it"
     )
+
+
+def test_a_nested_run_takes_its_states_from_the_disk_too():
+    examples, found = conversations(6, 18), []
+    for gigabytes in (1, 0):
+        model = adapted_above(tiny("llama"), 1)
+        engine = NestedEngine(LanguageEngine(model, 2, examples), [1, 2, 3], seed=0)
+        config = TrainConfig(model="m", data=("d",), out="o", batch_size=2, lr=0.01, cache_gb=gigabytes)
+        for step in training_steps(engine, examples, config):
+            found.append(step.loss)
+            assert (engine.inner.states is not None) == bool(gigabytes)
+    assert found[:3] == pytest.approx(found[3:], rel=1e-5)

@@ -80,3 +80,31 @@ def test_a_base_layer_that_does_more_than_its_product_is_called(changed, trains)
         base.register_forward_pre_hook(lambda _module, inputs: (2 * inputs[0],))
     with torch.set_grad_enabled(trains):
         torch.testing.assert_close(model(x), doubled, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("ranks", [(2, 3, 1), (2, 0, 1)])
+def test_parts_of_the_input_have_the_result_and_the_gradients_of_their_own_factors(ranks):
+    torch.manual_seed(0)
+    x = torch.randn(1, 9, 11, dtype=torch.float64, requires_grad=True)
+    lengths = (4, 2, 3)
+    bases = [nn.Linear(11, d, dtype=torch.float64).requires_grad_(False) for d in (5, 4)]
+    A = [[torch.randn(r, 11, dtype=torch.float64, requires_grad=True) for r in ranks] for _ in bases]
+    B = [[torch.randn(base.out_features, r, dtype=torch.float64, requires_grad=True) for r in ranks] for base in bases]
+    scales = (0.7, 2.0, -1.0)
+    terms = [
+        Term(base.weight, base.bias, a, b, scale)
+        for base, of_A, of_B in zip(bases, A, B, strict=True)
+        for a, b, scale in zip(of_A, of_B, scales, strict=True)
+    ]
+    ours = linear_with_update(x, terms, lengths)
+    theirs = [
+        base(x)
+        + torch.cat(
+            [s * (own @ a.T @ b.T) for own, a, b, s in zip(x.split(lengths, 1), of_A, of_B, scales, strict=True)], 1
+        )
+        for base, of_A, of_B in zip(bases, A, B, strict=True)
+    ]
+    wanted = [x, *(factor for of_layer in (*A, *B) for factor in of_layer if factor.numel())]
+    of_ours, of_theirs = (torch.autograd.grad(sum(y.sin().sum() for y in made), wanted) for made in (ours, theirs))
+    for one, other in zip((*ours, *of_ours), (*theirs, *of_theirs), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-12)
