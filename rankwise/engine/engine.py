@@ -75,6 +75,10 @@ class Engine(ABC, Generic[E]):
             raise ConfigError(
                 f"adapters share a pass only in packed streams; this model is padded: {self.padded_because}"
             )
+        if self.recomputes or self._recomputed_by_transformers():
+            raise ConfigError(
+                "adapters share no pass whose activations are computed again: by then each would compute for all"
+            )
         streams = [self.stream(batch) for batch in batches.values()]
         tokens, counts = ([x.tokens for x in streams], [len(x.targets) for x in streams])
         sizes = {sum(parts): tuple(parts) for parts in (tokens, counts)}

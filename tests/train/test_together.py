@@ -247,6 +247,9 @@ def test_the_same_adapter_twice_a_sum_and_a_padded_model_are_refused():
         next(train_together([one, Training(engine, texts(5, 1), settings())]))
     with pytest.raises(ConfigError, match="one model and its engine"):
         next(train_together([one, jobs.training(jobs.engine(range(2)), 1)]))
+    engine.recomputes = True
+    with pytest.raises(ConfigError, match="computed again"):
+        next(train_together([one, other]))
     engine.packs, engine.padded_because = False, "it is a test"
     with pytest.raises(ConfigError, match="padded: it is a test"):
         next(train_together([one, other]))
