@@ -52,7 +52,7 @@ OFF = "it was switched off"
 WITHOUT: dict[str, tuple[str, Any]] = {
     "packing": ("rankwise.engine.engine.Engine._why_not_packed", lambda _engine, _sample: OFF),
     "shared-beginnings": ("rankwise.engine.batch._LEAST_SAVED", 10**9),
-    "chunked-head": ("rankwise.engine.engine.head_that_gives", lambda _logits, _hidden, _model: None),
+    "chunked-head": ("rankwise.engine.language.head_that_gives", lambda _logits, _hidden, _model: None),
     "cut-last-block": ("rankwise.engine.engine.Engine._why_not_cut", lambda _engine, _sample: OFF),
     "own-backward": ("rankwise.lora.linear.LoraLinear._frozen_matrix", lambda _layer, _x: None),
     "shared-inputs": ("rankwise.train.loop.shared_inputs", lambda _model, _run: nullcontext()),
@@ -78,8 +78,9 @@ class Task:
     """The rows of a shape, and the model that learns them."""
 
     def __init__(self, shape: str, data: Path | None) -> None:
-        from rankwise.data.examples import TextExample, examples_for
+        from rankwise.data.examples import TextExample
         from rankwise.data.rows import read_rows
+        from rankwise.data.tasks import examples_for
         from rankwise.models.load import load_tokenizer
 
         self.kind: Any = "seq_cls" if shape == "classify" else "causal_lm"

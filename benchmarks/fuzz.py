@@ -266,9 +266,10 @@ def _load_adapter(path: Path) -> None:
 
 
 def _load_data(path: Path) -> None:
-    from rankwise.data.examples import asked, examples_for
+    from rankwise.data.examples import asked
     from rankwise.data.labelled import label_counts
     from rankwise.data.rows import scan_rows
+    from rankwise.data.tasks import examples_for
     from rankwise.errors import DataError
 
     tokenizer = _tokenizer()

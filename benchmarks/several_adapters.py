@@ -21,8 +21,8 @@ from typing import Any
 import torch
 
 from rankwise import LoraConfig, TrainConfig, activate_, inject_
-from rankwise.data.examples import examples_for
 from rankwise.data.rows import read_rows
+from rankwise.data.tasks import examples_for
 from rankwise.engine.engine import Engine
 from rankwise.engine.tasks import engine_for
 from rankwise.finetune import labels_of

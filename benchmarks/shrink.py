@@ -72,7 +72,7 @@ class Contest:
     """One adapter, one split, one δ, and what each rule makes of them."""
 
     def __init__(self, task: str, adapter: Path, rows: list[Any], seed: int, delta: float | None) -> None:
-        from rankwise.data.examples import examples_for
+        from rankwise.data.tasks import examples_for
         from rankwise.models.adapted import adapter_folder, load_adapted
         from rankwise.models.load import longest_input
         from rankwise.rank.shrink import HeldOut, split_held_out

@@ -51,7 +51,7 @@ def prepare(steps: int):
 def run_rankwise(steps: int, folder: Path) -> float:
     """Train through rankwise's own loop; returns seconds."""
     from rankwise import TrainConfig, save_adapter
-    from rankwise.engine.engine import LanguageEngine
+    from rankwise.engine.language import LanguageEngine
     from rankwise.train.loop import training_steps
 
     model, _, train, _, _ = prepare(steps)
@@ -119,7 +119,7 @@ def held_out_loss(folder: Path) -> float:
     import torch
 
     from rankwise import eject_, load_adapter_
-    from rankwise.engine.engine import LanguageEngine
+    from rankwise.engine.language import LanguageEngine
 
     model, _, _, held_out, _ = prepare(1)
     eject_(model)

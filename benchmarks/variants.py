@@ -19,8 +19,8 @@ from typing import Any
 import torch
 
 import rankwise
-from rankwise.data.examples import examples_for
 from rankwise.data.rows import read_rows
+from rankwise.data.tasks import examples_for
 from rankwise.engine.engine import Engine
 from rankwise.engine.tasks import engine_for
 from rankwise.lora.inject import set_adapter_training

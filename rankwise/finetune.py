@@ -7,11 +7,12 @@ from typing import Any
 
 import torch
 
-from rankwise.data.examples import Prompt, asked, examples_for
+from rankwise.data.examples import Prompt, asked
 from rankwise.data.labelled import label_counts, lacks_labels, problem_type
 from rankwise.data.report import measure
 from rankwise.data.rows import Row, divide
-from rankwise.data.shapes import TASK_TYPES, Layout
+from rankwise.data.shapes import ASKING, TASK_TYPES, Layout
+from rankwise.data.tasks import examples_for
 from rankwise.engine.engine import Engine
 from rankwise.engine.explain import explain
 from rankwise.engine.tasks import engine_for
@@ -20,6 +21,7 @@ from rankwise.lora.config import LoraConfig
 from rankwise.lora.inject import inject_, largest_ranks
 from rankwise.lora.start import FROM_DATA, start_from_data_
 from rankwise.models.load import base_sha256, load_model, load_tokenizer, longest_input, pad_id
+from rankwise.models.pooling import unread_layers
 from rankwise.rank.inspect import inspect_adapter
 from rankwise.rank.shrink import HeldOut, ShrinkReport, shrink_, split_held_out
 from rankwise.train import text_metrics, trackers
@@ -51,12 +53,12 @@ class Dataset:
     """Everything that a run learns from and is measured on."""
 
     train: list[Any]
-    """TextExamples; for classifiers LabelExamples, LabelSetExamples or TagExamples."""
+    """Examples of the task."""
     held_out: list[Any]
     questions: list[Prompt]
     """Held-out prompts to answer, for exact match."""
     labels: list[str]
-    """Names of the classes, in the order of the classifier's outputs; empty for causal_lm."""
+    """Names of the classes, in the order of the classifier's outputs; empty for other tasks."""
 
 
 def finetune(config: TrainConfig, reporter: Reporter | None = None, resume: bool = False) -> dict[str, Any]:
@@ -75,14 +77,15 @@ def finetune(config: TrainConfig, reporter: Reporter | None = None, resume: bool
         return _finetune(config, run, reporter or Reporter())
 
 
-def lora_config(config: TrainConfig, held_out: int | None = None) -> LoraConfig:
-    """The settings of the adapter that a run trains. `held_out`: rows, by which --r auto is settled."""
+def lora_config(config: TrainConfig, model: Any, held_out: int | None = None) -> LoraConfig:
+    """The settings of the adapter that a run trains in `model`. `held_out`: rows, by which --r auto is settled."""
     return LoraConfig(
         task_type=TASK_TYPES[config.task],
         r=config.trained_rank(held_out),
         lora_alpha=config.lora_alpha,
         lora_dropout=config.lora_dropout,
         target_modules=config.targets,
+        exclude_modules=unread_layers(model) if config.task == "embedding" else None,
         layers_to_transform=config.layers_to_transform or None,
         init_lora_weights=True if config.init_lora_weights == "default" else config.init_lora_weights,
         use_rslora=config.use_rslora,
@@ -93,7 +96,6 @@ def lora_config(config: TrainConfig, held_out: int | None = None) -> LoraConfig:
 
 def _finetune(config: TrainConfig, run: RunFolder, reporter: Reporter) -> dict[str, Any]:
     train_rows, held_out_rows = read_data(config, reporter.say)
-    lora = lora_config(config, len(held_out_rows))
     torch.manual_seed(config.seed)
 
     with reporter.stage(f"loading {config.model}"):
@@ -101,7 +103,7 @@ def _finetune(config: TrainConfig, run: RunFolder, reporter: Reporter) -> dict[s
         labels = labels_of(train_rows)
         model = load_model(config.model, config.task, labels, problem_type(train_rows), config.base_dtype)
     data = _tokenise(config, train_rows, held_out_rows, tokenizer, labels, longest_input(model))
-    lora, rank_rule = _ranks_that_fit(model, lora, config, len(held_out_rows))
+    lora, rank_rule = _ranks_that_fit(model, config, len(held_out_rows))
     report = inject_(model, lora)
     engine = engine_for(config.task, model, pad_id(tokenizer), data.train)
     reporter.say(report.summary())
@@ -148,8 +150,9 @@ def _finetune(config: TrainConfig, run: RunFolder, reporter: Reporter) -> dict[s
     return result
 
 
-def _ranks_that_fit(model: Any, lora: LoraConfig, config: TrainConfig, held_out: int) -> tuple[LoraConfig, str]:
-    """Ranks that nobody gave are lowered where a matrix is smaller. Returns what is to be said of the ranks too."""
+def _ranks_that_fit(model: Any, config: TrainConfig, held_out: int) -> tuple[LoraConfig, str]:
+    """The adapter's settings, with ranks that nobody gave lowered where a matrix is smaller, and what is to be said."""
+    lora = lora_config(config, model, held_out)
     if config.r != "auto":
         return lora, ""
     limits = largest_ranks(model, lora)
@@ -224,7 +227,7 @@ def _tokenise(
         examples_for(config.task, rows, tokenizer, labels, length, config.long_rows, config.train_on)
         for rows in (train, held_out)
     ]
-    questions = held_out[: config.eval_answers] if config.task == "causal_lm" else []
+    questions = held_out[: config.eval_answers] if config.task in ASKING else []
     return Dataset(sides[0], sides[1], [asked(row, tokenizer) for row in questions], labels)
 
 

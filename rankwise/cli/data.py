@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import dataclass
+from itertools import zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -29,7 +30,9 @@ class DataConfig:
     model: str
     """The model whose tokenizer and chat template read the data."""
     task: Task = "causal_lm"
-    """causal_lm: answer prompts. seq_cls: give texts a label, or several. token_cls: give each word a tag."""
+    """causal_lm: answer prompts. seq_cls: give texts a label, or several. token_cls: give each word a tag. embedding:
+    bring texts that belong together near to each other. seq2seq_lm: answer prompts with an encoder and a decoder (T5,
+    BART)."""
     format: Format | None = None
     """Shape of the rows; without it, the one that most rows have."""
     columns: tuple[str, ...] = ()
@@ -94,14 +97,21 @@ def _show_example(report: "DataReport", tokenizer: Any, console: Any) -> None:
     from rich.text import Text
 
     from rankwise.data.examples import TextExample
+    from rankwise.data.labelled import LabelledExample
     from rankwise.data.report import stretches
 
     example = report.example
     if example is None:
         return
-    if not isinstance(example, TextExample):
+    if isinstance(example, LabelledExample):
         answer = example.written(example.answer, tokenizer, sorted(report.labels))
         console.print(f"\n{example.place}: {tokenizer.decode(example.ids)} → {answer}", markup=False)
+        return
+    if not isinstance(example, TextExample):
+        names = ("encoder", "decoder, trained") if report.train.trained_tokens else ("anchor", "positive")
+        console.print(f"\n{example.place}, as the model reads it:", markup=False)
+        for name, ids in zip_longest(names, example.texts, fillvalue="negative"):
+            console.print(f"{name}: {tokenizer.decode(ids)}", markup=False)
         return
     marks = ("", "") if console.is_terminal else ("⟦", "⟧")
     text = Text()

@@ -6,14 +6,14 @@ from pathlib import Path
 from typing import Literal
 
 from rankwise.cli.arguments import parse
-from rankwise.data.shapes import Format, Layout
+from rankwise.data.shapes import ASKING, Format, Layout, Task
 from rankwise.data.transcripts import TrainOn
 from rankwise.errors import ConfigError
 
 
 @dataclass(frozen=True, kw_only=True)
 class EvalConfig:
-    """Measure loss, exact match and more (or accuracy, F1 and more) on a file, each with a 95 % interval."""
+    """Measure loss, exact match and more (accuracy, F1, MCC; recall, MRR) on a file, each with a 95 % interval."""
 
     data: Path
     """A file of the shape that the adapter was trained on."""
@@ -27,6 +27,8 @@ class EvalConfig:
     """Adapter folder, or the folder of a run; without it the base model is measured."""
     model: str | None = None
     """Base model; without it, the one that the adapter names."""
+    task: Task | None = None
+    """What the model does; without it, what the adapter's configuration says, and causal_lm for a base model."""
     base_dtype: Literal["fp32", "bf16"] = "fp32"
     """How the base model's weights are kept, as in training."""
     answers: int | None = None
@@ -46,8 +48,9 @@ def main(options: list[str]) -> int:
     if config.metrics and config.answers == 0:
         raise ConfigError("--metrics measures answers; leave --answers 0 out")
     layout = Layout.parse(config.format, config.columns)
-    from rankwise.data.examples import asked, examples_for
+    from rankwise.data.examples import asked
     from rankwise.data.rows import read_rows
+    from rankwise.data.tasks import examples_for
     from rankwise.engine.tasks import engine_for
     from rankwise.models.adapted import load_adapted
     from rankwise.models.load import longest_input, pad_id
@@ -59,13 +62,13 @@ def main(options: list[str]) -> int:
         text_metrics.check_installed()
     reporter = Reporter()
     with reporter.stage("loading"):
-        adapted = load_adapted(config.model, config.adapter, base_dtype=config.base_dtype)
-    if config.metrics and adapted.task != "causal_lm":
-        raise ConfigError("--metrics is for answers; a classifier's scores are always measured")
+        adapted = load_adapted(config.model, config.adapter, config.task, config.base_dtype)
+    if config.metrics and adapted.task not in ASKING:
+        raise ConfigError("--metrics is for answers; what other tasks measure is always measured")
     rows, tokenizer = read_rows(config.data, adapted.task, layout), adapted.tokenizer
     length = min(config.max_length, longest_input(adapted.model))
     examples = examples_for(adapted.task, rows, tokenizer, adapted.labels, length, config.long_rows, config.train_on)
-    questions = [asked(row, tokenizer) for row in rows[: config.answers]] if adapted.task == "causal_lm" else []
+    questions = [asked(row, tokenizer) for row in rows[: config.answers]] if adapted.task in ASKING else []
     engine = engine_for(adapted.task, adapted.model, pad_id(tokenizer), examples)
     with reporter.stage("evaluating") as stage:
         measured = evaluate(engine, tokenizer, examples, questions, stage.update, config.metrics)

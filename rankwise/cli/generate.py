@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Literal
 
 from rankwise.cli.arguments import parse
+from rankwise.data.shapes import ASKING
 from rankwise.errors import ConfigError
 
 
@@ -17,11 +18,13 @@ class GenerateConfig:
     prompt: str | None = None
     """The prompt."""
     file: Path | None = None
-    """A file of rows of any shape but text/label, with or without answers; what the model says is printed as JSONL."""
+    """A file of rows of any shape that asks, with or without answers; what the model says is printed as JSONL."""
     adapter: Path | None = None
     """Adapter folder, or the folder of a run."""
     model: str | None = None
     """Base model; without it, the one that the adapter names."""
+    task: Literal["causal_lm", "seq2seq_lm"] | None = None
+    """What the model does; without it, what the adapter's configuration says, and causal_lm for a base model."""
     base_dtype: Literal["fp32", "bf16"] = "fp32"
     """How the base model's weights are kept, as in training."""
     use: Literal["adapter", "base", "both"] = "adapter"
@@ -50,9 +53,10 @@ def main(options: list[str]) -> int:
     rows = read_prompts(config.file)[: config.first] if config.file else []
     reporter = Reporter()
     with reporter.stage("loading"):
-        adapted = load_adapted(config.model, config.adapter, base_dtype=config.base_dtype)
-    if adapted.task != "causal_lm":
-        raise ConfigError("this adapter is a classifier and cannot answer prompts; measure it with rankwise eval")
+        adapted = load_adapted(config.model, config.adapter, config.task, config.base_dtype)
+    if adapted.task not in ASKING:
+        does = "embeds" if adapted.task == "embedding" else "classifies"
+        raise ConfigError(f"this adapter {does} texts and cannot answer prompts; measure it with rankwise eval")
     model, tokenizer = adapted.model, adapted.tokenizer
     questions = [asked(row, tokenizer) for row in rows] or [user_prompt(config.prompt or "", tokenizer)]
     sides = ["base"] if config.adapter is None else ["base", "adapter"] if config.use == "both" else [config.use]

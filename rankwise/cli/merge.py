@@ -26,13 +26,15 @@ def main(options: list[str]) -> int:
     from rankwise.lora.merge import merge_and_remove_
     from rankwise.models.adapted import load_adapted
     from rankwise.models.load import save_merged
+    from rankwise.models.pooling import pooling_files
     from rankwise.train.progress import Reporter
 
     reporter = Reporter()
     with reporter.stage("loading"):
         adapted = load_adapted(config.model, config.adapter)
     report = merge_and_remove_(adapted.model)
-    save_merged(adapted.model, adapted.tokenizer, config.out)
+    copied = pooling_files(adapted.model) if adapted.task == "embedding" else None
+    save_merged(adapted.model, adapted.tokenizer, config.out, copied)
     print(f"{config.out}: {report.lost_share:.2%} of the changed entries were lost to rounding")
     for name in report.untied:
         print(f"{name} was shared with another module, which keeps its base weight")

@@ -13,10 +13,10 @@ import numpy as np
 import torch
 from torch import nn
 
-from rankwise.data.examples import examples_for
 from rankwise.data.labelled import problem_type
 from rankwise.data.rows import Row
 from rankwise.data.shapes import TASK_TYPES
+from rankwise.data.tasks import examples_for
 from rankwise.engine.engine import Engine
 from rankwise.engine.tasks import engine_for
 from rankwise.errors import ConfigError, DataError, RankwiseError
@@ -28,6 +28,7 @@ from rankwise.lora.inject import DEFAULT, eject_, injection, trainable_parameter
 from rankwise.lora.report import InjectReport
 from rankwise.models.adapted import write_labels
 from rankwise.models.load import load_model, load_tokenizer, longest_input, pad_id
+from rankwise.models.pooling import unread_layers
 from rankwise.plan.memory import FLOAT
 from rankwise.plan.plan import adapter_file_bytes
 from rankwise.rank.crossed import Array
@@ -88,6 +89,7 @@ class PairedRuns:
         model = self._load_model(config.seed)
         self._length = min(config.max_length, longest_input(model))
         self.held_out_rows = held_out
+        self._left_out = unread_layers(model) if config.task == "embedding" else None
         self.train, self.held_out = self.examples(train), self.examples(held_out)
         if config.lr == "auto":
             raise ConfigError("a sweep checks learning rates itself; give --lr a number, or leave it out")
@@ -242,6 +244,7 @@ class PairedRuns:
             lora_alpha=self.config.lora_alpha,
             lora_dropout=self.config.lora_dropout,
             target_modules=self.config.targets,
+            exclude_modules=self._left_out,
             layers_to_transform=self.config.layers_to_transform or None,
         )
 

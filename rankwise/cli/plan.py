@@ -10,7 +10,7 @@ from rankwise.cli.arguments import parse
 from rankwise.data.shapes import TASK_TYPES
 from rankwise.errors import ConfigError
 from rankwise.lora.config import LoraConfig
-from rankwise.plan.architectures import read_shape
+from rankwise.plan.architectures import PLANNED, read_shape
 from rankwise.plan.machine import Machine, read_machine
 from rankwise.plan.plan import make_plan
 from rankwise.plan.report import plan_text
@@ -50,6 +50,8 @@ class PlanConfig(TrainConfig):
 
     def _problems(self):
         yield from super()._problems()
+        if self.task not in PLANNED:
+            yield f"a plan does not know what --task {self.task} costs; known: {', '.join(PLANNED)}"
         if (self.rows is None) != (self.tokens_per_row is None):
             yield "--rows and --tokens-per-row go together"
         if self.data and self.rows is not None:
@@ -109,7 +111,7 @@ def _source(model: str) -> Path | str:
 
 def _examples(config: PlanConfig) -> tuple[list[Any], int, int]:
     """The rows that would train, tokenised; the number of labels, and of held-out rows."""
-    from rankwise.data.examples import examples_for
+    from rankwise.data.tasks import examples_for
     from rankwise.finetune import labels_of, read_data
     from rankwise.models.load import load_tokenizer
 

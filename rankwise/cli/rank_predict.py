@@ -37,6 +37,8 @@ class PredictConfig(TrainConfig):
         yield from super()._problems()
         if self.signal_batches < 2:
             yield f"--signal-batches must be at least 2, found {self.signal_batches}"
+        if self.task == "embedding":
+            yield "--task embedding: what a rank could store is a matter of tokens or labels; try rank nested"
         if self.directions < 1:
             yield f"--directions must be at least 1, found {self.directions}"
 

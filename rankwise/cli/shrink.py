@@ -42,8 +42,8 @@ def main(options: list[str]) -> int:
     config = parse(ShrinkConfig, options, "shrink")
     _check(config)
     from rankwise import atomic
-    from rankwise.data.examples import examples_for
     from rankwise.data.rows import read_rows
+    from rankwise.data.tasks import examples_for
     from rankwise.engine.tasks import engine_for
     from rankwise.lora.checkpoint import save_adapter
     from rankwise.models.adapted import load_adapted, write_labels

@@ -3,28 +3,86 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
-from typing import Any, Literal, TypeVar
+from typing import ClassVar, Literal, Protocol, Self, TypeVar
 
 from rankwise.data.files import Problem, Row
-from rankwise.data.labelled import LabelExample, LabelSetExample, TagExample, tokenise_labelled
 from rankwise.data.rows import MOST_PROBLEMS
 from rankwise.data.transcripts import Tokenizer, TrainOn, Transcript, question, transcript
 from rankwise.errors import DataError, listing
 
 LongRows = Literal["error", "cut", "drop"]
+Ids = tuple[int, ...]
+"""Tokens."""
+
+
+class Example(Protocol):
+    """A row as tokens, of whichever task."""
+
+    counts_tokens: ClassVar[bool]
+    """Whether the loss counts tokens (or words, by their first tokens), or rows."""
+
+    @property
+    def place(self) -> str:
+        """file:line, for messages."""
+        ...
+
+    @property
+    def cut(self) -> int:
+        """Tokens that were cut off."""
+        ...
+
+    @property
+    def texts(self) -> tuple[Ids, ...]:
+        """What the model reads, text by text."""
+        ...
+
+    @property
+    def ids(self) -> Ids:
+        """All of its tokens."""
+        ...
+
+    @property
+    def taught(self) -> tuple[int, ...]:
+        """All that the loss knows beside the tokens: rows with equal `ids` and `taught` teach the same."""
+        ...
+
+    @property
+    def counted(self) -> int:
+        """How many predictions the loss counts."""
+        ...
+
+    def short(self) -> Self:
+        """A piece of a few tokens that still has something to predict."""
+        ...
+
+    def cut_to(self, length: int) -> Self:
+        """The example with each text cut off at its end after `length` tokens, and `cut` as many as that took."""
+        ...
+
+
+E = TypeVar("E", bound=Example)
 
 
 @dataclass(frozen=True)
 class TextExample:
     """A conversation as tokens."""
 
-    ids: tuple[int, ...]
+    counts_tokens: ClassVar[bool] = True
+    ids: Ids
     trained: tuple[bool, ...]
     """For each token whether it is trained: those of assistant turns with their end-of-turn token, or of a text all."""
     place: str
     """file:line, for messages."""
     cut: int = 0
     """Tokens that were cut off its end."""
+
+    @property
+    def texts(self) -> tuple[Ids, ...]:
+        return (self.ids,)
+
+    @property
+    def taught(self) -> tuple[int, ...]:
+        return self.trained
 
     @property
     def prompt_length(self) -> int:
@@ -41,48 +99,22 @@ class TextExample:
         """What the model should find: the trained tokens."""
         return tuple(token for token, trained in zip(self.ids[1:], self.trained[1:], strict=True) if trained)
 
-    @property
-    def taught(self) -> tuple[int, ...]:
-        """All that the loss knows beside the tokens."""
-        return self.trained
-
-    def cut_to(self, length: int) -> "TextExample":
-        """The first `length` tokens."""
-        cut = max(0, len(self.ids) - length)
-        return replace(self, ids=self.ids[:length], trained=self.trained[:length], cut=cut)
-
     def short(self) -> "TextExample":
         """The first trained token with the 24 tokens before it."""
         part = slice(max(0, self.prompt_length - 24), self.prompt_length + 1)
         return TextExample(self.ids[part], self.trained[part], self.place)
 
-
-E = TypeVar("E", TextExample, LabelExample, LabelSetExample, TagExample)
+    def cut_to(self, length: int) -> "TextExample":
+        cut = max(0, len(self.ids) - length)
+        return replace(self, ids=self.ids[:length], trained=self.trained[:length], cut=cut)
 
 
 @dataclass(frozen=True)
 class Prompt:
     """What a model is asked, as tokens, and the reference answer as text (None where there is none)."""
 
-    ids: tuple[int, ...]
+    ids: Ids
     answer: str | None
-
-
-def examples_for(
-    task: str,
-    rows: Sequence[Row],
-    tokenizer: Tokenizer,
-    labels: Sequence[str],
-    max_length: int,
-    long_rows: LongRows,
-    train_on: TrainOn = "completion",
-) -> list[Any]:
-    """TextExamples for "causal_lm", else what the labels ask for; see `text_examples` and `label_examples`."""
-    if not rows:
-        return []
-    if task == "causal_lm":
-        return text_examples(rows, tokenizer, max_length, long_rows, train_on)
-    return label_examples(rows, tokenizer, labels, max_length, long_rows)
 
 
 def text_examples(
@@ -99,12 +131,14 @@ def text_examples(
     Raises DataError if rows are longer than `max_length` tokens and `long_rows` is "error", if a cut row would have no
     trained token, or if the chat template refuses a row or leaves open where its turns begin and end.
     """
-    examples, problems = tokenise(rows, tokenizer, train_on)
+    return usable(*tokenise(rows, tokenizer, train_on), max_length, long_rows)
+
+
+def usable(examples: list[E], problems: Sequence[Problem], max_length: int, long_rows: LongRows) -> list[E]:
+    """The examples, in their length. Raises DataError if there are problems, and as `fit` does."""
     if problems:
-        raise DataError(
-            f"the chat template cannot render {len(problems)} rows:\n{listing(list(map(str, problems)), MOST_PROBLEMS)}"
-        )
-    return _fit(examples, max_length, long_rows)
+        raise DataError(f"{len(problems)} rows cannot be rendered:\n{listing(list(map(str, problems)), MOST_PROBLEMS)}")
+    return fit(examples, max_length, long_rows)
 
 
 def tokenise(
@@ -135,21 +169,6 @@ _AT_ONCE = 512
 """Rows given to the tokenizer in one call."""
 
 
-def label_examples(
-    rows: Sequence[Row], tokenizer: Tokenizer, labels: Sequence[str], max_length: int, long_rows: LongRows
-) -> list[Any]:
-    """One LabelExample, LabelSetExample or TagExample for each row with labels; `labels` gives each label its index.
-
-    Raises DataError for labels that are not in `labels`, for words that are no tokens of their own and for rows longer
-    than `max_length` tokens.
-    """
-    examples, problems = tokenise_labelled(rows, tokenizer, labels)
-    if problems:
-        shown = listing(list(map(str, problems)), MOST_PROBLEMS)
-        raise DataError(f"rows that this model cannot be trained or measured on; problems: {len(problems)}\n{shown}")
-    return _fit(examples, max_length, long_rows)
-
-
 def asked(row: Row, tokenizer: Tokenizer) -> Prompt:
     """What a row asks (its prompt, its conversation up to a last assistant turn, or its text) and the reference answer.
 
@@ -176,7 +195,6 @@ def user_prompt(text: str, tokenizer: Tokenizer, answer: str | None = None) -> P
     return Prompt(ids, answer)
 
 
-Ids = tuple[int, ...]
 Encoded = tuple[Ids, tuple[bool, ...]]
 
 
@@ -233,15 +251,17 @@ def _tokens(transcripts: Sequence[Transcript], tokenizer: Tokenizer) -> list[Ids
     return found
 
 
-def _fit(examples: list[E], max_length: int, long_rows: LongRows) -> list[E]:
-    too_long = [e for e in examples if len(e.ids) > max_length]
+def fit(examples: list[E], max_length: int, long_rows: LongRows) -> list[E]:
+    """`fitted`, but raises DataError for long examples and "error", where none is left, and where one has nothing to
+    predict."""
+    too_long = [e for e in examples if longest_text(e) > max_length]
     if too_long and long_rows == "error":
-        longest = max(len(e.ids) for e in too_long)
+        longest = max(map(longest_text, too_long))
         raise DataError(
             f"{len(too_long)} of {len(examples)} rows are longer than {max_length} tokens, all that --max-length and "
             f"the model allow (the longest has {longest}). Raise --max-length as far as the model goes, or say what to "
             "do with them: --long-rows cut (their end is cut off and not trained) or --long-rows drop (they are left "
-            "out):\n" + listing([f"{e.place}: {len(e.ids)} tokens" for e in too_long])
+            "out):\n" + listing([f"{e.place}: {longest_text(e)} tokens" for e in too_long])
         )
     kept = fitted(examples, max_length, long_rows)
     if not kept:
@@ -259,7 +279,12 @@ def _fit(examples: list[E], max_length: int, long_rows: LongRows) -> list[E]:
 def fitted(examples: list[E], max_length: int, long_rows: LongRows) -> list[E]:
     """The examples with longer ones than `max_length` cut or dropped; for "error" they stay as they are."""
     if long_rows == "drop":
-        return [e for e in examples if len(e.ids) <= max_length]
+        return [e for e in examples if longest_text(e) <= max_length]
     if long_rows == "cut":
-        return [e.cut_to(max_length) if len(e.ids) > max_length else e for e in examples]
+        return [e.cut_to(max_length) if longest_text(e) > max_length else e for e in examples]
     return examples
+
+
+def longest_text(example: Example) -> int:
+    """Tokens of the longest text that the model reads at once."""
+    return max(map(len, example.texts))

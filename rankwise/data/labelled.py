@@ -3,10 +3,13 @@
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, ClassVar
 
+from rankwise.data.examples import Ids, LongRows, fit
 from rankwise.data.files import Problem, Row
+from rankwise.data.rows import MOST_PROBLEMS
 from rankwise.data.transcripts import Tokenizer
+from rankwise.errors import DataError, listing
 
 SEVERAL_LABELS = "multi_label_classification"
 """What transformers' configurations call texts with any number of labels (`problem_type`) …"""
@@ -20,12 +23,17 @@ _SHORT = 24
 class LabelExample:
     """A text as tokens and the index of its label."""
 
-    ids: tuple[int, ...]
+    counts_tokens: ClassVar[bool] = False
+    ids: Ids
     label: int
     place: str
     """file:line, for messages."""
     cut: int = 0
     """Tokens that were cut off its end."""
+
+    @property
+    def texts(self) -> tuple[Ids, ...]:
+        return (self.ids,)
 
     @property
     def counted(self) -> int:
@@ -59,10 +67,15 @@ class LabelExample:
 class LabelSetExample:
     """A text as tokens, and for each label whether it has it."""
 
-    ids: tuple[int, ...]
+    counts_tokens: ClassVar[bool] = False
+    ids: Ids
     labels: tuple[bool, ...]
     place: str
     cut: int = 0
+
+    @property
+    def texts(self) -> tuple[Ids, ...]:
+        return (self.ids,)
 
     @property
     def counted(self) -> int:
@@ -94,12 +107,17 @@ class LabelSetExample:
 class TagExample:
     """A sentence as tokens and the index of the tag of each word."""
 
-    ids: tuple[int, ...]
+    counts_tokens: ClassVar[bool] = True
+    ids: Ids
     words: tuple[int, ...]
     """Where the first token of each word stands, the only one of the word that the loss counts."""
     tags: tuple[int, ...]
     place: str
     cut: int = 0
+
+    @property
+    def texts(self) -> tuple[Ids, ...]:
+        return (self.ids,)
 
     @property
     def counted(self) -> int:
@@ -130,6 +148,24 @@ class TagExample:
         parts = zip(self.words, ends, answer, strict=True)
         words = [(tokenizer.decode(self.ids[i:j], skip_special_tokens=True).strip(), names[tag]) for i, j, tag in parts]
         return " ".join(word if tag == "O" else f"{word}/{tag}" for word, tag in words)
+
+
+LabelledExample = LabelExample | LabelSetExample | TagExample
+
+
+def label_examples(
+    rows: Sequence[Row], tokenizer: Tokenizer, labels: Sequence[str], max_length: int, long_rows: LongRows
+) -> list[Any]:
+    """One LabelExample, LabelSetExample or TagExample for each row with labels; `labels` gives each label its index.
+
+    Raises DataError for labels that are not in `labels`, for words that are no tokens of their own and for rows longer
+    than `max_length` tokens.
+    """
+    examples, problems = tokenise_labelled(rows, tokenizer, labels)
+    if problems:
+        shown = listing(list(map(str, problems)), MOST_PROBLEMS)
+        raise DataError(f"rows that this model cannot be trained or measured on; problems: {len(problems)}\n{shown}")
+    return fit(examples, max_length, long_rows)
 
 
 def labels_in(row: Row) -> list[str]:

@@ -5,10 +5,11 @@ from dataclasses import asdict, dataclass
 from itertools import groupby
 from typing import Any
 
-from rankwise.data.examples import LongRows, TextExample, fitted, tokenise
+from rankwise.data.examples import Example, LongRows, TextExample, fitted, longest_text
 from rankwise.data.files import Problem
-from rankwise.data.labelled import TagExample, label_counts, lacks_labels, tokenise_labelled
+from rankwise.data.labelled import label_counts, lacks_labels
 from rankwise.data.rows import Division
+from rankwise.data.tasks import tokenised
 from rankwise.data.transcripts import Tokenizer, TrainOn
 
 
@@ -19,9 +20,9 @@ class Measure:
     rows: int
     tokens: int
     trained_tokens: int
-    """Or words to tag, each trained at its first token; 0 for texts with labels, where the loss counts rows."""
+    """Or words to tag, each trained at its first token; 0 where the loss counts rows."""
     median: int
-    """Length in tokens, as p95, p99 and longest."""
+    """Length in tokens of a row's longest text, as p95, p99 and longest."""
     p95: int
     p99: int
     longest: int
@@ -40,15 +41,15 @@ class Measure:
         )
 
 
-def measure(examples: Sequence[Any]) -> Measure:
+def measure(examples: Sequence[Example]) -> Measure:
     """Count rows, tokens and duplicates of examples."""
-    lengths = sorted(len(example.ids) for example in examples) or [0]
+    lengths = sorted(map(longest_text, examples)) or [0]
     median, p95, p99 = (lengths[int(part * (len(lengths) - 1))] for part in (0.5, 0.95, 0.99))
     different = {(example.ids, example.taught) for example in examples}
     return Measure(
         rows=len(examples),
-        tokens=sum(lengths),
-        trained_tokens=sum(example.counted for example in examples if isinstance(example, TextExample | TagExample)),
+        tokens=sum(len(example.ids) for example in examples),
+        trained_tokens=sum(example.counted for example in examples if example.counts_tokens),
         median=median,
         p95=p95,
         p99=p99,
@@ -67,15 +68,15 @@ class DataReport:
     train: Measure
     held_out: Measure | None
     labels: dict[str, int]
-    """Rows, or words, of each label; empty for causal_lm."""
+    """Rows, or words, of each label; empty where there are none."""
     left_out: int
     """Training rows that ask what an evaluation row asks."""
     problems: list[Problem]
     """Everything that would stop a training run, row by row."""
     dropped: int
     """Rows that are too long and left out."""
-    example: Any
-    """The first one, or None."""
+    example: Example | None
+    """The first one."""
     lacks_labels: str | None
     """Why no classifier can be trained on these labels."""
 
@@ -118,11 +119,7 @@ def report_on(
     sides: list[list[Any]] = []
     dropped = 0
     for rows in (division.train, division.held_out):
-        examples: list[Any]
-        if task == "causal_lm":
-            examples, refused = tokenise(rows, tokenizer, train_on)
-        else:
-            examples, refused = tokenise_labelled(rows, tokenizer, sorted(labels))
+        examples, refused = tokenised(task, rows, tokenizer, sorted(labels), train_on)
         problems += refused
         kept = fitted(examples, max_length, long_rows)
         problems += _problems(kept, max_length)
@@ -142,12 +139,12 @@ def report_on(
     )
 
 
-def _problems(kept: Sequence[Any], max_length: int) -> Iterator[Problem]:
+def _problems(kept: Sequence[Example], max_length: int) -> Iterator[Problem]:
     for example in kept:
-        if len(example.ids) > max_length:
+        if longest_text(example) > max_length:
             yield Problem(
                 example.place,
-                f"{len(example.ids)} tokens, more than {max_length}, all that --max-length and the model allow "
+                f"{longest_text(example)} tokens, more than {max_length}, all that --max-length and the model allow "
                 "(--long-rows cut or drop says what to do with such rows)",
             )
         elif not example.counted:

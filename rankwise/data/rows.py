@@ -114,13 +114,13 @@ def _with(row: Row, fields: dict) -> Row:
 def question_key(row: Row) -> str:
     """What a row asks, with all white space alike: rows with the same key ask the same.
 
-    The prompt, the conversation before its last assistant message, the text, or the words to tag.
+    The prompt, the conversation before its last assistant message, the text, the words to tag, or the anchor of a pair.
     """
     fields = row.fields
     if "tokens" in fields:
         return " ".join(fields["tokens"])
     if "messages" not in fields:
-        return " ".join(fields["prompt" if "prompt" in fields else "text"].split())
+        return " ".join(next(fields[name] for name in ("prompt", "anchor", "text") if name in fields).split())
     messages = fields["messages"]
     answers = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
     asked = messages[: answers[-1]] if answers else messages

@@ -8,13 +8,14 @@
 | sharegpt | conversations; tools and system may be there | messages, tools |
 | text | text | the same |
 | text/label | text, label | the same |
+| pairs | anchor, positive; negative may be there, a text or several | anchor, positive, negatives: a list |
 | text/labels | text, labels: a list, which may be empty | the same |
 | tokens/tags | tokens: a list of words; tags: one a word | the same |
 """
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from rankwise.data.conversations import Faults, kind, messages_from, messages_from_sharegpt, tools_from, unreadable
@@ -23,11 +24,21 @@ from rankwise.errors import ConfigError, DataError, nearest
 from rankwise.lora.config import TaskType
 
 Fields = Mapping[str, Any]
-Task = Literal["causal_lm", "seq_cls", "token_cls"]
-TASK_TYPES = {"causal_lm": TaskType.CAUSAL_LM, "seq_cls": TaskType.SEQ_CLS, "token_cls": TaskType.TOKEN_CLS}
+Task = Literal["causal_lm", "seq_cls", "token_cls", "embedding", "seq2seq_lm"]
+TASK_TYPES = {
+    "causal_lm": TaskType.CAUSAL_LM,
+    "seq_cls": TaskType.SEQ_CLS,
+    "token_cls": TaskType.TOKEN_CLS,
+    "embedding": TaskType.FEATURE_EXTRACTION,
+    "seq2seq_lm": TaskType.SEQ_2_SEQ_LM,
+}
 Format = Literal[
-    "prompt/completion", "alpaca", "messages", "sharegpt", "text", "text/label", "text/labels", "tokens/tags"
+    "prompt/completion", "alpaca", "messages", "sharegpt", "text", "text/label", "text/labels", "tokens/tags", "pairs"
 ]
+LABELLED: tuple[Task, ...] = ("seq_cls", "token_cls")
+"""The tasks whose models are classifiers: their adapters come with a head and the labels' names."""
+ASKING: tuple[Task, ...] = ("causal_lm", "seq2seq_lm")
+"""The tasks whose models answer prompts."""
 
 
 @dataclass(frozen=True)
@@ -137,6 +148,19 @@ def _text_label(fields: Fields, faults: Faults) -> dict[str, Any]:
     return {**_text(fields, faults), "label": label}
 
 
+def _pair(fields: Fields, faults: Faults) -> dict[str, Any]:
+    anchor, positive, given = fields["anchor"], fields["positive"], fields.get("negative")
+    # A table has an empty cell where a row has no negative.
+    negatives = given if isinstance(given, list) else [] if given in (None, "") else [given]
+    for name, text in [("anchor", anchor), ("positive", positive), *(("negative", text) for text in negatives)]:
+        _check_text(name, text, faults, "so there is nothing to compare")
+    if not faults and anchor == positive:
+        faults.append("positive is the anchor's own text, which is as near to it as can be before any training")
+    if not faults and {anchor, positive} & set(negatives):
+        faults.append("a negative is the text of the anchor or of the positive")
+    return {"anchor": anchor, "positive": positive, "negatives": negatives}
+
+
 def _text_labels(fields: Fields, faults: Faults) -> dict[str, Any]:
     labels = _label_list("labels", fields["labels"], faults)
     twice = [label for label, count in Counter(labels).items() if count > 1]
@@ -188,9 +212,12 @@ SHAPES = (
     Shape("sharegpt", "causal_lm", ("conversations",), ("tools", "system"), _sharegpt),
     Shape("text", "causal_lm", ("text",), (), _text),
     Shape("text/label", "seq_cls", ("text", "label"), (), _text_label),
+    Shape("pairs", "embedding", ("anchor", "positive"), ("negative",), _pair),
     Shape("text/labels", "seq_cls", ("text", "labels"), (), _text_labels),
     Shape("tokens/tags", "token_cls", ("tokens", "tags"), (), _tokens_tags),
 )
+# An encoder and a decoder answer what a causal model answers; a text alone asks nothing.
+SHAPES += tuple(replace(s, task="seq2seq_lm") for s in SHAPES if s.task == "causal_lm" and s.name != "text")
 """A row that fits several shapes has the first of them."""
 
 
@@ -261,7 +288,7 @@ def standard_fields(fields: Fields, shape: Shape | None, task: str) -> tuple[dic
 
 
 def standard_prompt(fields: Fields) -> tuple[dict[str, Any], list[str]]:
-    """The same for a row that is only asked, of any shape of causal_lm: its answer may be missing and is kept."""
+    """The same for a row that is only asked, of any shape that asks: its answer may be missing and is kept."""
     faults: Faults = []
     if "messages" in fields:
         return _messages(fields, faults, need_answer=False), faults

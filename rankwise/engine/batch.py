@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rankwise.data.examples import TextExample
-from rankwise.data.labelled import LabelExample, LabelSetExample, TagExample
+from rankwise.data.examples import Ids, TextExample
+from rankwise.data.labelled import LabelExample, LabelledExample, LabelSetExample, TagExample
 from rankwise.engine.attention import Packing
 
 _LEAST_SAVED = 16
@@ -29,8 +29,10 @@ class Stream:
     """[n], where in the stream the hidden state lies that predicts each trained token, text or word"""
     targets: Tensor
     """[n], the trained tokens, labels or tags; [n, labels] 0 or 1 where a text may have several labels"""
+    texts: tuple[Ids, ...]
+    """All that stands in it."""
     own: tuple[int, ...]
-    """For each example the segment that it ends with."""
+    """For each text the segment that it ends with."""
 
     @property
     def tokens(self) -> int:
@@ -38,13 +40,13 @@ class Stream:
         return sum(self.packing.lengths)
 
     def inputs(self) -> dict[str, Any]:
-        """What the model is called with."""
+        """What a model with packed attention takes."""
         return {"input_ids": self.ids, "position_ids": self.positions, "packing": self.packing}
 
-    def places(self, example: int) -> Tensor:
-        """[t], where in the stream the tokens of an example stand"""
+    def places(self, text: int) -> Tensor:
+        """[t], where in the stream the tokens of a text stand"""
         ends = list(accumulate(self.packing.lengths))
-        path = self.packing.path(self.own[example])
+        path = self.packing.path(self.own[text])
         return torch.cat([torch.arange(ends[part] - self.packing.lengths[part], ends[part]) for part in path])
 
 
@@ -66,6 +68,7 @@ def join(streams: Sequence[Stream]) -> Stream:
         packing,
         torch.cat([stream.predictors + start for stream, start in zip(streams, starts, strict=False)]),
         torch.cat([stream.targets for stream in streams]),
+        tuple(text for stream in streams for text in stream.texts),
         own,
     )
 
@@ -84,7 +87,8 @@ def pack(examples: Sequence[TextExample], device: torch.device) -> Stream:
         targets += [example.ids[place] for place in places]
     tensors = [torch.tensor(values, device=device) for values in (layout.ids, layout.positions, predictors, targets)]
     packing = Packing(tuple(layout.lengths), tuple(layout.before))
-    return Stream(tensors[0][None], tensors[1][None], packing, tensors[2], tensors[3], tuple(layout.own))
+    texts, own = tuple(example.ids for example in examples), tuple(layout.own)
+    return Stream(tensors[0][None], tensors[1][None], packing, tensors[2], tensors[3], texts, own)
 
 
 class _Layout:
@@ -133,32 +137,36 @@ class _Layout:
 
 def pack_texts(examples: Sequence[LabelExample], device: torch.device) -> Stream:
     """Pack texts to be classified; predictors are the first tokens of the texts, targets their labels."""
-    return _whole(examples, [(0,)] * len(examples), [example.label for example in examples], device)
+    return pack_whole(_ids(examples), [(0,)] * len(examples), [example.label for example in examples], device)
 
 
 def pack_label_sets(examples: Sequence[LabelSetExample], device: torch.device) -> Stream:
     """Pack texts that may have several labels; predictors are their first tokens."""
-    return _whole(examples, [(0,)] * len(examples), [example.labels for example in examples], device)
+    return pack_whole(_ids(examples), [(0,)] * len(examples), [example.labels for example in examples], device)
 
 
 def pack_tagged(examples: Sequence[TagExample], device: torch.device) -> Stream:
     """Pack sentences whose words are tagged; predictors are the first tokens of the words, targets their tags."""
     tags = [tag for example in examples for tag in example.tags]
-    return _whole(examples, [example.words for example in examples], tags, device)
+    return pack_whole(_ids(examples), [example.words for example in examples], tags, device)
 
 
-def _whole(
-    examples: Sequence[Any], read: Sequence[Sequence[int]], targets: Sequence[Any], device: torch.device
+def _ids(examples: Sequence[LabelledExample]) -> list[Ids]:
+    return [example.ids for example in examples]
+
+
+def pack_whole(
+    texts: Sequence[Ids], read: Sequence[Sequence[int]], targets: Sequence[Any], device: torch.device
 ) -> Stream:
-    """A stream of examples that share nothing; `read`: what is read of each of them, counted from its first token."""
-    lengths = tuple(len(example.ids) for example in examples)
+    """A stream of texts that share nothing; `read`: what is read of each of them, counted from its first token."""
+    lengths = tuple(map(len, texts))
     starts = [end - length for end, length in zip(accumulate(lengths), lengths, strict=True)]
     predictors = [start + place for start, places in zip(starts, read, strict=True) for place in places]
-    ids = [token for example in examples for token in example.ids]
+    ids = [token for text in texts for token in text]
     positions = [place for length in lengths for place in range(length)]
     tensors = [torch.tensor(values, device=device) for values in (ids, positions, predictors, targets)]
     packing, own = Packing.of_whole_examples(lengths), tuple(range(len(lengths)))
-    return Stream(tensors[0][None], tensors[1][None], packing, tensors[2], tensors[3], own)
+    return Stream(tensors[0][None], tensors[1][None], packing, tensors[2], tensors[3], tuple(texts), own)
 
 
 _PACKERS: dict[type, Callable[[Any, torch.device], Stream]] = {

@@ -1,56 +1,34 @@
 """Engines of models whose head gives classes: to texts, to texts with any number of labels, to words."""
 
 from abc import abstractmethod
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from typing import Any, TypeVar
+from collections.abc import Sequence
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from rankwise.data.labelled import LabelExample, LabelSetExample, TagExample
+from rankwise.data.labelled import LabelExample, LabelledExample, LabelSetExample, TagExample
 from rankwise.engine.batch import Stream, pad, stream_of
-from rankwise.engine.engine import Engine
+from rankwise.engine.engine import WholeTextEngine
 
-C = TypeVar("C", LabelExample, LabelSetExample, TagExample)
+C = TypeVar("C", bound=LabelledExample)
 
 
-class _HeadedEngine(Engine[C]):
+class _HeadedEngine(WholeTextEngine[C]):
     """For models whose head gives classes to what it reads of a text."""
 
-    _first_position = 0
-
-    def _why_not_packed(self, sample: Sequence[C]) -> str | None:
-        reason = super()._why_not_packed(sample)
-        if reason is None:
-            return None
-        # RoBERTa and its kin count positions from the one after that of padding.
-        self._first_position = self.pad_id + 1
-        return None if super()._why_not_packed(sample) is None else reason
-
-    def _logits_in(self, stream: Stream, examples: Sequence[C]) -> tuple[Tensor, Tensor]:
-        read = self._read(stream)
-        with self._packed_pass(stream, read, examples):
-            hidden = self._body(stream)[0]
-        return self._classify(hidden[read]), stream.targets
+    def _logits_in(self, stream: Stream) -> tuple[Tensor, Tensor]:
+        return self._classify(self._read_hidden(stream, self._read(stream))), stream.targets
 
     def stream(self, examples: Sequence[C]) -> Stream:
         return stream_of(examples, self._device)
-
-    def _body(self, stream: Stream) -> Tensor:
-        inputs = stream.inputs()
-        inputs["position_ids"] = stream.positions + self._first_position
-        if getattr(self.model.config, "use_cache", None) is not None:
-            inputs["use_cache"] = False
-        with _without_pooler(self.model.base_model):
-            return self.model.base_model(**inputs).last_hidden_state
 
     def _padded(self, examples: Sequence[C]) -> tuple[Tensor, Tensor]:
         ids, mask = pad([example.ids for example in examples], self.pad_id, self._device)
         with self._recomputing():
             logits = self.model(input_ids=ids, attention_mask=mask).logits
-        return self._taken(logits, examples), stream_of(examples, self._device).targets
+        return self._taken(logits, examples), self.stream(examples).targets
 
     @property
     def _is_decoder(self) -> bool:
@@ -115,16 +93,3 @@ class TagEngine(_HeadedEngine[TagExample]):
             return self.model.score(hidden)
         # ModernBERT has a layer before the classifier.
         return self.model.classifier(self.model.head(hidden) if hasattr(self.model, "head") else hidden)
-
-
-@contextmanager
-def _without_pooler(body: Any) -> Iterator[None]:
-    """BERT's body pools the first token of what it is given, which says nothing about a stream."""
-    pooler = getattr(body, "pooler", None)
-    if pooler is not None:
-        body.pooler = None
-    try:
-        yield
-    finally:
-        if pooler is not None:
-            body.pooler = pooler

@@ -2,19 +2,18 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import Any, Generic
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from rankwise.data.examples import E, TextExample
+from rankwise.data.examples import E
 from rankwise.engine.attention import PACKED
-from rankwise.engine.batch import Stream, join, pack, pad
+from rankwise.engine.batch import Stream, join
 from rankwise.engine.blocks import blocks_of, inputs_of, is_watched
 from rankwise.engine.frozen_states import FrozenStates
-from rankwise.engine.head import OutputHead, head_that_gives, why_not_plain
 from rankwise.engine.last_block import PAYS_UP_TO, only_at
 from rankwise.engine.recompute import recomputing
 from rankwise.errors import ConfigError
@@ -25,7 +24,7 @@ _SAME = 1e-3
 EVALUATED_AT_ONCE = 16
 """Examples in one forward pass of an evaluation."""
 # What a model raises whose parts do not work as the engine expects.
-_FAILURES = (TypeError, ValueError, RuntimeError, AttributeError, IndexError)
+FAILURES = (TypeError, ValueError, RuntimeError, AttributeError, IndexError)
 
 
 class Engine(ABC, Generic[E]):
@@ -83,9 +82,8 @@ class Engine(ABC, Generic[E]):
         streams = [self.stream(batch) for batch in batches.values()]
         tokens, counts = ([x.tokens for x in streams], [len(x.targets) for x in streams])
         sizes = {sum(parts): tuple(parts) for parts in (tokens, counts)}
-        examples = [example for batch in batches.values() for example in batch]
         with adapters_by_part(self.model, list(batches), sizes):
-            losses = self._losses_in(join(streams), examples, label_smoothing)
+            losses = self._losses_in(join(streams), label_smoothing)
         return [part.mean() for part in losses.split(counts)]
 
     def example_losses(self, examples: Sequence[E]) -> tuple[Tensor, Tensor]:
@@ -113,6 +111,11 @@ class Engine(ABC, Generic[E]):
         return logits.argmax(-1)
 
     @property
+    def stacks(self) -> list[nn.ModuleList]:
+        """All lists of blocks, whose activations may be computed again."""
+        return [self.blocks] if self.blocks else []
+
+    @property
     def inner(self) -> "Engine[E]":
         """The engine that runs the passes: this one. What stands around an engine (rank/nested.py) names that."""
         return self
@@ -122,11 +125,11 @@ class Engine(ABC, Generic[E]):
         return self.model.device
 
     def _packed(self, examples: Sequence[E]) -> tuple[Tensor, Tensor]:
-        return self._logits_in(self.stream(examples), examples)
+        return self._logits_in(self.stream(examples))
 
-    def _losses_in(self, stream: Stream, examples: Sequence[E], label_smoothing: float) -> Tensor:
+    def _losses_in(self, stream: Stream, label_smoothing: float) -> Tensor:
         """[n] cross-entropies in nats of a stream of examples."""
-        return self.losses_of(*_at_least_fp32(*self._logits_in(stream, examples)), label_smoothing)
+        return self.losses_of(*_at_least_fp32(*self._logits_in(stream)), label_smoothing)
 
     @abstractmethod
     def stream(self, examples: Sequence[E]) -> Stream:
@@ -137,7 +140,7 @@ class Engine(ABC, Generic[E]):
         """[1, T, k] the last hidden states of a stream, in whatever attention is set."""
 
     @abstractmethod
-    def _logits_in(self, stream: Stream, examples: Sequence[E]) -> tuple[Tensor, Tensor]:
+    def _logits_in(self, stream: Stream) -> tuple[Tensor, Tensor]:
         """The logits and targets of a stream of examples."""
 
     @abstractmethod
@@ -149,26 +152,24 @@ class Engine(ABC, Generic[E]):
         return block is not None and read <= self._cuts_up_to * tokens and not is_watched(block)
 
     @contextmanager
-    def _packed_pass(self, stream: Stream, read: Tensor, examples: Sequence[E]) -> Iterator[None]:
-        """Let the model run a stream of `examples`; of what it puts out, only the tokens at `read` [n] may be used."""
+    def _packed_pass(self, stream: Stream, read: Tensor) -> Iterator[None]:
+        """Let the model run a stream; of what it puts out, only the tokens at `read` [n] may be used."""
         packing = stream.packing
         block = self._last_block if self.cuts_last_block(len(read), sum(packing.lengths)) else None
         flagged = self._recomputed_by_transformers()
         with (
             self._exchanged(flagged),
             only_at(read, block, packing) if block else nullcontext(),
-            self._from_states(stream, examples),
+            self._from_states(stream),
             self._recomputing(lambda: self._exchanged(flagged), also=bool(flagged)),
         ):
             yield
 
     @contextmanager
-    def _from_states(self, stream: Stream, examples: Sequence[E]) -> Iterator[None]:
-        """Let the model begin at the lowest block that trains, if what enters it is known for all examples."""
+    def _from_states(self, stream: Stream) -> Iterator[None]:
+        """Let the model begin at the lowest block that trains, if what enters it is known for all texts."""
         states, blocks = self.states, self.blocks
-        with (
-            states.begin_at(blocks, stream, examples) if blocks and states and states.cover(examples) else nullcontext()
-        ):
+        with states.begin_at(blocks, stream) if blocks and states and states.cover(stream) else nullcontext():
             yield
 
     def entering(self, examples: Sequence[E], blocks: Sequence[nn.Module]) -> list[Tensor]:
@@ -199,8 +200,10 @@ class Engine(ABC, Generic[E]):
         self, again: Callable[[], AbstractContextManager[None]] = nullcontext, also: bool = False
     ) -> Iterator[None]:
         """Let the model's blocks keep their input alone, if the engine (or `also`) wants it and there are gradients."""
-        wanted = (self.recomputes or also) and torch.is_grad_enabled()
-        with recomputing(self.blocks, again) if wanted and self.blocks else nullcontext():
+        with ExitStack() as stacks:
+            if (self.recomputes or also) and torch.is_grad_enabled():
+                for blocks in self.stacks:
+                    stacks.enter_context(recomputing(blocks, again))
             yield
 
     def _recomputed_by_transformers(self) -> list[Any]:
@@ -230,15 +233,19 @@ class Engine(ABC, Generic[E]):
         if getattr(self.model.config, "layerdrop", 0):
             return "the model leaves out blocks at random"
         short: list[E] = [example.short() for example in sample[:3]]
-        whole = self._packed(short)[0]
+        whole = self.packed(short)
         self._cuts_up_to = 1.0
         return self.why_not("cutting it", short, whole)
 
+    def packed(self, examples: Sequence[E]) -> Tensor:
+        """What the packed path gives, as `why_not` compares it."""
+        return self._packed(examples)[0]
+
     def why_not(self, technique: str, examples: Sequence[E], expected: Tensor) -> str | None:
-        """Why the packed path, as it is set, does not give the `expected` logits; None if it does."""
+        """Why the packed path, as it is set, does not give what is `expected`; None if it does."""
         try:
-            logits = self._packed(examples)[0]
-        except _FAILURES as error:
+            logits = self.packed(examples)
+        except FAILURES as error:
             return f"{technique} failed: {str(error).splitlines()[0]}"
         if logits.shape != expected.shape:
             return f"{technique} would give logits of shape {[*logits.shape]} in place of {[*expected.shape]}"
@@ -246,83 +253,45 @@ class Engine(ABC, Generic[E]):
         return None if difference < _SAME else f"{technique} would change its logits by {difference:.1e}"
 
 
-class LanguageEngine(Engine[TextExample]):
-    """For causal language models: the loss counts trained tokens.
+class WholeTextEngine(Engine[E]):
+    """For models that read each text as a whole, so that no two texts share anything in a stream."""
 
-    The loss goes from the model's last hidden states through its head in chunks (engine/head.py), if that gives the
-    model's own logits, which is checked on the sample too; if not, `head_unchunked_because` says why.
-    """
+    _first_position = 0
 
-    def __init__(self, model: Any, pad_id: int, sample: Sequence[TextExample]) -> None:
-        super().__init__(model, pad_id, sample)
-        self.head: OutputHead | None = None
-        self._no_head_because = self._find_head(sample)
-
-    @property
-    def head_unchunked_because(self) -> str | None:
-        """Asked at every loss, as a head may be adapted or set to train after the engine was made."""
-        return self._no_head_because or why_not_plain(self.model)
-
-    @torch.no_grad()
-    def _find_head(self, sample: Sequence[TextExample]) -> str | None:
-        reason = why_not_plain(self.model)
-        if reason is not None:
-            return reason
-        short = [example.short() for example in sample[:3]]
-        try:
-            hidden = self._hidden(short)[0]
-            self.head = head_that_gives(self.logits(short)[0], hidden, self.model)
-        except _FAILURES as error:
-            return f"the head cannot be taken apart from the model: {str(error).splitlines()[0]}"
-        return None if self.head else "the model does more to its logits than scale or cap them"
-
-    def _losses(self, examples: Sequence[TextExample], label_smoothing: float = 0.0) -> Tensor:
-        if self.head is None or self.head_unchunked_because is not None:
-            return super()._losses(examples, label_smoothing)
-        return self.head.losses(*self._hidden(examples), label_smoothing)
-
-    def _losses_in(self, stream: Stream, examples: Sequence[TextExample], label_smoothing: float) -> Tensor:
-        if self.head is None or self.head_unchunked_because is not None:
-            return super()._losses_in(stream, examples, label_smoothing)
-        return self.head.losses(*self._hidden_in(stream, examples), label_smoothing)
-
-    def _hidden(self, examples: Sequence[TextExample]) -> tuple[Tensor, Tensor]:
-        """([n, k] what the head makes logits of, [n] targets)."""
-        if self.packs:
-            return self._hidden_in(self.stream(examples), examples)
-        ids, mask, trained = self._pad(examples)
-        with self._recomputing():
-            hidden = self.model.base_model(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state
-        return hidden[:, :-1][trained], ids[:, 1:][trained]
-
-    def _hidden_in(self, stream: Stream, examples: Sequence[TextExample]) -> tuple[Tensor, Tensor]:
-        with self._packed_pass(stream, stream.predictors, examples):
-            hidden = self._body(stream)
-        return hidden[0, stream.predictors], stream.targets
-
-    def stream(self, examples: Sequence[TextExample]) -> Stream:
-        return pack(examples, self._device)
+    def _why_not_packed(self, sample: Sequence[E]) -> str | None:
+        reason = super()._why_not_packed(sample)
+        if reason is None:
+            return None
+        # RoBERTa and its kin count positions from the one after that of padding.
+        self._first_position = self.pad_id + 1
+        return None if super()._why_not_packed(sample) is None else reason
 
     def _body(self, stream: Stream) -> Tensor:
-        return self.model.base_model(**stream.inputs(), use_cache=False).last_hidden_state
+        inputs = stream.inputs()
+        inputs["position_ids"] = stream.positions + self._first_position
+        if getattr(self.model.config, "use_cache", None) is not None:
+            inputs["use_cache"] = False
+        with _without_pooler(self.model.base_model):
+            return self.model.base_model(**inputs).last_hidden_state
 
-    def _logits_in(self, stream: Stream, examples: Sequence[TextExample]) -> tuple[Tensor, Tensor]:
-        with self._packed_pass(stream, stream.predictors, examples):
-            output = self.model(**stream.inputs(), logits_to_keep=stream.predictors, use_cache=False)
-        return output.logits[0], stream.targets
-
-    def _padded(self, examples: Sequence[TextExample]) -> tuple[Tensor, Tensor]:
-        ids, mask, trained = self._pad(examples)
-        with self._recomputing():
-            logits = self.model(input_ids=ids, attention_mask=mask, use_cache=False).logits
-        return logits[:, :-1][trained], ids[:, 1:][trained]
-
-    def _pad(self, examples: Sequence[TextExample]) -> tuple[Tensor, Tensor, Tensor]:
-        """ids and attention mask [B, T]; [B, T - 1], which positions predict a trained token."""
-        ids, mask = pad([example.ids for example in examples], self.pad_id, self._device)
-        trained = pad([example.trained for example in examples], False, self._device)[0][:, 1:].bool()
-        return ids, mask, trained
+    def _read_hidden(self, stream: Stream, read: Tensor) -> Tensor:
+        """[n, k] the last hidden states of the tokens at `read` [n] of a stream."""
+        with self._packed_pass(stream, read):
+            return self._body(stream)[0, read]
 
 
 def _at_least_fp32(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
     return logits.to(torch.promote_types(logits.dtype, torch.float32)), targets
+
+
+@contextmanager
+def _without_pooler(body: Any) -> Iterator[None]:
+    """BERT's body pools the first token of what it is given, which says nothing about a stream."""
+    pooler = getattr(body, "pooler", None)
+    if pooler is not None:
+        body.pooler = None
+    try:
+        yield
+    finally:
+        if pooler is not None:
+            body.pooler = pooler

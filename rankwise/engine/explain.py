@@ -1,14 +1,17 @@
 """Which of the engine's techniques a run uses, on its own rows, and why not the others."""
 
 from collections.abc import Sequence
+from itertools import zip_longest
 from typing import Any
 
 import torch
 
-from rankwise.engine.batch import Stream, stream_of
+from rankwise.engine.batch import Stream
 from rankwise.engine.blocks import is_watched
-from rankwise.engine.engine import Engine, LanguageEngine
+from rankwise.engine.engine import Engine
+from rankwise.engine.language import LanguageEngine
 from rankwise.engine.last_block import PAYS_UP_TO
+from rankwise.engine.seq2seq import Seq2SeqEngine
 from rankwise.engine.state_cache import plan_states
 from rankwise.lora.layers import named_base_modules, named_lora_layers
 from rankwise.lora.linear import LoraLinear
@@ -23,16 +26,18 @@ def explain(
     """
     rows = [row for batch in batches for row in batch]
     useful = sum(len(row.ids) for row in rows)
-    padded = sum(len(batch) * max(len(row.ids) for row in batch) for batch in batches)
+    padded = sum(map(_padded_tokens, batches))
     lines = [f"on the first {len(batches)} batches ({len(rows)} rows, {useful:,} tokens):"]
     if not engine.packs:
         lines.append(f"packed streams: no, because {engine.padded_because}; {padded - useful:,} tokens of padding")
     else:
         lines.append(f"packed streams: yes, {padded - useful:,} tokens of padding saved ({1 - useful / padded:.0%})")
-    of_text = isinstance(engine, LanguageEngine)
-    streams = [stream_of(batch, engine.model.device) for batch in batches]
-    if of_text:
+    streams = [engine.stream(batch) for batch in batches] if engine.packs else []
+    if isinstance(engine, LanguageEngine):
         lines += [*_of_text(engine, streams, useful, sum(sum(row.trained) for row in rows)), _of_head(engine)]
+    if isinstance(engine, Seq2SeqEngine):
+        whole = engine.whole_head_because
+        lines.append(f"output head without padding: {'yes' if whole is None else f'no, because {whole}'}")
     return "\n  ".join(
         [
             *lines,
@@ -42,6 +47,12 @@ def explain(
             _of_states(engine, cached or rows, cache_bytes),
         ]
     )
+
+
+def _padded_tokens(batch: Sequence[Any]) -> int:
+    """Tokens of a batch whose first texts, second texts and so on are padded to the longest of them."""
+    lengths = ([len(text) for text in texts if text] for texts in zip_longest(*(row.texts for row in batch)))
+    return sum(len(own) * max(own) for own in lengths)
 
 
 def _of_text(engine: LanguageEngine, streams: Sequence[Stream], useful: int, trained: int) -> list[str]:
@@ -109,7 +120,8 @@ def _of_memory(engine: Engine[Any]) -> list[str]:
 def _of_recomputing(engine: Engine[Any]) -> str:
     if not engine.recomputes:
         return "no, all are kept (--recompute always or auto)"
-    if engine.blocks is None:
+    if not engine.stacks:
         return "no, because no list of blocks was found in the model"
-    free = sum(not is_watched(block) for block in engine.blocks[:-1])
-    return f"yes, of {free} of {len(engine.blocks)} blocks, not of the last one and of those with hooks in them"
+    free = sum(not is_watched(block) for blocks in engine.stacks for block in blocks[:-1])
+    blocks = sum(map(len, engine.stacks))
+    return f"yes, of {free} of {blocks} blocks, not of the last one and of those with hooks in them"

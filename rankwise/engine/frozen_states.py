@@ -4,7 +4,7 @@ What a model puts out below that block is exchanged for hidden states that were 
 code has it, its embedding included; the blocks below hand on what they get, and the last of them the known states.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -13,40 +13,41 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from rankwise.data.examples import Ids
 from rankwise.engine.batch import Stream
 from rankwise.engine.blocks import Stand, replaced
 
 
 class FrozenStates:
-    """What enters the block with the index `depth`, which is at least 1, for some examples."""
+    """What enters the block with the index `depth`, which is at least 1, for some texts."""
 
     def __init__(self, depth: int) -> None:
         self.depth = depth
-        self._known: dict[tuple[int, ...], tuple[NDArray[Any], NDArray[Any]]] = {}
+        self._known: dict[Ids, tuple[NDArray[Any], NDArray[Any]]] = {}
 
-    def learn(self, examples: Sequence[Any], stream: Stream, states: NDArray[Any]) -> None:
-        """Take the states [T, d] of a stream of these examples; a mapped file stays one."""
-        for index, example in enumerate(examples):
-            self._known[example.ids] = states, stream.places(index).numpy()
+    def learn(self, stream: Stream, states: NDArray[Any]) -> None:
+        """Take the states [T, d] of a stream; a mapped file stays one."""
+        for index, text in enumerate(stream.texts):
+            self._known[text] = states, stream.places(index).numpy()
 
-    def cover(self, examples: Sequence[Any]) -> bool:
-        """Whether the states of all these examples are known."""
-        return all(example.ids in self._known for example in examples)
+    def cover(self, stream: Stream) -> bool:
+        """Whether the states of all texts of a stream are known."""
+        return all(text in self._known for text in stream.texts)
 
     @contextmanager
-    def begin_at(self, blocks: nn.ModuleList, stream: Stream, examples: Sequence[Any]) -> Iterator[None]:
-        """Let a pass over the stream of these examples begin at block `depth`."""
+    def begin_at(self, blocks: nn.ModuleList, stream: Stream) -> Iterator[None]:
+        """Let a pass over a stream begin at block `depth`."""
         stands = {index: _Skipped(blocks[index]) for index in range(self.depth)}
-        stands[self.depth - 1].states = self._states_of(stream, examples)
+        stands[self.depth - 1].states = self._states_of(stream)
         with replaced(blocks, stands):
             yield
 
-    def _states_of(self, stream: Stream, examples: Sequence[Any]) -> Tensor:
-        """[1, T, d]; of what examples share, the states of the last one."""
-        first = self._known[examples[0].ids][0]
+    def _states_of(self, stream: Stream) -> Tensor:
+        """[1, T, d]; of what texts share, the states of the last one."""
+        first = self._known[stream.texts[0]][0]
         result = np.empty((stream.ids.shape[1], first.shape[1]), first.dtype)
-        for index, example in enumerate(examples):
-            states, places = self._known[example.ids]
+        for index, text in enumerate(stream.texts):
+            states, places = self._known[text]
             result[stream.places(index).numpy()] = states[places]
         return torch.from_numpy(result)[None].to(stream.ids.device)
 

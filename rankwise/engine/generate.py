@@ -13,6 +13,16 @@ from rankwise.lora.merge import merge_, unmerge_
 from rankwise.lora.narrow import is_narrow
 from rankwise.models.load import pad_id
 
+_PLAIN: dict[str, Any] = {
+    "num_beams": 1,
+    "early_stopping": False,
+    "length_penalty": 1.0,
+    "no_repeat_ngram_size": 0,
+    "min_length": 0,
+    "forced_eos_token_id": None,
+}
+"""Against the settings of summarisers such as BART's, which would not take the most likely token."""
+
 
 def generate(
     model: Any,
@@ -55,10 +65,11 @@ def _generate(
 ) -> list[str]:
     order = sorted(range(len(prompts)), key=lambda index: len(prompts[index].ids))
     answers = [""] * len(prompts)
-    filler = pad_id(tokenizer)
+    filler, encodes = pad_id(tokenizer), model.config.is_encoder_decoder
     for start in range(0, len(order), batch_size):
         batch = order[start : start + batch_size]
-        ids, mask = pad([prompts[index].ids for index in batch], filler, model.device, left=True)
+        # A decoder goes on where its prompt ends; an encoder's positions begin with its first token.
+        ids, mask = pad([prompts[index].ids for index in batch], filler, model.device, left=not encodes)
         with torch.no_grad():
             output = model.generate(
                 input_ids=ids,
@@ -71,8 +82,9 @@ def _generate(
                 top_k=None,
                 pad_token_id=filler,
                 eos_token_id=_end_tokens(model, tokenizer),
+                **(_PLAIN if encodes else {}),
             )
-        texts = tokenizer.batch_decode(output[:, ids.shape[1] :], skip_special_tokens=True)
+        texts = tokenizer.batch_decode(output[:, 0 if encodes else ids.shape[1] :], skip_special_tokens=True)
         for index, text in zip(batch, texts, strict=True):
             answers[index] = text
         on_batch(start + len(batch))

@@ -92,10 +92,10 @@ def plan_states(engine: Engine[Any], examples: Sequence[Any], most_bytes: float)
 @torch.no_grad()
 def _why_not(engine: Engine[Any], sample: Sequence[Any], depth: int) -> str | None:
     """Why passes that begin at a block do not give the logits of whole ones; None if they do."""
-    expected = engine.logits(sample)[0]
+    expected = engine.packed(sample)
     engine.states = FrozenStates(depth)
     try:
-        engine.states.learn(sample, engine.stream(sample), _states(engine, sample, depth))
+        engine.states.learn(engine.stream(sample), _states(engine, sample, depth))
         return engine.why_not("beginning at a block", sample, expected)
     finally:
         engine.states = None
@@ -103,15 +103,16 @@ def _why_not(engine: Engine[Any], sample: Sequence[Any], depth: int) -> str | No
 
 def _groups(examples: Sequence[Any]) -> list[list[Any]]:
     """Distinct examples in the order of their tokens, cut into groups of about equally many tokens."""
-    distinct = {example.ids: example for example in examples}
+    distinct = {example.texts: example for example in examples}
     groups: list[list[Any]] = []
     tokens = GROUP_TOKENS
-    for ids in sorted(distinct):
-        if tokens + len(ids) > GROUP_TOKENS:
+    for texts in sorted(distinct):
+        length = sum(map(len, texts))
+        if tokens + length > GROUP_TOKENS:
             groups.append([])
             tokens = 0
-        groups[-1].append(distinct[ids])
-        tokens += len(ids)
+        groups[-1].append(distinct[texts])
+        tokens += length
     return groups
 
 
@@ -133,7 +134,7 @@ def _read_or_compute(engine: Engine[Any], plan: StatePlan, most_bytes: float) ->
             with atomic.replacing(path) as temporary, temporary.open("wb") as file:
                 np.save(file, _states(engine, group, plan.depth))
             found = np.load(path, mmap_mode="r")
-        states.learn(group, stream, found)
+        states.learn(stream, found)
     return states
 
 

@@ -1,14 +1,23 @@
-"""Which engine runs a task."""
+"""The engine of each task."""
 
 from collections.abc import Sequence
 from typing import Any
 
 from rankwise.data.labelled import SEVERAL_LABELS, LabelSetExample
 from rankwise.engine.classifiers import ClassifierEngine, LabelSetEngine, TagEngine
-from rankwise.engine.engine import Engine, LanguageEngine
+from rankwise.engine.embedding import EmbeddingEngine
+from rankwise.engine.engine import Engine
+from rankwise.engine.language import LanguageEngine
+from rankwise.engine.seq2seq import Seq2SeqEngine
 from rankwise.errors import ConfigError
 
-_ENGINES = {"causal_lm": LanguageEngine, "seq_cls": ClassifierEngine, "token_cls": TagEngine}
+_ENGINES: dict[str, type[Engine[Any]]] = {
+    "causal_lm": LanguageEngine,
+    "seq_cls": ClassifierEngine,
+    "token_cls": TagEngine,
+    "embedding": EmbeddingEngine,
+    "seq2seq_lm": Seq2SeqEngine,
+}
 
 
 def engine_for(task: str, model: Any, pad_id: int, sample: Sequence[Any]) -> Engine[Any]:

@@ -8,7 +8,7 @@ from typing import Any
 
 from rankwise import atomic
 from rankwise.data.labelled import ONE_LABEL, SEVERAL_LABELS
-from rankwise.data.shapes import TASK_TYPES
+from rankwise.data.shapes import LABELLED, TASK_TYPES
 from rankwise.errors import ConfigError
 from rankwise.lora.checkpoint import load_adapter_, read_adapter
 from rankwise.lora.config import TaskType
@@ -30,13 +30,17 @@ class Adapted:
 def load_adapted(base: str | None, adapter: Path | None, task: str | None = None, base_dtype: str = "fp32") -> Adapted:
     """Load `base` (`base_dtype` as in load_model) and put `adapter` (its folder, or its run's folder) on it, if given.
 
-    Without `base` or `task`, the adapter's own notes of its base model and its task are used.
+    Without `base` or `task`, the adapter's own notes of its base model and its task are used; a base model alone
+    answers prompts.
     Raises ConfigError, ModelError, CheckpointError.
     """
     if adapter is None:
         if base is None:
             raise ConfigError("give a base model with --model, an adapter with --adapter, or both")
-        return Adapted(load_model(base, "causal_lm", base_dtype=base_dtype), load_tokenizer(base), "causal_lm", [])
+        if task in LABELLED:
+            raise ConfigError(f"--task {task} needs an --adapter, which holds the names of the labels")
+        task = task or "causal_lm"
+        return Adapted(load_model(base, task, base_dtype=base_dtype), load_tokenizer(base), task, [])
     folder = adapter_folder(adapter)
     config = read_adapter(folder).config
     base = base or config.base_model_name_or_path
@@ -46,7 +50,7 @@ def load_adapted(base: str | None, adapter: Path | None, task: str | None = None
     task = task or next((task for task, kind in TASK_TYPES.items() if kind == noted), None)
     if task is None:
         raise ConfigError(f"the adapter in {folder} is for {config.task_type}, which this command does not serve")
-    labels, problem_type = ([], None) if task == "causal_lm" else read_labels(folder)
+    labels, problem_type = read_labels(folder) if task in LABELLED else ([], None)
     model = load_model(base, task, labels, problem_type if task == "seq_cls" else None, base_dtype)
     load_adapter_(model, folder)
     return Adapted(model, load_tokenizer(base), task, labels)

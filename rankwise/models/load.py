@@ -1,7 +1,8 @@
 """Loading a base model and its tokenizer with transformers, and writing a merged one."""
 
 import hashlib
-from collections.abc import Sequence
+import shutil
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,14 @@ _AUTO_CLASSES = {
     "causal_lm": "AutoModelForCausalLM",
     "seq_cls": "AutoModelForSequenceClassification",
     "token_cls": "AutoModelForTokenClassification",
+    "embedding": "AutoModel",
+    "seq2seq_lm": "AutoModelForSeq2SeqLM",
+}
+"""transformers' class for each task."""
+_KINDS = {
+    "causal_lm": "causal language model",
+    "embedding": "model that embeds texts",
+    "seq2seq_lm": "sequence-to-sequence model",
 }
 
 
@@ -55,11 +64,18 @@ def load_model(
         except Exception as error:
             raise ModelError(f"{name} cannot be loaded for {task}: {error}") from error
     missing = sorted(loading["missing_keys"])
-    if task == "causal_lm" and missing:
+    if task == "embedding":
+        # An embedding is read before it, and many files do not hold it.
+        missing = [key for key in missing if not key.startswith("pooler.")]
+    if missing and task in _KINDS:
         raise ModelError(
-            f"{name} is no causal language model: {len(missing)} weights that one needs are not in its files "
-            f"({', '.join(missing[:3])}, …). Choose a model that generates text, or --task seq_cls"
+            f"{name} is no {_KINDS[task]}: {len(missing)} weights that one needs are not in its files "
+            f"({', '.join(missing[:3])}, …). Choose another model, or another --task"
         )
+    if task == "embedding" and model.config.is_encoder_decoder:
+        raise ModelError(f"{name} has an encoder and a decoder; texts are embedded with models that have one of them")
+    if task == "seq2seq_lm" and not hasattr(model, "prepare_decoder_input_ids_from_labels"):
+        raise ModelError(f"{name} does not say how its decoder begins; use a model such as T5 or BART")
     if task == "seq_cls" and model.config.pad_token_id is None:
         model.config.pad_token_id = model.config.eos_token_id
     if base_dtype == "bf16":
@@ -127,9 +143,10 @@ def _base_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
     return tensors
 
 
-def save_merged(model: Any, tokenizer: Any, folder: Path) -> None:
+def save_merged(model: Any, tokenizer: Any, folder: Path, copied: Mapping[str, Path] | None = None) -> None:
     """Write a model without adapter wrappers as a plain Hugging Face folder. The folder must not exist yet.
 
+    `copied`: other files of the base model that belong into it, by their names there.
     If merging gave a tied embedding and head different values, the copy is saved with both.
     """
     head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
@@ -139,6 +156,9 @@ def save_merged(model: Any, tokenizer: Any, folder: Path) -> None:
     with atomic.replacing(folder) as temporary, quiet():
         model.save_pretrained(temporary)
         tokenizer.save_pretrained(temporary)
+        for name, file in (copied or {}).items():
+            (temporary / name).parent.mkdir(exist_ok=True)
+            shutil.copyfile(file, temporary / name)
 
 
 def _device() -> torch.device:

@@ -15,6 +15,8 @@ from rankwise.plan.shape import Block, Linear, ModelShape
 
 Attention = Literal["packed", "padded", "scores"]
 ENCODERS = ("bert", "roberta", "xlm-roberta", "camembert", "distilbert")
+PLANNED = ("causal_lm", "seq_cls", "token_cls")
+"""The tasks whose cost a plan knows."""
 TAGGERS = {
     **dict.fromkeys(("llama", "mistral", "ministral", "qwen2", "qwen3", "smollm3", "gemma", "phi3"), "score"),
     **dict.fromkeys(("gpt2", "gpt_neox", "bloom", "falcon"), "classifier"),
@@ -28,6 +30,8 @@ def read_shape(source: Path | str, task: str, labels: int = 2) -> ModelShape:
     `source` is a config.json, a folder that holds one, or the name of a published model (settings.PUBLISHED).
     Raises ModelError for an architecture that is not known and for a file that lacks what is needed.
     """
+    if task not in PLANNED:
+        raise ModelError(f"a plan does not know what --task {task} costs; known: {', '.join(PLANNED)}")
     settings = read_settings(source)
     kind = str(settings.get("model_type", default="none"))
     known = [*LLAMAS, *_FAMILIES, *ENCODERS]

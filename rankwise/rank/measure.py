@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from rankwise.engine.engine import EVALUATED_AT_ONCE, Engine
+from rankwise.engine.engine import Engine
 from rankwise.lora.inject import set_adapter_training
 from rankwise.rank.crossed import Array
 
@@ -17,9 +17,10 @@ def per_example(
 ) -> tuple[Array, Array]:
     """([N] losses in nats, summed over an example's trained tokens, [N] how many those are), in the given order."""
     set_adapter_training(engine.model, False)
-    losses, counts = np.empty(len(examples)), np.empty(len(examples))
-    for index, part in enumerate(engine.evaluation_batches(examples)):
-        on_progress(f"{index * EVALUATED_AT_ONCE}/{len(examples)}")
+    losses, counts, done = np.empty(len(examples)), np.empty(len(examples)), 0
+    for part in engine.evaluation_batches(examples):
+        on_progress(f"{done}/{len(examples)}")
+        done += len(part)
         summed, counted = engine.example_losses([examples[index] for index in part])
         losses[part], counts[part] = summed.double().cpu(), counted.cpu()
     return losses, counts

@@ -6,7 +6,7 @@ from typing import Any, ClassVar, Literal
 
 import yaml
 
-from rankwise.data.shapes import Format, Task
+from rankwise.data.shapes import ASKING, Format, Task
 from rankwise.data.transcripts import TrainOn
 from rankwise.errors import ConfigError, listing
 from rankwise.plan.choices import Choices
@@ -54,7 +54,9 @@ class TrainConfig:
     out: Path
     """Folder of the run; it must not exist yet."""
     task: Task = "causal_lm"
-    """causal_lm: answer prompts. seq_cls: give texts a label, or several. token_cls: give each word a tag."""
+    """causal_lm: answer prompts. seq_cls: give texts a label, or several. token_cls: give each word a tag. embedding:
+    bring texts that belong together near to each other. seq2seq_lm: answer prompts with an encoder and a decoder (T5,
+    BART)."""
     format: Format | None = None
     """Shape of the rows; without it, the one that most rows have."""
     columns: tuple[str, ...] = ()
@@ -66,9 +68,9 @@ class TrainConfig:
     eval_fraction: float = 0.1
     """Share of the training data to hold out when there is no --eval-data; 0: no evaluation."""
     eval_answers: int = 100
-    """At most so many held-out prompts are answered to count exact matches (causal_lm)."""
+    """At most so many held-out prompts are answered to count exact matches (causal_lm, seq2seq_lm)."""
     metrics: bool = False
-    """Measure BLEU, chrF and ROUGE of these answers too (causal_lm); needs pip install 'rankwise[metrics]'."""
+    """Measure BLEU, chrF and ROUGE of these answers too; needs pip install 'rankwise[metrics]'."""
     r: int | Literal["auto"] = "auto"
     """Rank of the adapter. auto: trains at rank 32, then cuts each module to the smallest rank that the held-out rows
     show to be as good (rankwise shrink); rank 8, uncut, where fewer than 75 rows are held out."""
@@ -98,7 +100,8 @@ class TrainConfig:
     batch_tokens: int | None = None
     """Instead of --batch-size: as many rows in one batch as fit into so many tokens."""
     accumulate: int = 1
-    """Batches in one optimiser step; their loss is the mean over all of its trained tokens."""
+    """Batches in one optimiser step; their loss is the mean over all of its trained tokens (of embedding, over all
+    rows, each told apart from the others of its own batch)."""
     batches: Literal["random", "alike"] = "random"
     """random: rows in any order. alike (causal_lm): rows with the same beginning, such as a document with several
     questions, go together, up to half a batch of them, and the beginning is computed once."""
@@ -178,12 +181,18 @@ class TrainConfig:
                 yield f"--{name.replace('_', '-')} must be at least {least}, found {value}"
         if self.eval_steps and self.eval_data is None and not self.eval_fraction:
             yield "--eval-steps needs held-out data; give --eval-data, or an --eval-fraction above 0"
-        if self.metrics and self.task != "causal_lm":
-            yield "--metrics needs --task causal_lm; a classifier's scores are always measured"
+        if self.metrics and self.task not in ASKING:
+            yield f"--metrics needs --task {' or '.join(ASKING)}; what other tasks measure is always measured"
         if self.metrics and not self.eval_answers:
             yield "--metrics measures answers; give --eval-answers above 0"
         if self.batches == "alike" and self.task != "causal_lm":
-            yield "--batches alike needs --task causal_lm; a classifier's rows share nothing"
+            yield "--batches alike needs --task causal_lm; rows of other tasks share nothing"
+        if self.train_on != "completion" and self.task in ("embedding", "seq2seq_lm"):
+            yield f"--train-on {self.train_on} needs --task causal_lm"
+        if self.task == "embedding" and self.batch_size < 2:
+            yield "--task embedding needs --batch-size of at least 2: a row is told apart from the others of its batch"
+        if self.task == "embedding" and self.label_smoothing:
+            yield "--label-smoothing does not go with --task embedding, whose texts are right or not"
 
     @property
     def choices(self) -> Choices:

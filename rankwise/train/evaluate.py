@@ -8,13 +8,17 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from rankwise.data.examples import E, Prompt, TextExample
-from rankwise.engine.engine import EVALUATED_AT_ONCE, Engine
+from rankwise.data.examples import E, Prompt
+from rankwise.data.labelled import LabelledExample
+from rankwise.data.pairs import PairExample
+from rankwise.engine.embedding import EmbeddingEngine
+from rankwise.engine.engine import Engine
 from rankwise.engine.generate import generate
 from rankwise.lora.inject import set_adapter_training
 from rankwise.train import metrics
 from rankwise.train.label_scores import label_scores
 from rankwise.train.metrics import Estimate
+from rankwise.train.retrieval import retrieve
 from rankwise.train.text_metrics import text_scores
 
 SAMPLES = 5
@@ -37,9 +41,10 @@ class Evaluation:
     """What was measured on held-out rows."""
 
     loss: float
-    """Mean over all trained tokens (texts or words for classification), in nats."""
+    """Mean over all trained tokens (texts or words for classification, rows for embeddings), in nats."""
     metric_name: str
-    """exact_match (share of prompts answered exactly), or a classifier's main score (train/label_scores.py)."""
+    """exact_match (share of prompts answered exactly), a classifier's main score (train/label_scores.py), or recall@1
+    (share of anchors whose positive is the most similar one)."""
     metric: float | None
     """In [0, 1]; None if no prompt was answered."""
     rows: int
@@ -72,9 +77,9 @@ class _Rows:
 
 
 def evaluate(
-    engine: Engine[E],
+    engine: Engine[Any],
     tokenizer: Any,
-    examples: Sequence[E],
+    examples: Sequence[Any],
     prompts: Sequence[Prompt] = (),
     on_progress: Progress = lambda text: None,
     text_metrics: bool = False,
@@ -85,9 +90,11 @@ def evaluate(
     the longest reference, which no match needs. With `text_metrics` the answers get BLEU, chrF and ROUGE as well.
     Raises MissingDependency if those need a package that is not installed.
     """
+    if isinstance(engine, EmbeddingEngine):
+        return _of_pairs(engine, tokenizer, examples, on_progress)
     rows = _measure(engine, examples, on_progress)
     loss = metrics.ratio(rows.losses, rows.counted)
-    if not isinstance(examples[0], TextExample):
+    if isinstance(examples[0], LabelledExample):
         return _of_labels(engine, tokenizer, examples, rows, loss)
     right = [(answer == example.answer).sum() for answer, example in zip(rows.answers, examples, strict=True)]
     accuracy = metrics.ratio(np.array(right, dtype=float), rows.counted)
@@ -100,6 +107,21 @@ def evaluate(
             found |= text_scores([sample.answer for sample in samples], [sample.reference for sample in samples])
     metric = found["exact_match"].value if samples else None
     return Evaluation(rows.loss, "exact_match", metric, len(examples), found, samples[:SAMPLES])
+
+
+def _of_pairs(
+    engine: EmbeddingEngine, tokenizer: Any, examples: Sequence[PairExample], on_progress: Progress
+) -> Evaluation:
+    found = retrieve(engine, examples, on_progress)
+    measured = {
+        "loss": metrics.mean(found.losses),
+        "recall@1": metrics.mean(found.found_first),
+        "mrr@10": metrics.mean(found.reciprocal_ranks),
+    }
+    texts = [(e.anchor, e.positive, nearest) for e, nearest in zip(examples[:SAMPLES], found.nearest, strict=False)]
+    samples = tuple(Sample(*tokenizer.batch_decode(own, skip_special_tokens=True)) for own in texts)
+    values = measured["loss"].value, "recall@1", measured["recall@1"].value
+    return Evaluation(*values, len(examples), measured, samples)
 
 
 def _of_labels(engine: Engine[Any], tokenizer: Any, examples: Sequence[Any], rows: _Rows, loss: Estimate) -> Evaluation:
@@ -128,10 +150,11 @@ def held_out_loss(engine: Engine[E], examples: Sequence[E]) -> float:
 
 def _measure(engine: Engine[E], examples: Sequence[E], on_progress: Progress) -> _Rows:
     set_adapter_training(engine.model, False)
-    losses = np.zeros(len(examples))
+    losses, done = np.zeros(len(examples)), 0
     answers: list[NDArray[Any]] = [np.empty(0)] * len(examples)
-    for index, places in enumerate(engine.evaluation_batches(examples)):
-        on_progress(f"held-out loss {index * EVALUATED_AT_ONCE}/{len(examples)}")
+    for places in engine.evaluation_batches(examples):
+        on_progress(f"held-out loss {done}/{len(examples)}")
+        done += len(places)
         counts = [examples[place].counted for place in places]
         with torch.no_grad():
             logits, targets = engine.logits([examples[place] for place in places])
@@ -150,7 +173,9 @@ def _answers(
     references = [prompt.answer or "" for prompt in prompts]
     if not prompts:
         return ()
-    longest = max(len(ids) for ids in tokenizer(references, add_special_tokens=False).input_ids)
+    # A decoder of its own also writes what the tokenizer puts around a text.
+    special = engine.model.config.is_encoder_decoder
+    longest = max(len(ids) for ids in tokenizer(references, add_special_tokens=special).input_ids)
     answers = generate(
         engine.model,
         tokenizer,

@@ -43,7 +43,7 @@ class Start:
 
 
 def data_sha256(*sides: Sequence[Any]) -> str:
-    """SHA-256 of examples, in their order: tokens, and which of them are trained, or labels."""
+    """SHA-256 of examples, in their order: tokens, and what is taught of them."""
     digest = hashlib.sha256()
     for examples in sides:
         digest.update(f"{len(examples)} rows\n".encode())

@@ -3,7 +3,8 @@ import copy
 import pytest
 from conftest import ROOT
 
-from rankwise.data.examples import asked, label_examples, text_examples, user_prompt
+from rankwise.data.examples import asked, text_examples, user_prompt
+from rankwise.data.labelled import label_examples
 from rankwise.data.rows import Row, read_rows
 from rankwise.errors import DataError
 

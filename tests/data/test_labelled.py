@@ -14,9 +14,8 @@ from conftest import ROOT
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from rankwise.data.examples import label_examples
 from rankwise.data.files import Row
-from rankwise.data.labelled import TagExample, first_tokens, label_counts, tokenise_labelled
+from rankwise.data.labelled import TagExample, first_tokens, label_counts, label_examples, tokenise_labelled
 from rankwise.data.report import report_on
 from rankwise.data.rows import divide, read_rows, scan_rows, split_rows
 from rankwise.errors import DataError

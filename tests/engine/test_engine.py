@@ -15,7 +15,7 @@ from rankwise.data.files import Row
 from rankwise.data.labelled import LabelExample
 from rankwise.engine.batch import pack
 from rankwise.engine.classifiers import ClassifierEngine
-from rankwise.engine.engine import LanguageEngine
+from rankwise.engine.language import LanguageEngine
 
 CAUSAL = ["llama", "llama-tied", "qwen2", "mistral-window", "gpt2", "gpt-neox"]
 

@@ -8,8 +8,8 @@ from rankwise import LoraConfig, inject_
 from rankwise.data.examples import TextExample
 from rankwise.data.labelled import LabelExample
 from rankwise.engine.classifiers import ClassifierEngine
-from rankwise.engine.engine import LanguageEngine
 from rankwise.engine.explain import explain
+from rankwise.engine.language import LanguageEngine
 
 
 def rows():

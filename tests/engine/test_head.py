@@ -14,8 +14,8 @@ from torch.utils._pytree import tree_leaves
 from transformers import Gemma2Config, Gemma2ForCausalLM, OPTConfig, OPTForCausalLM
 
 from rankwise import LoraConfig, inject_
-from rankwise.engine.engine import LanguageEngine
 from rankwise.engine.head import CHUNK_BYTES, OutputHead
+from rankwise.engine.language import LanguageEngine
 
 
 def some_head(draw, vocabulary, width, dtype, **transform):

@@ -17,7 +17,7 @@ from rankwise.data.labelled import LabelExample
 from rankwise.engine.batch import pack
 from rankwise.engine.blocks import blocks_of
 from rankwise.engine.classifiers import ClassifierEngine
-from rankwise.engine.engine import LanguageEngine
+from rankwise.engine.language import LanguageEngine
 from rankwise.lora.layers import named_base_modules
 
 pytestmark = pytest.mark.usefixtures("in_fp64")
@@ -187,7 +187,7 @@ def test_a_block_that_cannot_be_cut_runs_whole_and_says_why(other, monkeypatch):
     assert engine.whole_last_block_because
     assert not engine.cuts_last_block(1, 1000)
     stream = pack(examples, torch.device("cpu"))
-    with engine._packed_pass(stream, stream.predictors, examples):
+    with engine._packed_pass(stream, stream.predictors):
         output = model(stream.ids, position_ids=stream.positions, packing=stream.packing, use_cache=False)
     whole = output.logits[0, stream.predictors]
     torch.testing.assert_close(engine.logits(examples)[0], whole, rtol=1e-10, atol=1e-12)

@@ -12,7 +12,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceC
 from rankwise import LoraConfig, activate_, inject_
 from rankwise.data.labelled import LabelExample
 from rankwise.engine.classifiers import ClassifierEngine
-from rankwise.engine.engine import LanguageEngine
+from rankwise.engine.language import LanguageEngine
 from rankwise.lora.inject import DEFAULT, trainable_parameters
 
 SMALL = {

@@ -12,10 +12,11 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 import rankwise
 from rankwise import LoraConfig, inject_
-from rankwise.data.examples import LabelExample, Prompt
+from rankwise.data.examples import Prompt
+from rankwise.data.labelled import LabelExample
 from rankwise.engine.classifiers import ClassifierEngine
-from rankwise.engine.engine import LanguageEngine
 from rankwise.engine.generate import generate
+from rankwise.engine.language import LanguageEngine
 from rankwise.lora import frozen_product
 from rankwise.lora.narrow import NarrowEmbedding, NarrowLinear, compute_in_, is_narrow
 from rankwise.models.load import base_sha256, load_model

@@ -10,10 +10,10 @@ from test_model_types import CAUSAL, CLASSIFIERS, build
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from rankwise import LoraConfig, inject_
-from rankwise.data.examples import LabelExample
+from rankwise.data.labelled import LabelExample
 from rankwise.engine.blocks import blocks_of
 from rankwise.engine.classifiers import ClassifierEngine
-from rankwise.engine.engine import LanguageEngine
+from rankwise.engine.language import LanguageEngine
 from rankwise.lora.inject import set_adapter_training
 from rankwise.lora.prepared import shared_inputs
 

@@ -13,10 +13,10 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 import rankwise
 from rankwise import LoraConfig, TrainConfig, inject_, trainable_parameters
-from rankwise.data.examples import LabelExample
+from rankwise.data.labelled import LabelExample
 from rankwise.engine import state_cache
 from rankwise.engine.classifiers import ClassifierEngine
-from rankwise.engine.engine import LanguageEngine
+from rankwise.engine.language import LanguageEngine
 from rankwise.engine.state_cache import plan_states, states_kept
 from rankwise.rank.nested import NestedEngine
 from rankwise.train.loop import training_steps

@@ -10,7 +10,7 @@ from conftest import ROOT, randomise_adapter, tiny
 from rankwise import LoraConfig, eject_, inject_, trainable_parameters
 from rankwise.cli.main import main
 from rankwise.data.examples import TextExample
-from rankwise.engine.engine import LanguageEngine
+from rankwise.engine.language import LanguageEngine
 from rankwise.errors import ConfigError
 from rankwise.lora.inject import DEFAULT
 from rankwise.lora.layers import named_lora_layers

@@ -9,7 +9,7 @@ from conftest import ROOT, tiny
 from rankwise import LoraConfig, inject_
 from rankwise.cli.main import main
 from rankwise.data.examples import TextExample
-from rankwise.engine.engine import LanguageEngine
+from rankwise.engine.language import LanguageEngine
 from rankwise.errors import ConfigError
 from rankwise.lora.layers import named_lora_layers
 from rankwise.rank.predict import LEAST_SHARE, SIGNAL, LayerSignal, Prediction, layer_signal, predict

@@ -17,7 +17,7 @@ from rankwise.data.examples import TextExample
 from rankwise.data.labelled import LabelExample
 from rankwise.data.rows import Row
 from rankwise.engine.classifiers import ClassifierEngine
-from rankwise.engine.engine import LanguageEngine
+from rankwise.engine.language import LanguageEngine
 from rankwise.errors import ConfigError, DataError
 from rankwise.lora.layers import named_lora_layers
 from rankwise.rank.paired import Comparison, ExampleLosses, compare, measure

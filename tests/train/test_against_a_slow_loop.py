@@ -11,7 +11,7 @@ from torch import nn
 
 from rankwise import LoraConfig, TrainConfig, inject_, trainable_parameters
 from rankwise.data.examples import TextExample
-from rankwise.engine.engine import LanguageEngine
+from rankwise.engine.language import LanguageEngine
 from rankwise.train.loop import Training
 from rankwise.train.progress import Reporter
 from rankwise.train.run import run_training

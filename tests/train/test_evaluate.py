@@ -15,7 +15,7 @@ from rankwise import LoraConfig, inject_
 from rankwise.data.examples import Prompt, TextExample
 from rankwise.data.labelled import LabelExample
 from rankwise.engine.classifiers import ClassifierEngine
-from rankwise.engine.engine import LanguageEngine
+from rankwise.engine.language import LanguageEngine
 from rankwise.errors import MissingDependency
 from rankwise.train import evaluate as evaluation
 from rankwise.train import text_metrics

@@ -6,7 +6,7 @@ from conftest import tiny
 
 from rankwise import LoraConfig, TrainConfig, inject_, trainable_parameters
 from rankwise.data.examples import TextExample
-from rankwise.engine.engine import LanguageEngine
+from rankwise.engine.language import LanguageEngine
 from rankwise.errors import ConfigError, RankwiseError
 from rankwise.train.loop import training_steps
 

@@ -15,7 +15,7 @@ from conftest import tiny
 
 from rankwise import LoraConfig, TrainConfig, inject_, trainable_parameters
 from rankwise.data.examples import TextExample
-from rankwise.engine.engine import LanguageEngine
+from rankwise.engine.language import LanguageEngine
 from rankwise.errors import ConfigError, StorageError
 from rankwise.train.checkpoints import damage
 from rankwise.train.loop import Training

@@ -9,9 +9,10 @@ from conftest import randomise_adapter, tiny
 from torch import nn
 
 from rankwise import LoraConfig, TrainConfig, activate_, inject_
-from rankwise.data.examples import LabelExample, TextExample
+from rankwise.data.examples import TextExample
+from rankwise.data.labelled import LabelExample
 from rankwise.engine.classifiers import ClassifierEngine
-from rankwise.engine.engine import LanguageEngine
+from rankwise.engine.language import LanguageEngine
 from rankwise.errors import ConfigError
 from rankwise.train.loop import Training
 from rankwise.train.together import train_together
