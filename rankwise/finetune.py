@@ -25,7 +25,7 @@ from rankwise.models.pooling import unread_layers
 from rankwise.rank.inspect import inspect_adapter
 from rankwise.rank.shrink import HeldOut, ShrinkReport, shrink_, split_held_out
 from rankwise.train import text_metrics, trackers
-from rankwise.train.batches import planned_steps
+from rankwise.train.batches import planned_steps, rows_run_again
 from rankwise.train.config import TrainConfig
 from rankwise.train.evaluate import Evaluation, evaluate
 from rankwise.train.forecast import forecast
@@ -167,9 +167,10 @@ def _prepare(engine: Engine[Any], data: Dataset, config: TrainConfig, reporter: 
     """What the first batches are needed for: an explanation of the engine, a start of the adapter from data."""
     if not config.explain_engine and config.init_lora_weights not in FROM_DATA:
         return
-    first = [batch for step in planned_steps(data.train, config)[:START_STEPS] for batch in step]
+    steps = planned_steps(data.train, config)
+    first = [batch for step in steps[:START_STEPS] for batch in step]
     if config.explain_engine:
-        reporter.say(explain(engine, first, data.train, config.cache_gb * 1e9))
+        reporter.say(explain(engine, first, data.train, config.state_bytes(rows_run_again(steps))))
     if config.init_lora_weights in FROM_DATA:
         with reporter.stage("starting the adapter from the first batches"):
             start_from_data_(engine.model, first, engine.loss)

@@ -265,7 +265,9 @@ class PairedRuns:
         return Cost(seconds, peak_memory_bytes() if is_own_peak else 0)
 
     def _config(self, seed: int, rate: float) -> TrainConfig:
-        return replace(self.config, seed=seed, lr=rate)
+        # Other ranks and seeds run the same rows.
+        cache_gb = self.config.state_bytes(rows_run_again=True) / 1e9
+        return replace(self.config, seed=seed, lr=rate, cache_gb=cache_gb)
 
     def _load_model(self, seed: int) -> Any:
         torch.manual_seed(seed)

@@ -62,7 +62,7 @@ def states_kept(engine: Engine[Any], examples: Sequence[Any], most_bytes: float)
 def plan_states(engine: Engine[Any], examples: Sequence[Any], most_bytes: float) -> StatePlan | str:
     """What to keep for these examples, or why nothing is kept."""
     if not most_bytes:
-        return "--cache-gb is 0"
+        return "--cache-gb is 0, its default where no row runs twice"
     if not engine.packs:
         return "it needs packed streams"
     if engine.blocks is None:

@@ -36,6 +36,12 @@ def planned_steps(examples: Sequence[E], config: TrainConfig) -> list[list[list[
     raise AssertionError("the epochs never end")
 
 
+def rows_run_again(steps: Sequence[Sequence[Sequence[object]]]) -> bool:
+    """Does a row come twice?"""
+    rows = [id(row) for step in steps for batch in step for row in batch]
+    return len(set(rows)) < len(rows)
+
+
 def _groups(examples: Sequence[Any], config: TrainConfig) -> Sequence[Sequence[Any]]:
     if config.batches == "random":
         return [[example] for example in examples]

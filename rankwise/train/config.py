@@ -19,6 +19,8 @@ FIXED_RANK = 8
 """The rank of --r auto where nothing can show which one is enough."""
 ROWS_TO_CHOOSE = 75
 """Held-out rows without which `rankwise shrink` cannot choose ranks."""
+STATES_GB = 4.0
+"""Room in the user's cache for the states of frozen blocks, where they are used again."""
 LEAST = {
     "cache_gb": 0,
     "batch_size": 1,
@@ -140,9 +142,9 @@ class TrainConfig:
     recompute: Literal["never", "always", "auto"] = "never"
     """Keep of each block its input alone and compute its activations again in the backward pass: the same numbers with
     less memory, in more time. auto: if the run would otherwise need more memory than is free (docs/engine.md)."""
-    cache_gb: float = 4.0
-    """How much of the user's cache folder the hidden states may take that enter the lowest adapted block. They are the
-    same in every epoch, and for every rank and seed. 0: none are kept."""
+    cache_gb: float | None = None
+    """How much of the user's cache folder the hidden states may take that enter the lowest adapted block; they are the
+    same in every epoch, rank and seed. Without it, 4 where a row runs more than once. 0: none are kept."""
     explain_engine: bool = False
     """Say before training which of the engine's techniques the run uses, and why not the others."""
     seed: int = 0
@@ -198,6 +200,11 @@ class TrainConfig:
     def choices(self) -> Choices:
         """The settings that trade memory for time, as a plan takes them; "auto" is yet to be settled."""
         return Choices(base_dtype=self.base_dtype, recompute=self.recompute == "always")
+
+    def state_bytes(self, rows_run_again: bool) -> float:
+        """How much of the cache the states of frozen blocks may take."""
+        gigabytes = self.cache_gb if self.cache_gb is not None else STATES_GB if rows_run_again else 0
+        return gigabytes * 1e9
 
     def fixed_because(self, held_out: int | None = None) -> str | None:
         """Why the ranks are not chosen after training; None if they are. `held_out`: rows, where that is known."""

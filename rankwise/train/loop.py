@@ -19,7 +19,7 @@ from rankwise.lora.inject import injection, set_adapter_training, trainable_para
 from rankwise.lora.layers import Wrapper, named_wrappers
 from rankwise.lora.prepared import prepared_weights, shared_inputs
 from rankwise.plan.memory import most_bytes_of_copies
-from rankwise.train.batches import planned_steps
+from rankwise.train.batches import planned_steps, rows_run_again
 from rankwise.train.config import TrainConfig
 from rankwise.train.learning_rate import default_rate, schedule_for
 from rankwise.train.optimizer import lora_optimizer
@@ -62,9 +62,9 @@ class Training:
         Raises ConfigError if the plan cannot be, or if the learning rate is yet to be found ("auto")."""
         self.engine = engine
         self.label_smoothing = config.label_smoothing
-        self.cache_bytes = config.cache_gb * 1e9
         self.seed = config.seed
         self.plan = planned_steps(examples, config)
+        self.state_bytes = config.state_bytes(rows_run_again=rows_run_again(self.plan))
         rate = default_rate(len(self.plan)) if config.lr is None else config.lr
         if isinstance(rate, str):
             raise ConfigError(f"a learning rate of {rate!r} must be found first; see train/rate_check.py")
@@ -170,7 +170,7 @@ def steps_of(
 
 def _states_kept(trainings: Sequence[Training]) -> AbstractContextManager[None]:
     """What enters the lowest block that trains, kept on the disk; where not all train in the same places, nothing."""
-    most_bytes = min(training.cache_bytes for training in trainings)
+    most_bytes = min(training.state_bytes for training in trainings)
     if len({training.places for training in trainings}) > 1:
         most_bytes = 0.0
     plans = (training.plan for training in trainings)

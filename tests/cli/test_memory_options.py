@@ -69,6 +69,12 @@ def test_upper_blocks_train_from_states_on_the_disk_with_the_same_bits_when_they
     assert all(torch.allclose(first[name], without[name], atol=1e-4) for name in first)
 
 
+@pytest.mark.parametrize(("settings", "kept"), [((), False), (("--cache-gb", 1), True)])
+def test_states_of_rows_that_run_once_are_kept_on_demand_only(settings, kept, train, tmp_path):
+    train("run", "--layers-to-transform", 1, "--epochs", 1, *settings)
+    assert (tmp_path / "cache/states").exists() == kept
+
+
 @pytest.mark.parametrize(("free", "recompute"), [(-1e15, True), (1e15, False)])
 def test_auto_recomputes_when_the_planned_memory_is_not_free(free, recompute, tiny_llama_folder, monkeypatch):
     monkeypatch.setattr(forecasting, "free_bytes", lambda: free)

@@ -158,7 +158,7 @@ def test_why_nothing_is_kept_is_said(monkeypatch):
         == "the lowest block trains, or what lies below it"
     )
     upper = LanguageEngine(adapted_above(tiny("llama"), 1), 2, examples)
-    assert plan_states(upper, examples, 0) == "--cache-gb is 0"
+    assert plan_states(upper, examples, 0) == "--cache-gb is 0, its default where no row runs twice"
     padded = LanguageEngine(adapted_above(tiny("bloom"), 1), 2, examples)
     assert plan_states(padded, examples, 1e9) == "it needs packed streams"
     head = tiny("llama")
