@@ -48,13 +48,20 @@ def _convert(path: Path, folder: Path) -> None:
 
     source: dict[str, Any] = {"pretrained_model_name_or_path": path.parent, "gguf_file": path.name}
     try:
-        field = GGUFReader(path).get_field("tokenizer.ggml.pre")
+        reader = GGUFReader(path)
+        _check_blocks(reader)
+        field = reader.get_field("tokenizer.ggml.pre")
         tokenizer = AutoTokenizer.from_pretrained(**source)
-        unpacked = AutoModelForCausalLM.from_pretrained(
-            **source, dtype=torch.float32, quantization_config=GgufConfig(dequantize=True)
+        unpacked, loading = AutoModelForCausalLM.from_pretrained(
+            **source,
+            dtype=torch.float32,
+            quantization_config=GgufConfig(dequantize=True),
+            output_loading_info=True,
         )
     except Exception as error:
         raise ModelError(f"{path} cannot be read as a GGUF model: {error}") from error
+    if missing := sorted(loading["missing_keys"]):
+        raise ModelError(f"{path} lacks {len(missing)} weights of its model ({', '.join(missing[:3])}, …)")
     if field is not None and field.contents() in _SINGLE_DIGITS:
         backend = tokenizer.backend_tokenizer
         backend.pre_tokenizer = pre_tokenizers.Sequence(
@@ -69,3 +76,15 @@ def _convert(path: Path, folder: Path) -> None:
     plain.generation_config = unpacked.generation_config
     plain.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
+
+
+def _check_blocks(reader: Any) -> None:
+    """Compare the number of blocks in the header with the tensors: the reader makes room for as many as that, and
+    transformers assumes some number where it is missing. Raises ValueError."""
+    architecture = reader.get_field("general.architecture")
+    key = f"{architecture.contents() if architecture else None}.block_count"
+    field = reader.get_field(key)
+    said = field.contents() if field else None
+    blocks = {tensor.name.split(".")[1] for tensor in reader.tensors if tensor.name.startswith("blk.")}
+    if said != len(blocks):
+        raise ValueError(f"its header says {key} = {said}, but it holds the tensors of {len(blocks)} blocks")

@@ -1,5 +1,7 @@
+import runpy
 import shutil
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -102,6 +104,26 @@ def test_folders_that_are_no_base_model_say_why(tmp_path):
     (tmp_path / "broken.gguf").write_bytes(b"nothing of the kind")
     with pytest.raises(ModelError, match="cannot be read as a GGUF model"):
         local_path(str(tmp_path / "broken.gguf"))
+
+
+@pytest.mark.parametrize(
+    ("written", "instead", "said"),
+    [
+        (b"llama.block_count", b"llama.flock_count", "llama.block_count = None, but it holds the tensors of 1 blocks"),
+        (b"block_count\x04\0\0\0\x01\0\0\0", b"block_count\x04\0\0\0\xff\xff\xff\x7f", "block_count = 2147483647"),
+        (b"blk.0.attn_norm", b"blk.0.attn_morn", r"lacks 1 weights .* \(model.layers.0.input_layernorm.weight, …\)"),
+    ],
+)
+def test_a_gguf_file_without_the_tensors_of_its_model_is_refused(written, instead, said, tmp_path, monkeypatch):
+    monkeypatch.setenv("RANKWISE_CACHE", str(tmp_path / "cache"))
+    path = tmp_path / "small.gguf"
+    runpy.run_path(str(Path(__file__).parents[2] / "benchmarks/fuzz.py"))["write_gguf"](path)
+    content = path.read_bytes()
+    assert local_path(str(path)).is_dir()
+    assert content.count(written) == 1
+    path.write_bytes(content.replace(written, instead))
+    with pytest.raises(ModelError, match=said):
+        local_path(str(path))
 
 
 def test_the_hash_covers_every_base_weight_and_no_adapter():
