@@ -46,13 +46,14 @@ def _convert(path: Path, folder: Path) -> None:
     from tokenizers import pre_tokenizers
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
+    kind: Any = AutoModelForCausalLM  # transformers' types know nothing of output_loading_info
     source: dict[str, Any] = {"pretrained_model_name_or_path": path.parent, "gguf_file": path.name}
     try:
         reader = GGUFReader(path)
         _check_blocks(reader)
         field = reader.get_field("tokenizer.ggml.pre")
         tokenizer = AutoTokenizer.from_pretrained(**source)
-        unpacked, loading = AutoModelForCausalLM.from_pretrained(
+        unpacked, loading = kind.from_pretrained(
             **source,
             dtype=torch.float32,
             quantization_config=GgufConfig(dequantize=True),
