@@ -28,6 +28,7 @@ from transformers import (
     Qwen2ForCausalLM,
 )
 
+from rankwise.cli.main import main
 from rankwise.models import local_path
 
 ROOT = Path(__file__).parents[1]
@@ -71,6 +72,13 @@ def tiny(family: str, dtype: torch.dtype = torch.float32) -> Any:
     """A small random model in evaluation mode; the same weights at every call."""
     torch.manual_seed(0)
     return FAMILIES[family]().to(dtype).eval()
+
+
+def sweep_two_ranks(options: list[str], out: Path, ranks: str = "1,2") -> None:
+    """`rankwise rank sweep` with two seeds, at the given learning rate alone."""
+    command = ["rank", "sweep", *options, "--ranks", ranks, "--seeds", "2", "--no-check-rates", "--out", str(out)]
+    assert main(command) == 0
+    assert (out / "sweep.json").is_file()
 
 
 def randomise_adapter(model: Any, seed: int = 1, std: float = 0.05) -> None:

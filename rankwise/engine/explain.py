@@ -59,7 +59,7 @@ def _of_text(engine: LanguageEngine, streams: Sequence[Stream], useful: int, tra
     if not engine.packs:
         at = "yes" if engine.head_unchunked_because is None else "no, it needs packed streams, or chunks"
         return ["shared beginnings: no, they need packed streams", f"output head at trained tokens only: {at}"]
-    computed = sum(stream.ids.shape[1] for stream in streams)
+    computed = sum(stream.tokens for stream in streams)
     segments = sum(len(stream.packing.lengths) for stream in streams)
     shared = f"yes, {useful - computed:,} tokens computed once instead of again ({1 - computed / useful:.0%})"
     if computed == useful:
@@ -81,7 +81,7 @@ def _of_last_block(engine: Engine[Any], streams: Sequence[Stream]) -> str:
     line = "last block at trained tokens only: "
     if engine.whole_last_block_because is not None:
         return f"{line}no, because {engine.whole_last_block_because}"
-    counts = [(len(stream.targets), stream.ids.shape[1]) for stream in streams]
+    counts = [(len(stream.targets), stream.tokens) for stream in streams]
     cut = [(read, tokens) for read, tokens in counts if engine.cuts_last_block(read, tokens)]
     if not cut:
         return f"{line}nothing to gain, more than {PAYS_UP_TO:.0%} of the tokens train"

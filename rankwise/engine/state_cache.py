@@ -83,7 +83,7 @@ def plan_states(engine: Engine[Any], examples: Sequence[Any], most_bytes: float)
     if reason is not None:
         return reason
     groups = [(group, engine.stream(group)) for group in _groups(examples)]
-    size = sum(stream.ids.shape[1] for _, stream in groups) * state.shape[-1] * state.element_size()
+    size = sum(stream.tokens for _, stream in groups) * state.shape[-1] * state.element_size()
     if size > most_bytes:
         return f"the states would take {size / 1e9:.2f} GB, more than --cache-gb {most_bytes / 1e9:g}"
     return StatePlan(depth, groups, size)
@@ -129,7 +129,7 @@ def _read_or_compute(engine: Engine[Any], plan: StatePlan, most_bytes: float) ->
     paths = [folder / f"{_sha256(below, stream)}.npy" for _, stream in plan.groups]
     _make_room(folder, set(paths), most_bytes - plan.bytes)
     for (group, stream), path in zip(plan.groups, paths, strict=True):
-        found = _read(path, stream.ids.shape[1])
+        found = _read(path, stream.tokens)
         if found is None:
             with atomic.replacing(path) as temporary, temporary.open("wb") as file:
                 np.save(file, _states(engine, group, plan.depth))

@@ -5,7 +5,7 @@ import json
 import peft
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, sweep_two_ranks
 from transformers import (
     AutoModelForSequenceClassification,
     AutoModelForTokenClassification,
@@ -166,8 +166,7 @@ def test_every_way_to_find_the_rank_takes_the_task(task, tiny_bert_folder, tmp_p
     few = ["--signal-batches", "4", "--directions", "8"]
     assert main(["rank", "predict", *options, "--out", str(tmp_path / "predict.json"), *few]) == 0
     assert json.loads((tmp_path / "predict.json").read_text())["range"]
-    sweep = ["--ranks", "1,4", "--seeds", "2", "--no-check-rates"]
-    assert main(["rank", "sweep", *options, "--out", str(tmp_path / "sweep"), *sweep]) == 0
+    sweep_two_ranks(options, tmp_path / "sweep", "1,4")
     assert (tmp_path / "sweep/sweep.html").is_file()
 
 

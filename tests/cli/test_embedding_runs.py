@@ -5,7 +5,7 @@ import runpy
 
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, sweep_two_ranks
 from peft import PeftModel
 from torch.nn import functional as F
 from transformers import AutoModel, AutoTokenizer
@@ -181,24 +181,7 @@ def test_ranks_are_compared_and_an_adapter_is_shrunk(tiny_llama_folder, tmp_path
     common = ["--model", str(tiny_llama_folder), "--task", "embedding", "--data", str(data), "--eval-fraction", "0.5"]
     settings = [*common, "--max-steps", "40", "--batch-size", "16", "--seed", "0"]
     assert main(["rank", "nested", *settings, "--r", "4", "--out", str(tmp_path / "nested.json")]) == 0
-    assert (
-        main(
-            [
-                "rank",
-                "sweep",
-                *settings,
-                "--ranks",
-                "1,2",
-                "--seeds",
-                "2",
-                "--no-check-rates",
-                "--out",
-                str(tmp_path / "sweep"),
-            ]
-        )
-        == 0
-    )
-    assert (tmp_path / "sweep" / "sweep.json").is_file()
+    sweep_two_ranks(settings, tmp_path / "sweep")
     assert main(["train", *settings, "--r", "4", "--out", str(tmp_path / "run")]) == 0
     shrink = ["shrink", str(tmp_path / "run"), "--data", str(data), "--delta", "3", "--out", str(tmp_path / "small")]
     assert main(shrink) == 0

@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from conftest import sweep_two_ranks
 from peft import PeftModel
 from tokenizers import Regex, Tokenizer
 from tokenizers.decoders import Fuse
@@ -180,19 +181,7 @@ def test_ranks_are_predicted_and_compared(folder, tmp_path):
         "--max-steps",
         "3",
     ]
-    sweep = [
-        "rank",
-        "sweep",
-        *common,
-        "--ranks",
-        "1,2",
-        "--seeds",
-        "2",
-        "--no-check-rates",
-        "--out",
-        str(tmp_path / "sweep"),
-    ]
-    assert main(sweep) == 0
+    sweep_two_ranks(common, tmp_path / "sweep")
     predict = [
         "--signal-batches",
         "2",
@@ -204,4 +193,3 @@ def test_ranks_are_predicted_and_compared(folder, tmp_path):
         str(tmp_path / "predict.json"),
     ]
     assert main(["rank", "predict", *common, *predict]) == 0
-    assert (tmp_path / "sweep" / "sweep.json").is_file()
