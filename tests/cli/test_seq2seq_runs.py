@@ -169,27 +169,8 @@ def test_a_causal_model_is_no_sequence_to_sequence_model(tiny_llama_folder, tmp_
 
 def test_ranks_are_predicted_and_compared(folder, tmp_path):
     data = jsonl(tmp_path / "rows.jsonl", ROWS)
-    common = [
-        "--model",
-        str(folder),
-        "--task",
-        "seq2seq_lm",
-        "--data",
-        data,
-        "--eval-fraction",
-        "0.4",
-        "--max-steps",
-        "3",
-    ]
+    common = ["--model", str(folder), "--task", "seq2seq_lm", "--data", data]
+    common += ["--eval-fraction", "0.4", "--max-steps", "3"]
     sweep_two_ranks(common, tmp_path / "sweep")
-    predict = [
-        "--signal-batches",
-        "2",
-        "--directions",
-        "4",
-        "--batch-size",
-        "4",
-        "--out",
-        str(tmp_path / "predict.json"),
-    ]
-    assert main(["rank", "predict", *common, *predict]) == 0
+    predict = ["--signal-batches", "2", "--directions", "4", "--batch-size", "4"]
+    assert main(["rank", "predict", *common, *predict, "--out", str(tmp_path / "predict.json")]) == 0
