@@ -196,12 +196,13 @@ def needed_flops(task: Task, config: Any, packs: bool) -> list[float]:
     from rankwise.models import local_path
     from rankwise.plan.architectures import read_shape
     from rankwise.plan.flops import ATTENTION, lora_flops
+    from rankwise.train.batches import planned_steps
     from rankwise.train.forecast import counted_batches
 
     shape = read_shape(local_path(task.model_name), task.kind, len(task.labels))
     kind: Any = "SEQ_CLS" if task.kind == "seq_cls" else "CAUSAL_LM"
     report = shape.adapted(LoraConfig(task_type=kind, r=RANK, lora_alpha=ALPHA))
-    found = [lora_flops(shape, report, batch) for batch in counted_batches(task.train, config, packs)]
+    found = [lora_flops(shape, report, batch) for batch in counted_batches(planned_steps(task.train, config), packs)]
     # Two products forward and four backward, of which a causal mask leaves about half.
     useful = 3 / ATTENTION * (0.5 if shape.causal else 1)
     return [flops.matrices + flops.adapter + flops.head + flops.attention * useful for flops in found]

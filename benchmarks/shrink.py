@@ -65,7 +65,7 @@ def held_out_rows(task: str, data: Path, paths: list[Path], count: int) -> list[
     kind = SETTINGS[task]["task"]
     rows = [row for path in paths for row in read_rows(path, kind)]
     kept, _ = without_overlap(rows, read_rows(data, kind))
-    return kept[:count]
+    return list(kept[:count])
 
 
 class Contest:

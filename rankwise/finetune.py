@@ -1,6 +1,6 @@
 """The main path: load → inject → data → train → evaluate → save."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import zip_longest
 from typing import Any
@@ -9,23 +9,25 @@ import torch
 
 from rankwise.data.examples import Prompt, asked
 from rankwise.data.labelled import label_counts, lacks_labels, problem_type
+from rankwise.data.lazy import LazyExamples
 from rankwise.data.report import measure
 from rankwise.data.rows import Row, divide
 from rankwise.data.shapes import ASKING, TASK_TYPES, Layout
 from rankwise.data.tasks import examples_for
 from rankwise.engine.engine import Engine
 from rankwise.engine.explain import explain
+from rankwise.engine.heap import return_freed_memory
 from rankwise.engine.tasks import engine_for
 from rankwise.errors import ConfigError, DataError
 from rankwise.lora.config import LoraConfig
 from rankwise.lora.inject import inject_, largest_ranks
 from rankwise.lora.start import FROM_DATA, start_from_data_
-from rankwise.models.load import base_sha256, load_model, load_tokenizer, longest_input, pad_id
+from rankwise.models.load import base_sha256, load_model, load_tokenizer, longest_input, longest_input_of, pad_id
 from rankwise.models.pooling import unread_layers
 from rankwise.rank.inspect import inspect_adapter
 from rankwise.rank.shrink import HeldOut, ShrinkReport, shrink_, split_held_out
 from rankwise.train import text_metrics, trackers
-from rankwise.train.batches import planned_steps, rows_run_again
+from rankwise.train.batches import ROWS_AT_FIRST, Plan, planned_steps
 from rankwise.train.config import TrainConfig
 from rankwise.train.evaluate import Evaluation, evaluate
 from rankwise.train.forecast import forecast
@@ -52,13 +54,16 @@ SHARE_OF_CUT = 0.01
 class Dataset:
     """Everything that a run learns from and is measured on."""
 
-    train: list[Any]
+    train: Sequence[Any]
     """Examples of the task."""
+    first: Sequence[Any]
+    """Those that were looked at; all of them, but for a large file's."""
     held_out: list[Any]
     questions: list[Prompt]
     """Held-out prompts to answer, for exact match."""
     labels: list[str]
     """Names of the classes, in the order of the classifier's outputs; empty for other tasks."""
+    sha256: str
 
 
 def finetune(config: TrainConfig, reporter: Reporter | None = None, resume: bool = False) -> dict[str, Any]:
@@ -96,13 +101,15 @@ def lora_config(config: TrainConfig, model: Any, held_out: int | None = None) ->
 
 def _finetune(config: TrainConfig, run: RunFolder, reporter: Reporter) -> dict[str, Any]:
     train_rows, held_out_rows = read_data(config, reporter.say)
-    torch.manual_seed(config.seed)
-
-    with reporter.stage(f"loading {config.model}"):
+    labels = labels_of(train_rows)
+    with reporter.stage("tokenising"):
         tokenizer = load_tokenizer(config.model)
-        labels = labels_of(train_rows)
+        data = _tokenise(config, train_rows, held_out_rows, tokenizer, labels)
+    # A plan that cannot be is found before anything is loaded, measured or written.
+    plan = planned_steps(data.train, config)
+    torch.manual_seed(config.seed)
+    with reporter.stage(f"loading {config.model}"):
         model = load_model(config.model, config.task, labels, problem_type(train_rows), config.base_dtype)
-    data = _tokenise(config, train_rows, held_out_rows, tokenizer, labels, longest_input(model))
     lora, rank_rule = _ranks_that_fit(model, config, len(held_out_rows))
     report = inject_(model, lora)
     engine = engine_for(config.task, model, pad_id(tokenizer), data.train)
@@ -110,11 +117,12 @@ def _finetune(config: TrainConfig, run: RunFolder, reporter: Reporter) -> dict[s
     described = _describe(data, engine, len(train_rows) - len(data.train)) + rank_rule
     reporter.say(described)
 
-    predicted = forecast(data.train, config, lora, len(labels), engine.packs)
+    predicted = forecast(plan, config, lora, len(labels), engine.packs)
     engine.recomputes = predicted["recompute"]
-    _prepare(engine, data, config, reporter)
-    start, training = _start(engine, tokenizer, data, config, run, reporter)
+    _prepare(engine, plan, config, reporter)
+    start, training = _start(engine, tokenizer, data, plan, config, run, reporter)
     outcome = run_training(training, data.held_out, labels, config, run, reporter)
+    return_freed_memory()  # What training needed at its height is not to lie beside what evaluation needs.
     steps, interrupted = outcome.steps, outcome.interrupted
     run.save_adapter(model, labels)
     shrunk, uncut_because, after = None, config.fixed_because(len(held_out_rows)), None
@@ -163,43 +171,48 @@ def _ranks_that_fit(model: Any, config: TrainConfig, held_out: int) -> tuple[Lor
     return lora.lowered_to(limits), said
 
 
-def _prepare(engine: Engine[Any], data: Dataset, config: TrainConfig, reporter: Reporter) -> None:
+def _prepare(engine: Engine[Any], plan: Plan[Any], config: TrainConfig, reporter: Reporter) -> None:
     """What the first batches are needed for: an explanation of the engine, a start of the adapter from data."""
     if not config.explain_engine and config.init_lora_weights not in FROM_DATA:
         return
-    steps = planned_steps(data.train, config)
-    first = [batch for step in steps[:START_STEPS] for batch in step]
+    first = [batch for step in plan[:START_STEPS] for batch in step]
     if config.explain_engine:
-        reporter.say(explain(engine, first, data.train, config.state_bytes(rows_run_again(steps))))
+        reporter.say(explain(engine, first, plan.rows, config.state_bytes(plan.runs_rows_again)))
     if config.init_lora_weights in FROM_DATA:
         with reporter.stage("starting the adapter from the first batches"):
             start_from_data_(engine.model, first, engine.loss)
 
 
 def _start(
-    engine: Engine[Any], tokenizer: Any, data: Dataset, config: TrainConfig, run: RunFolder, reporter: Reporter
+    engine: Engine[Any],
+    tokenizer: Any,
+    data: Dataset,
+    plan: Plan[Any],
+    config: TrainConfig,
+    run: RunFolder,
+    reporter: Reporter,
 ) -> tuple[Start, Training]:
     """Measure the base and settle the learning rate, or take both from the run to be resumed."""
-    hashes = data_sha256(data.train, data.held_out), base_sha256(engine.model)
+    hashes = data.sha256, base_sha256(engine.model)
     start = run.read_start()
     if start is not None:
         start.check(*hashes)
         return start, Training(engine, data.train, replace(config, lr=start.learning_rate))
-    # A plan that cannot be is found before anything is measured or written.
-    count = len(planned_steps(data.train, config))
     run.write_settings()
     before = _evaluate(engine, tokenizer, data, config, reporter, "evaluating before")
     rate = config.lr
     if rate == "auto":
         rate = best_rate(engine, data.train, data.held_out, config, reporter.say)
     training = Training(engine, data.train, replace(config, lr=rate))
-    reporter.say(f"{count:,} steps, learning rate {training.rate:.3g}")
+    reporter.say(f"{len(plan):,} steps, learning rate {training.rate:.3g}")
     start = Start(*hashes, training.rate, before and asdict(before))
     run.write_start(start)
     return start, training
 
 
-def read_data(config: TrainConfig, say: Callable[[str], None] = lambda line: None) -> tuple[list[Row], list[Row]]:
+def read_data(
+    config: TrainConfig, say: Callable[[str], None] = lambda line: None
+) -> tuple[Sequence[Row], Sequence[Row]]:
     """(rows to train on, held-out rows); what was found is said line by line. Raises DataError."""
     layout = Layout.parse(config.format, config.columns)
     division = divide(config.data, config.eval_data, config.task, layout, config.eval_fraction, config.seed)
@@ -209,7 +222,7 @@ def read_data(config: TrainConfig, say: Callable[[str], None] = lambda line: Non
     return division.train, division.held_out
 
 
-def labels_of(rows: list[Row]) -> list[str]:
+def labels_of(rows: Sequence[Row]) -> list[str]:
     """The labels' names in the order of a classifier's outputs; none for rows that have no labels by their shape.
 
     Raises DataError if they leave nothing to learn.
@@ -221,22 +234,32 @@ def labels_of(rows: list[Row]) -> list[str]:
 
 
 def _tokenise(
-    config: TrainConfig, train: list[Row], held_out: list[Row], tokenizer: Any, labels: list[str], limit: int
+    config: TrainConfig,
+    train: Sequence[Row],
+    held_out: Sequence[Row],
+    tokenizer: Any,
+    labels: list[str],
 ) -> Dataset:
-    length = min(config.max_length, limit)
-    sides = [
-        examples_for(config.task, rows, tokenizer, labels, length, config.long_rows, config.train_on)
-        for rows in (train, held_out)
-    ]
+    length = min(config.max_length, longest_input_of(config.model))
+
+    def examples_of(rows: Sequence[Row]) -> list[Any]:
+        return examples_for(config.task, rows, tokenizer, labels, length, config.long_rows, config.train_on)
+
+    if len(train) > ROWS_AT_FIRST and config.takes_rows_as_they_come:
+        examples = LazyExamples(train, examples_of)
+        first = examples.keep(planned_steps(examples, config).beginning.distinct)
+    else:
+        examples = first = examples_of(train)
     questions = held_out[: config.eval_answers] if config.task in ASKING else []
-    return Dataset(sides[0], sides[1], [asked(row, tokenizer) for row in questions], labels)
+    answers = [asked(row, tokenizer) for row in questions]
+    return Dataset(examples, first, examples_of(held_out), answers, labels, data_sha256(tokenizer, train, held_out))
 
 
 def _shrink(
     engine: Engine[Any],
     tokenizer: Any,
     labels: list[str],
-    rows: list[Row],
+    rows: Sequence[Row],
     config: TrainConfig,
     run: RunFolder,
     reporter: Reporter,
@@ -295,4 +318,6 @@ def _measured(before: Evaluation | None, after: Evaluation | None) -> dict[str, 
 def _describe(data: Dataset, engine: Engine[Any], dropped: int) -> str:
     path = "packed, no padding" if engine.packs else f"padded, because {engine.padded_because}"
     left_out = f"; {dropped:,} too long and left out" if dropped else ""
-    return f"training: {measure(data.train)}{left_out}\n{len(data.held_out):,} rows are held out; {path}"
+    if later := len(data.train) - len(data.first):
+        left_out = f"; these are the first that run, the other {later:,} are looked at while training goes on"
+    return f"training: {measure(data.first)}{left_out}\n{len(data.held_out):,} rows are held out; {path}"

@@ -107,7 +107,7 @@ class PairedRuns:
             trains = bool(trainable_parameters(engine.model))
             return self._result(engine, key, report, self.fit(engine, seed, factor) if trains else Cost(0.0, 0))
 
-    def examples(self, rows: list[Row]) -> list[Any]:
+    def examples(self, rows: Sequence[Row]) -> list[Any]:
         """The rows as the model reads them."""
         config = self.config
         return examples_for(
@@ -132,8 +132,8 @@ class PairedRuns:
             raise ConfigError(f"--at-once {wanted} cannot be: {reason}")
         if reason:
             return 1, f"runs train one after the other: {reason}"
-        batches = [batch for step in pair[0].plan for batch in step]
-        tokens = sum(len(example.ids) for batch in batches for example in batch) / len(batches)
+        plan = pair[0].plan
+        tokens = plan.tokens / sum(map(len, plan.places))
         count = wanted or at_once(tokens)
         how = f"up to {count} runs share a pass over the base" if count > 1 else "runs train one after the other"
         return count, f"{how}: a batch has {tokens:.0f} tokens"
@@ -232,7 +232,8 @@ class PairedRuns:
 
     def _engine(self, model: Any) -> Engine[Any]:
         engine = engine_for(self.config.task, model, pad_id(self._tokenizer), self.train)
-        predicted = forecast(self.train, self.config, self.lora(self.largest), len(self.labels), engine.packs)
+        plan = planned_steps(self.train, self.config)
+        predicted = forecast(plan, self.config, self.lora(self.largest), len(self.labels), engine.packs)
         engine.recomputes = predicted["recompute"]
         return engine
 

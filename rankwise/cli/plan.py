@@ -130,9 +130,10 @@ def _examples(config: PlanConfig) -> tuple[list[Any], int, int]:
 def _batches(config: PlanConfig, shape: ModelShape, examples: list[Any]) -> list[Batch]:
     packs = shape.attention == "packed"
     if examples:
+        from rankwise.train.batches import planned_steps
         from rankwise.train.forecast import counted_batches
 
-        return counted_batches(examples, config, packs)
+        return counted_batches(planned_steps(examples, config), packs)
     if config.rows is None or config.tokens_per_row is None:
         return []
     counted = 1 if config.task == "seq_cls" else config.trained_per_row or config.tokens_per_row - 1

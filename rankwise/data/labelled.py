@@ -176,7 +176,7 @@ def labels_in(row: Row) -> list[str]:
 
 def label_counts(rows: Sequence[Row]) -> Counter[str]:
     """How many texts, or words, have each label; empty for rows without labels. The sorted names number the classes."""
-    return Counter(label for row in rows if _has_labels(row) for label in labels_in(row))
+    return Counter(label for row in rows for label in labels_in(row)) if rows and _has_labels(rows[0]) else Counter()
 
 
 def lacks_labels(rows: Sequence[Row], labels: Counter[str]) -> str | None:

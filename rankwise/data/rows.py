@@ -1,20 +1,22 @@
 """Reading data of any shape, all its problems at once, and dividing it into training and evaluation rows."""
 
-import json
 import random
-from collections.abc import Sequence
+from array import array
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from hashlib import blake2b
 from math import floor
 from pathlib import Path
 
 from rankwise.data.files import Problem, Row
 from rankwise.data.shapes import Found, Layout, detect, standard_fields, standard_prompt
 from rankwise.data.sources import read_sources
+from rankwise.data.stored import Chosen, Stored
 from rankwise.errors import DataError, listing
 
 Data = Path | str | Sequence[Path | str]
 """A file, a folder or a hub data set, or several of them; see `rankwise.data.sources`."""
-_SORTED = json.JSONEncoder(sort_keys=True)
 MOST_PROBLEMS = 20
 """Problems that a message shows in full."""
 
@@ -24,8 +26,8 @@ class Scan:
     """What was found in the data."""
 
     entries: tuple[str, ...]
-    rows: list[Row]
-    """The rows that nothing is wrong with, in their standard fields."""
+    rows: Sequence[Row]
+    """The rows that nothing is wrong with, in their standard fields; like all rows of a file, not in memory."""
     problems: list[Problem]
     found: Found
 
@@ -46,26 +48,26 @@ def scan_rows(data: Data, task: str, layout: Layout | None = None) -> Scan:
     Raises DataError only if a file as a whole cannot be read, or if there is no row at all.
     """
     layout, entries = layout or Layout(), _entries(data)
-    records = list(read_sources(entries))
+    records = Stored(read_sources(entries))
     if not records:
         raise DataError(f"{', '.join(entries)} holds no row; rankwise needs one JSON object a line")
     found = detect((record.fields for record in records if isinstance(record, Row)), task, layout)
-    rows, problems = [], []
-    # The list is emptied on the way, so that raw and standard fields of all rows are never held together.
-    records.reverse()
-    while records:
-        record = records.pop()
-        if isinstance(record, Problem):
-            problems.append(record)
-            continue
-        fields, faults = standard_fields(layout.rename(record.fields), found.shape, task)
-        problems += [Problem(record.place, fault) for fault in faults]
-        if not faults:
-            rows.append(_with(record, fields))
-    return Scan(entries, rows, problems, found)
+    problems: list[Problem] = []
+
+    def standard() -> Iterator[Row]:
+        for record in records:
+            if isinstance(record, Problem):
+                problems.append(record)
+                continue
+            fields, faults = standard_fields(layout.rename(record.fields), found.shape, task)
+            problems.extend(Problem(record.place, fault) for fault in faults)
+            if not faults:
+                yield _with(record, fields)
+
+    return Scan(entries, Stored(standard()), problems, found)
 
 
-def read_rows(data: Data, task: str, layout: Layout | None = None) -> list[Row]:
+def read_rows(data: Data, task: str, layout: Layout | None = None) -> Sequence[Row]:
     """All rows, in the standard fields of their shape (`rankwise.data.shapes`).
 
     Raises DataError with file and line of every bad row.
@@ -128,42 +130,52 @@ def question_key(row: Row) -> str:
     return " ".join(" ".join([str(fields.get("tools", "")), *parts]).split())
 
 
-def split_rows(rows: list[Row], fraction: float, seed: int) -> tuple[list[Row], list[Row]]:
+def split_rows(rows: Sequence[Row], fraction: float, seed: int) -> tuple[Sequence[Row], Sequence[Row]]:
     """Cut rows into (train, evaluation), about `fraction` of them for evaluation, drawn by `seed`.
 
-    Rows that ask the same stay on one side, so that no evaluation row is also trained.
-    Raises DataError if either side would be empty.
+    Rows that ask the same stay on one side, so that no evaluation row is also trained. The order of the rows does not
+    matter. Raises DataError if either side would be empty.
     """
-    groups: dict[str, list[int]] = {}
-    for index, row in enumerate(rows):
-        groups.setdefault(question_key(row), []).append(index)
-    ordered = sorted(groups.values(), key=lambda group: min(_SORTED.encode(rows[i].fields) for i in group))
+    keys = _question_hashes(rows)
+    ordered = sorted(set(keys))
     random.Random(seed).shuffle(ordered)
-    held_out: list[int] = []
-    kept: list[int] = []
-    for group in ordered:
-        (held_out if len(held_out) < fraction * len(rows) else kept).extend(group)
+    counts = Counter(keys)
+    evaluated: set[int] = set()
+    room = fraction * len(rows)
+    for key in ordered:
+        if room <= 0:
+            break
+        evaluated.add(key)
+        room -= counts[key]
+    kept, held_out = _parted(rows, keys, evaluated)
     if not kept or not held_out:
         raise DataError(f"{len(rows)} rows cannot be split with --eval-fraction {fraction}; give --eval-data, or 0")
-    return [rows[index] for index in sorted(kept)], [rows[index] for index in sorted(held_out)]
+    return kept, held_out
 
 
-def without_overlap(train: list[Row], held_out: list[Row]) -> tuple[list[Row], list[Row]]:
+def without_overlap(train: Sequence[Row], held_out: Sequence[Row]) -> tuple[Sequence[Row], Sequence[Row]]:
     """(training rows that no evaluation row asks too, training rows that one does)."""
-    asked = {question_key(row) for row in held_out}
-    kept: list[Row] = []
-    overlapping: list[Row] = []
-    for row in train:
-        (overlapping if question_key(row) in asked else kept).append(row)
-    return kept, overlapping
+    return _parted(train, _question_hashes(train), set(_question_hashes(held_out)))
 
 
-def weighted(rows: list[Row], seed: int) -> list[Row]:
+def _question_hashes(rows: Sequence[Row]) -> "array[int]":
+    """8 bytes of a hash of each row's question: in a million rows two questions share one once in 37 million times."""
+    digests = (blake2b(question_key(row).encode("utf-8", "surrogatepass"), digest_size=8).digest() for row in rows)
+    return array("Q", (int.from_bytes(digest, "big") for digest in digests))
+
+
+def _parted(rows: Sequence[Row], keys: "array[int]", chosen: set[int]) -> tuple[Sequence[Row], Sequence[Row]]:
+    """(rows whose keys are not chosen, rows whose keys are)."""
+    sides = ([place for place, key in enumerate(keys) if (key in chosen) == side] for side in (False, True))
+    others, own = (Chosen(rows, places) for places in sides)
+    return others, own
+
+
+def weighted(rows: Sequence[Row], seed: int) -> Sequence[Row]:
     """The rows as often as their weights say; of a weight's fraction, the rows that `seed` draws come once more."""
-    if all(row.weight == 1 for row in rows):
-        return rows
     draw = random.Random(seed)
-    return [row for row in rows for _ in range(floor(row.weight) + (draw.random() < row.weight % 1))]
+    times = (floor(row.weight) + (draw.random() < row.weight % 1) for row in rows)
+    return Chosen(rows, (place for place, count in enumerate(times) for _ in range(count)))
 
 
 @dataclass(frozen=True)
@@ -172,9 +184,9 @@ class Division:
 
     scans: tuple[Scan, ...]
     """Of the training data, and of the evaluation data where there is some."""
-    train: list[Row]
-    held_out: list[Row]
-    left_out: list[Row]
+    train: Sequence[Row]
+    held_out: Sequence[Row]
+    left_out: Sequence[Row]
     """Training rows that ask what a given evaluation row asks."""
 
     @property

@@ -197,6 +197,11 @@ class TrainConfig:
             yield "--label-smoothing does not go with --task embedding, whose texts are right or not"
 
     @property
+    def takes_rows_as_they_come(self) -> bool:
+        """Whether the plan of a run follows from the number of the rows, whatever is in them."""
+        return self.batches == "random" and self.batch_tokens is None and self.long_rows != "drop"
+
+    @property
     def choices(self) -> Choices:
         """The settings that trade memory for time, as a plan takes them; "auto" is yet to be settled."""
         return Choices(base_dtype=self.base_dtype, recompute=self.recompute == "always")

@@ -15,14 +15,17 @@ from rankwise.plan.machine import read_machine
 from rankwise.plan.memory import free_bytes
 from rankwise.plan.plan import make_plan
 from rankwise.plan.workload import Batch, packed_batch, padded_batch
-from rankwise.train.batches import planned_steps
+from rankwise.train.batches import Plan
 from rankwise.train.config import TrainConfig
 from rankwise.train.progress import peak_memory_bytes
 
+STEPS = 1_000
+"""Of a run, at most, that a forecast counts."""
 
-def counted_batches(examples: Sequence[Any], config: TrainConfig, packs: bool) -> list[Batch]:
-    """What each batch of the run will put through the model, on the engine's packed path or the padded one."""
-    return [_counted(batch, packs) for step in planned_steps(examples, config) for batch in step]
+
+def counted_batches(plan: Sequence[Sequence[Sequence[Any]]], packs: bool) -> list[Batch]:
+    """What each batch of a run will put through the model, on the engine's packed path or the padded one."""
+    return [_counted(batch, packs) for step in plan for batch in step]
 
 
 def _counted(examples: Sequence[Any], packs: bool) -> Batch:
@@ -34,18 +37,18 @@ def _counted(examples: Sequence[Any], packs: bool) -> Batch:
     return packed_batch(sum(lengths), len(stream.targets), packing.lengths, packing.before, len(examples))
 
 
-def forecast(
-    examples: Sequence[Any], config: TrainConfig, lora: LoraConfig, labels: int, packs: bool
-) -> dict[str, Any]:
+def forecast(plan: Plan[Any], config: TrainConfig, lora: LoraConfig, labels: int, packs: bool) -> dict[str, Any]:
     """What a plan says of a run that is about to begin, for result.json; and whether it is to recompute activations.
+
+    It is made of the run's first STEPS steps, and says the same of the rest.
 
     None stands for a model or targets that a plan does not know; with --recompute auto those recompute nothing. The
     time is None, too, unless this machine was measured before (`rankwise plan` does that).
     """
-    choices = config.choices
+    choices, first = config.choices, plan.beginning[:STEPS]
     try:
         shape = read_shape(local_path(config.model), config.task, labels)
-        batches = counted_batches(examples, config, packs)
+        batches = counted_batches(first, packs)
         cost = make_plan(shape, lora, batches, read_machine(), choices).adapter
         if config.recompute == "auto" and cost.memory and cost.memory.peak - peak_memory_bytes() > free_bytes():
             choices = replace(choices, recompute=True)
@@ -54,6 +57,6 @@ def forecast(
         return {"recompute": choices.recompute, "predicted_seconds": None, "predicted_peak_memory_bytes": None}
     return {
         "recompute": choices.recompute,
-        "predicted_seconds": cost.seconds and cost.seconds.total,
+        "predicted_seconds": cost.seconds and cost.seconds.total * len(plan) / len(first),
         "predicted_peak_memory_bytes": cost.memory and cost.memory.peak,
     }

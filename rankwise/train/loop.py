@@ -4,7 +4,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
-from itertools import zip_longest
+from itertools import chain, zip_longest
 from typing import Any
 
 import torch
@@ -19,7 +19,7 @@ from rankwise.lora.inject import injection, set_adapter_training, trainable_para
 from rankwise.lora.layers import Wrapper, named_wrappers
 from rankwise.lora.prepared import prepared_weights, shared_inputs
 from rankwise.plan.memory import most_bytes_of_copies
-from rankwise.train.batches import planned_steps, rows_run_again
+from rankwise.train.batches import planned_steps
 from rankwise.train.config import TrainConfig
 from rankwise.train.learning_rate import default_rate, schedule_for
 from rankwise.train.optimizer import lora_optimizer
@@ -64,7 +64,7 @@ class Training:
         self.label_smoothing = config.label_smoothing
         self.seed = config.seed
         self.plan = planned_steps(examples, config)
-        self.state_bytes = config.state_bytes(rows_run_again=rows_run_again(self.plan))
+        self.state_bytes = config.state_bytes(self.plan.runs_rows_again)
         rate = default_rate(len(self.plan)) if config.lr is None else config.lr
         if isinstance(rate, str):
             raise ConfigError(f"a learning rate of {rate!r} must be found first; see train/rate_check.py")
@@ -173,8 +173,8 @@ def _states_kept(trainings: Sequence[Training]) -> AbstractContextManager[None]:
     most_bytes = min(training.state_bytes for training in trainings)
     if len({training.places for training in trainings}) > 1:
         most_bytes = 0.0
-    plans = (training.plan for training in trainings)
-    rows = [example for plan in plans for step in plan for batch in step for example in batch]
+    one, *others = (training.plan.rows for training in trainings)
+    rows = [*one, *chain.from_iterable(others)] if others else one
     return states_kept(trainings[0].engine.inner, rows, most_bytes)
 
 

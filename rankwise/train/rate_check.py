@@ -68,7 +68,7 @@ def _loss(training: Training, held_out: Sequence[Any]) -> float:
 
 def _part(held_out: Sequence[Any], training: Training, seed: int) -> list[Any]:
     """Some of the held-out rows, of no more tokens than the check trains on; at least one where there is one."""
-    room = sum(len(example.ids) for step in training.plan for batch in step for example in batch)
+    room = training.plan.tokens
     part: list[Any] = []
     for example in random.Random(seed).sample(list(held_out), len(held_out)):
         room -= len(example.ids)

@@ -4,6 +4,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from rankwise.data.lazy import LazyExamples
+from rankwise.errors import DataError
 from rankwise.train.config import TrainConfig
 from rankwise.train.evaluate import held_out_loss
 from rankwise.train.interrupt import first_interrupt
@@ -12,6 +14,9 @@ from rankwise.train.progress import Reporter
 from rankwise.train.run_folder import RunFolder
 from rankwise.train.trackers import tracking
 from rankwise.train.watch import Watch, evaluation_interval
+
+LOOKING = 0.25
+"""Of a step's time, how long rows of a large file are then looked through."""
 
 
 @dataclass(frozen=True)
@@ -40,7 +45,8 @@ def run_training(
     """Train to the end, from the newest checkpoint if the run is resumed, and leave the best adapter in the model.
 
     Without evaluations, or when the user ends it early, that is the adapter as it is then.
-    Raises StorageError if the disk is full: what the run saved before stays.
+    Raises StorageError if the disk is full, and DataError for a row of a large file that turns out to be unfit: what
+    the run did before stays.
     """
     total, watch = len(training.plan), Watch(training.parameters, config.patience)
     evaluate_every = evaluation_interval(config, training.plan, held_out)
@@ -70,8 +76,14 @@ def run_training(
                 if step.number % save_every == 0:
                     run.save_checkpoint(training, watch, steps, labels)
                     saved = step.number
+                if isinstance(training.plan.examples, LazyExamples):
+                    training.plan.examples.look_through(LOOKING * step.seconds / step.number)
             if training.done != saved:
                 run.save_checkpoint(training, watch, steps, labels)
+        except DataError:
+            if training.done != saved:
+                run.save_checkpoint(training, watch, steps, labels)
+            raise
         except KeyboardInterrupt:
             at_once = True
     complete = not at_once and (training.done == total or watch.gave_up)

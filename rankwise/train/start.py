@@ -1,11 +1,12 @@
 """What a run found out before its first step: a resumed run must find the same, and need not measure it again."""
 
 import hashlib
-from array import array
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from rankwise.data.files import Row
 from rankwise.errors import ConfigError, listing
 from rankwise.train.evaluate import Evaluation
 
@@ -15,7 +16,7 @@ class Start:
     """The content of start.json."""
 
     data_sha256: str
-    """Of the tokens of all rows and what is trained of them, held-out rows too."""
+    """Of all rows, the held-out ones too, and of the tokenizer that makes tokens of them."""
     base_sha256: str
     learning_rate: float
     """The highest, as it was given, ruled or found."""
@@ -42,11 +43,12 @@ class Start:
         return Evaluation.from_dict(self.before) if self.before else None
 
 
-def data_sha256(*sides: Sequence[Any]) -> str:
-    """SHA-256 of examples, in their order: tokens, and what is taught of them."""
-    digest = hashlib.sha256()
-    for examples in sides:
-        digest.update(f"{len(examples)} rows\n".encode())
-        for example in examples:
-            digest.update(array("q", [len(example.ids), *example.ids, *example.taught]).tobytes())
+def data_sha256(tokenizer: Any, *sides: Sequence[Row]) -> str:
+    """SHA-256 of rows, in their order, and of the tokenizer with its chat template."""
+    backend = tokenizer.backend_tokenizer.to_str() if tokenizer.is_fast else json.dumps(tokenizer.get_vocab())
+    digest = hashlib.sha256(f"{backend}\n{tokenizer.chat_template}\n".encode())
+    for rows in sides:
+        digest.update(f"{len(rows)} rows\n".encode())
+        for row in rows:
+            digest.update(json.dumps(row.fields).encode())
     return digest.hexdigest()

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from rankwise.train.batches import Plan
 from rankwise.train.config import TrainConfig
 
 EVALUATIONS = 5
@@ -17,7 +18,7 @@ FORWARD = 1 / 3
 """The work of a forward pass alone, as a share of a training step's."""
 
 
-def evaluation_interval(config: TrainConfig, plan: Sequence[Sequence[Sequence[Any]]], held_out: Sequence[Any]) -> int:
+def evaluation_interval(config: TrainConfig, plan: Plan[Any], held_out: Sequence[Any]) -> int:
     """Steps between two evaluations, 0 for none. The default counts tokens, not time, so that runs repeat.
 
     With a tenth of one file held out, the default evaluates runs of two epochs and more. In the first epoch no row was
@@ -27,9 +28,8 @@ def evaluation_interval(config: TrainConfig, plan: Sequence[Sequence[Sequence[An
         return 0
     if config.eval_steps is not None:
         return config.eval_steps
-    trained = sum(len(example.ids) for step in plan for batch in step for example in batch)
     evaluated = EVALUATIONS * sum(len(example.ids) for example in held_out)
-    return ceil(len(plan) / EVALUATIONS) if evaluated * FORWARD <= MOST * trained else 0
+    return ceil(len(plan) / EVALUATIONS) if evaluated * FORWARD <= MOST * plan.tokens else 0
 
 
 class Watch:

@@ -10,6 +10,7 @@ from rankwise.cli.main import main
 from rankwise.data.examples import TextExample
 from rankwise.lora.config import LoraConfig
 from rankwise.train import forecast as forecasting
+from rankwise.train.batches import planned_steps
 from rankwise.train.config import TrainConfig
 from rankwise.train.forecast import forecast
 
@@ -80,9 +81,9 @@ def test_auto_recomputes_when_the_planned_memory_is_not_free(free, recompute, ti
     monkeypatch.setattr(forecasting, "free_bytes", lambda: free)
     rows = [TextExample((5, 6, 7, 8), (False, False, True, True), "")] * 4
     settings = {"model": str(tiny_llama_folder), "data": ("d",), "out": "o", "batch_size": 2}
+    configs = {way: TrainConfig(**settings, recompute=way) for way in ("auto", "always", "never")}
     planned = {
-        way: forecast(rows, TrainConfig(**settings, recompute=way), LoraConfig(r=8), 0, True)
-        for way in ("auto", "always", "never")
+        way: forecast(planned_steps(rows, config), config, LoraConfig(r=8), 0, True) for way, config in configs.items()
     }
     assert planned["auto"] == planned["always" if recompute else "never"]
     assert planned["always"]["predicted_peak_memory_bytes"] < planned["never"]["predicted_peak_memory_bytes"]

@@ -126,7 +126,7 @@ def test_a_row_that_cannot_be_names_its_line_and_what_is_wrong(task, row, messag
 
 def test_whole_numbers_are_labels_too(tmp_path):
     rows = read_rows(jsonl(tmp_path / "a.jsonl", [{"tokens": ["a", "b"], "tags": [3, 0]}]), "token_cls")
-    rows += read_rows(jsonl(tmp_path / "b.jsonl", [{"text": "a", "labels": [0]}]), "seq_cls")
+    rows = [*rows, *read_rows(jsonl(tmp_path / "b.jsonl", [{"text": "a", "labels": [0]}]), "seq_cls")]
     assert label_counts(rows) == {"0": 2, "3": 1}
 
 

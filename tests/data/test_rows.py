@@ -67,7 +67,7 @@ def test_a_split_keeps_all_rows_and_no_held_out_row_is_trained(tmp_path):
     data = [{"prompt": str(n % 40), "completion": "x"} for n in range(100)]
     rows = read_rows(write(tmp_path / "data.jsonl", *data), "causal_lm")
     train, held_out = split_rows(rows, 0.2, seed=3)
-    assert sorted(row.line for row in train + held_out) == list(range(1, 101))
+    assert sorted(row.line for row in (*train, *held_out)) == list(range(1, 101))
     assert {row.fields["prompt"] for row in train}.isdisjoint(row.fields["prompt"] for row in held_out)
     assert 20 <= len(held_out) <= 23
     assert split_rows(rows, 0.2, seed=3) == (train, held_out)

@@ -28,6 +28,7 @@ from rankwise.plan.flops import lora_flops
 from rankwise.plan.memory import base_bytes
 from rankwise.plan.plan import adapter_file_bytes
 from rankwise.plan.workload import even_batches
+from rankwise.train.batches import planned_steps
 from rankwise.train.config import TrainConfig
 from rankwise.train.forecast import counted_batches
 
@@ -84,7 +85,7 @@ def test_operations_are_those_that_torch_counts(family, targets, tmp_path):
     if task == "seq_cls":
         examples = [LabelExample(example.ids, 0, "") for example in examples]
     shape = read_shape(tmp_path, task, labels=5)
-    [batch] = counted_batches(examples, settings(task=task), packs=True)
+    [batch] = counted_batches(planned_steps(examples, settings(task=task)), packs=True)
     planned = lora_flops(shape, shape.adapted(lora), batch)
 
     rankwise.inject_(model, lora)
@@ -108,7 +109,7 @@ def test_operations_of_a_tagger_are_those_that_torch_counts(family, packs, tmp_p
     model, lora = AutoModelForTokenClassification.from_config(config).eval(), LoraConfig(r=3, task_type="TOKEN_CLS")
     examples = [TagExample(example.ids, (1, 4, 5), (0, 3, 4), "") for example in texts((20, 20, 20))]
     shape = read_shape(tmp_path, "token_cls", labels=5)
-    [batch] = counted_batches(examples, settings(task="token_cls"), packs)
+    [batch] = counted_batches(planned_steps(examples, settings(task="token_cls")), packs)
     planned = lora_flops(shape, shape.adapted(lora), batch)
     rankwise.inject_(model, lora)
     engine = engine_for("token_cls", model, 0, examples)
@@ -133,7 +134,7 @@ def test_recomputing_adds_the_operations_that_torch_counts(family, tmp_path):
     if task == "seq_cls":
         examples = [LabelExample(example.ids, 0, "") for example in examples]
     shape = read_shape(tmp_path, task, labels=5)
-    [batch] = counted_batches(examples, settings(task=task), packs=True)
+    [batch] = counted_batches(planned_steps(examples, settings(task=task)), packs=True)
     report = shape.adapted(lora)
     plain, again = (lora_flops(shape, report, batch, Choices(recompute=way)) for way in (False, True))
     rankwise.inject_(model, lora)
@@ -165,7 +166,7 @@ def test_a_base_in_bf16_takes_the_planned_bytes(family, tmp_path):
 
 def test_packed_batches_count_what_the_stream_holds():
     examples = texts((40, 45, 50, 38), shared=30)
-    [batch] = counted_batches(examples, settings(), packs=True)
+    [batch] = counted_batches(planned_steps(examples, settings()), packs=True)
     stream = pack(examples, torch.device("cpu"))
     lengths, paths = stream.packing.lengths, [stream.packing.path(i) for i in range(len(stream.packing.lengths))]
     assert batch.useful == 40 + 45 + 50 + 38
@@ -176,7 +177,7 @@ def test_packed_batches_count_what_the_stream_holds():
 
 @pytest.mark.parametrize("packs", [True, False])
 def test_even_batches_count_as_rows_of_that_length_do(packs):
-    rows = counted_batches(texts((30,) * 8), settings(max_steps=None, epochs=2), packs)
+    rows = counted_batches(planned_steps(texts((30,) * 8), settings(max_steps=None, epochs=2)), packs)
     assert even_batches(8, 30, 4, batch_size=4, epochs=2, max_steps=None, packs=packs) == rows
 
 

@@ -89,7 +89,7 @@ def test_families_hold_every_row_once_and_share_half_of_their_prompts():
             ids = (*start, *(draw.randrange(9) for _ in range(draw.randrange(2, 12))), 3, 3)
             rows.append(TextExample(ids, (False,) * (len(ids) - 2) + (True, True), "here"))
     draw.shuffle(rows)
-    batches = families(rows, 3)
+    batches = [[rows[place] for place in places] for places in families(rows, 3)]
     assert sorted(row.ids for batch in batches for row in batch) == sorted(row.ids for row in rows)
     assert max(map(len, batches)) == 3
     for batch in batches:
