@@ -1,10 +1,13 @@
-"""Does the sweep find a rank that was planted?
+"""Do the instruments find a rank that was planted?
 
 A teacher is a small base model whose update ΔW* in two known layers has rank rho with rho equal singular values
 (measured where the layer's inputs lie: ΔW*·C^½ has them, C = E[x·xᵀ]). Students, adapters on the same layers, learn the
 teacher's next-token distributions on texts sampled from the base; what lies below the layers is frozen, so it is
 computed once. So the rank that the task needs is known, and sweeps over the ranks 1, 2, 4, 8, 16 must return it. A draw
 counts only if the rank below is really worse: a student of rank rho - 1 must lose more than 2δ (checked with one seed).
+
+On each draw the other instruments have their say too: an adapter of rank 16 is shrunk within δ, and the ranks of its
+two layers together should be 2·rho within 10 %; the nested run and the prediction should stay within a factor of two.
 
     python benchmarks/rank_planted.py --base FOLDER --rho 1 2 4 8 --draws 5
 
@@ -16,7 +19,7 @@ import argparse
 import json
 import platform
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,11 +30,17 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from rankwise import LoraConfig, eject_, trainable_parameters
+from rankwise.errors import DataError
+from rankwise.rank.nested import nested
+from rankwise.rank.predict import Prediction, predict
 from rankwise.rank.runs import RunResult
+from rankwise.rank.shrink import HeldOut, shrink_
 from rankwise.rank.start import inject_nested_
 from rankwise.rank.sweep import Sweep, sweep
 from rankwise.rank.verdict import verdict
 
+Text = tuple[int, bool]
+"""A text by its place, and whether it is held out."""
 RANKS, SEEDS = (1, 2, 4, 8, 16), 3
 LOWEST = 4
 LAYERS = ("layers.4.self_attn.o_proj", "layers.4.mlp.down_proj")
@@ -220,7 +229,11 @@ def student(model: Any, task: Task) -> Callable[[int, int, float], RunResult]:
         inject_nested_(model, config, max(RANKS), seed)
         parameters = trainable_parameters(model) if rank else []
         if parameters:
-            fit(model, parameters, task, seed, RATE * factor)
+
+            def loss(rows: list[int]) -> Tensor:
+                return divergence(task.targets[rows], logits_from(model, task.inputs[rows])).mean()
+
+            fit(parameters, loss, seed, RATE * factor)
         with torch.no_grad():
             losses = divergence(task.held_out_targets, logits_from(model, task.held_out)).double().numpy()
         eject_(model)
@@ -230,23 +243,26 @@ def student(model: Any, task: Task) -> Callable[[int, int, float], RunResult]:
     return run
 
 
-def fit(model: Any, parameters: list[nn.Parameter], task: Task, seed: int, rate: float) -> None:
+def fit(parameters: list[nn.Parameter], loss_of: Callable[[list[int]], Tensor], seed: int, rate: float) -> None:
     """AdamW with a learning rate that falls linearly; the order of the rows is decided by the seed alone."""
     optimizer = torch.optim.AdamW(parameters, lr=rate, weight_decay=0.0)
     generator = torch.Generator().manual_seed(seed)
     for step in range(STEPS):
-        rows = torch.randint(TEXTS, (BATCH,), generator=generator)
+        rows = torch.randint(TEXTS, (BATCH,), generator=generator).tolist()
         for group in optimizer.param_groups:
             group["lr"] = rate * min(1.0, 1.25 * (1 - step / STEPS))
-        loss = divergence(task.targets[rows], logits_from(model, task.inputs[rows])).mean()
+        loss = loss_of(rows)
         optimizer.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
 
 
-def draw(model: Any, rho: int, seed: int, folder: Path | None, say: Callable[[str], None]) -> tuple[Sweep, float]:
-    """One planted task and its sweep; and by how many δ a student of rank rho - 1 is worse than one of rank rho."""
+def draw(
+    model: Any, rho: int, seed: int, folder: Path | None, say: Callable[[str], None]
+) -> tuple[Sweep, float, dict[str, Any]]:
+    """One planted task and its sweep; by how many δ a student of rank rho - 1 is worse than one of rank rho; and the
+    other instruments' findings."""
     task = plant(model, rho, torch.Generator().manual_seed(1000 * rho + seed))
     run = student(model, task)
     found = sweep(
@@ -254,7 +270,67 @@ def draw(model: Any, rho: int, seed: int, folder: Path | None, say: Callable[[st
     )
     below = run(rho - 1, 0, found.factors[rho])
     own = found.losses[rho][0]
-    return found, float((below.losses - own).sum() / below.counts.sum() / found.comparisons.margin)
+    worse = float((below.losses - own).sum() / below.counts.sum() / found.comparisons.margin)
+    return found, worse, other_instruments(model, task, found.factors[max(RANKS)])
+
+
+class PlantedEngine:
+    """What the instruments need of an engine: losses of texts, each given by its place and whether it is held out."""
+
+    def __init__(self, model: Any, task: Task) -> None:
+        self.model, self._task = model, task
+
+    def loss(self, examples: Sequence[Text], label_smoothing: float = 0.0) -> Tensor:
+        assert not label_smoothing
+        return self._divergence(examples).mean()
+
+    def example_losses(self, examples: Sequence[Text]) -> tuple[Tensor, Tensor]:
+        return self._divergence(examples) * LENGTH, torch.full((len(examples),), LENGTH)
+
+    def evaluation_batches(self, examples: Sequence[Text]) -> list[range]:
+        return [range(len(examples))]
+
+    def _divergence(self, examples: Sequence[Text]) -> Tensor:
+        places = [place for place, _ in examples]
+        held_out = examples[0][1]
+        task = self._task
+        inputs, targets = (task.held_out, task.held_out_targets) if held_out else (task.inputs, task.targets)
+        return divergence(targets[places], logits_from(self.model, inputs[places]))
+
+
+def other_instruments(model: Any, task: Task, factor: float) -> dict[str, Any]:
+    """Total rank that shrink leaves, rank of the nested run, and the predicted range, with one seed each.
+
+    `factor`: on the learning rate, that of the sweep's largest rank.
+    """
+    engine: Any = PlantedEngine(model, task)
+    largest, held_out = max(RANKS), [(place, True) for place in range(HELD_OUT)]
+
+    def put_in(r: int, use_rslora: bool = False) -> None:
+        config = LoraConfig(r=r, lora_alpha=8, target_modules=LAYERS, use_rslora=use_rslora)
+        inject_nested_(model, config, r, seed=0)
+
+    def train(engine: Any) -> None:
+        fit(trainable_parameters(model), lambda rows: engine.loss([(row, False) for row in rows]), 0, factor * RATE)
+
+    found: dict[str, Any] = {}
+    try:
+        put_in(largest)
+        train(engine)
+        fifth = HELD_OUT // 5
+        parts = HeldOut(held_out[:fifth], held_out[fifth : 3 * fifth], held_out[3 * fifth :])
+        found["shrink"] = sum(shrink_(engine, parts, MARGIN).ranks_after.values())
+    except DataError as error:
+        found["shrink"] = str(error)
+    eject_(model)
+    put_in(largest, use_rslora=True)
+    found["nested"] = round(nested(engine, train, held_out, largest).rank, 1)
+    eject_(model)
+    put_in(2 * largest)
+    batches = [[(place, False) for place in range(start, start + BATCH)] for start in range(0, TEXTS, BATCH)]
+    found["predict"] = Prediction(tuple(predict(engine, (batches[::2], batches[1::2]), seed=0)), 0.0, 1).range
+    eject_(model)
+    return found
 
 
 def main() -> None:
@@ -272,10 +348,10 @@ def main() -> None:
         for seed in range(options.first_draw, options.first_draw + options.draws):
             begin = time.perf_counter()
             folder = options.out and options.out / f"rho{rho}-draw{seed}"
-            found, below = draw(model, rho, seed, folder, print if options.verbose else lambda text: None)
+            found, below, others = draw(model, rho, seed, folder, print if options.verbose else lambda text: None)
             row = {"rho": rho, "draw": seed, "found": found.comparisons.sufficient, "rank below, in δ": round(below, 1)}
             row["valid"] = below > 2
-            rows.append(row | {"seconds": round(time.perf_counter() - begin, 1)})
+            rows.append(row | others | {"seconds": round(time.perf_counter() - begin, 1)})
             print(json.dumps(rows[-1], ensure_ascii=False), verdict(found), sep="\n  ", flush=True)
     valid = [row for row in rows if row["valid"]]
     result = {
@@ -283,8 +359,18 @@ def main() -> None:
         "draws": len(rows),
         "valid": len(valid),
         "recovered": sum(row["found"] == row["rho"] for row in valid),
+        "shrink within 10 %": sum(
+            isinstance(row["shrink"], int) and abs(row["shrink"] / (2 * row["rho"]) - 1) <= 0.1 for row in valid
+        ),
+        "nested within a factor of 2": sum(_near(row["rho"], (row["nested"], row["nested"])) for row in valid),
+        "predict within a factor of 2": sum(_near(row["rho"], row["predict"]) for row in valid),
     }
     print(json.dumps(result))
+
+
+def _near(rho: int, found: tuple[float, float] | None) -> bool:
+    """Whether both ends lie within a factor of two."""
+    return found is not None and all(rho / 2 <= end <= 2 * rho for end in found)
 
 
 if __name__ == "__main__":
