@@ -3,16 +3,17 @@
 A teacher is a small base model whose update ΔW* in two known layers has rank rho with rho equal singular values
 (measured where the layer's inputs lie: ΔW*·C^½ has them, C = E[x·xᵀ]). Students, adapters on the same layers, learn the
 teacher's next-token distributions on texts sampled from the base; what lies below the layers is frozen, so it is
-computed once. So the rank that the task needs is known, and sweeps over the ranks 1, 2, 4, 8, 16 must return it. A draw
+computed once. So the rank that the task needs is known, and sweeps over --ranks must return it. A draw
 counts only if the rank below is really worse: a student of rank rho - 1 must lose more than 2δ (checked with one seed).
 
-On each draw the other instruments have their say too: an adapter of rank 16 is shrunk within δ, and the ranks of its
-two layers together should be 2·rho within 10 %; the nested run and the prediction should stay within a factor of two.
+On each draw the other instruments have their say too: an adapter of the largest rank is shrunk within δ, and the ranks
+of its two layers together should be 2·rho within 10 %; the nested run and the prediction should stay within a factor of
+two.
 
     python benchmarks/rank_planted.py --base FOLDER --rho 1 2 4 8 --draws 5
 
-FOLDER: a Hugging Face folder of a Llama, or one with a model of llama2.c (stories260K.bin, MIT). Without it the base is
-a random Llama of the same shape. The last line is JSON.
+FOLDER: a Hugging Face folder of a Llama, or one with a model of llama2.c (stories260K.bin, MIT), or smollm2-135m.
+Without it the base is a random Llama of the same shape. The last line is JSON.
 """
 
 import argparse
@@ -31,6 +32,7 @@ from torch.nn import functional as F
 
 from rankwise import LoraConfig, eject_, trainable_parameters
 from rankwise.errors import DataError
+from rankwise.models import local_path
 from rankwise.rank.nested import nested
 from rankwise.rank.predict import Prediction, predict
 from rankwise.rank.runs import RunResult
@@ -41,9 +43,6 @@ from rankwise.rank.verdict import verdict
 
 Text = tuple[int, bool]
 """A text by its place, and whether it is held out."""
-RANKS, SEEDS = (1, 2, 4, 8, 16), 3
-LOWEST = 4
-LAYERS = ("layers.4.self_attn.o_proj", "layers.4.mlp.down_proj")
 TEXTS, HELD_OUT, LENGTH = 768, 128, 12
 BATCH, STEPS, RATE = 16, 120, 0.03
 BASE_LOSS = 0.5
@@ -57,7 +56,7 @@ def load_base(folder: Path | None) -> Any:
     from transformers import LlamaForCausalLM
 
     if folder is not None and not list(folder.glob("*.bin")):
-        return LlamaForCausalLM.from_pretrained(folder, local_files_only=True).eval()
+        return LlamaForCausalLM.from_pretrained(local_path(str(folder)), local_files_only=True).eval()
     if folder is None:
         torch.manual_seed(0)
         return LlamaForCausalLM(_shape(64, 172, 5, 8, 4, 512, 512)).eval()
@@ -144,9 +143,9 @@ def plant(model: Any, rho: int, generator: torch.Generator) -> Task:
     sampled = {"do_sample": True, "min_new_tokens": LENGTH - 1, "max_new_tokens": LENGTH - 1, "top_k": 0}
     texts = model.generate(starts, attention_mask=torch.ones_like(starts), pad_token_id=2, **sampled)
     whole = model(texts, output_hidden_states=True)
-    inputs = whole.hidden_states[LOWEST]
+    inputs = whole.hidden_states[-2]
     torch.testing.assert_close(logits_from(model, inputs[:8]), whole.logits[:8], rtol=1e-3, atol=1e-3)
-    weights = [model.get_submodule(f"model.{name}").weight for name in LAYERS]
+    weights = [model.get_submodule(f"model.{name}").weight for name in adapted(model)]
     originals = [weight.clone() for weight in weights]
     updates = [
         equal_update(weight, covariance, rho, generator)
@@ -168,11 +167,15 @@ def plant(model: Any, rho: int, generator: torch.Generator) -> Task:
 
 
 def logits_from(model: Any, hidden: Tensor) -> Tensor:
-    """The upper part of a Llama: hidden states [n, t, d] before block LOWEST → logits [n, t, V]."""
+    """The upper part of a Llama: hidden states [n, t, d] before the last block → logits [n, t, V]."""
     rotary = model.model.rotary_emb(hidden, torch.arange(hidden.shape[1])[None])
-    for block in model.model.layers[LOWEST:]:
-        hidden = block(hidden, position_embeddings=rotary)
-    return model.lm_head(model.model.norm(hidden))
+    return model.lm_head(model.model.norm(model.model.layers[-1](hidden, position_embeddings=rotary)))
+
+
+def adapted(model: Any) -> tuple[str, str]:
+    """The layers with a planted update: two of the last block, so that all below it runs once."""
+    last = f"layers.{model.config.num_hidden_layers - 1}"
+    return f"{last}.self_attn.o_proj", f"{last}.mlp.down_proj"
 
 
 def equal_update(weight: Tensor, covariance: Tensor, rho: int, generator: torch.Generator) -> Tensor:
@@ -190,7 +193,7 @@ def covariances(model: Any, inputs: Tensor) -> list[Tensor]:
     """E[x·xᵀ] of the inputs of the layers."""
     found: dict[str, Tensor] = {}
     hooks = []
-    for name in LAYERS:
+    for name in adapted(model):
         layer: nn.Module = model.get_submodule(f"model.{name}")
 
         def note(_: nn.Module, inputs: tuple[Tensor, ...], name: str = name) -> None:
@@ -201,7 +204,7 @@ def covariances(model: Any, inputs: Tensor) -> list[Tensor]:
     logits_from(model, inputs)
     for hook in hooks:
         hook.remove()
-    return [found[name] for name in LAYERS]
+    return [found[name] for name in adapted(model)]
 
 
 def reached(loss: Callable[[float], float]) -> float:
@@ -220,13 +223,13 @@ def divergence(targets: Tensor, logits: Tensor) -> Tensor:
     return F.kl_div(logits.log_softmax(-1), targets, reduction="none", log_target=True).sum(-1).mean(-1)
 
 
-def student(model: Any, task: Task) -> Callable[[int, int, float], RunResult]:
+def student(model: Any, task: Task, largest: int) -> Callable[[int, int, float], RunResult]:
     """run(rank, seed, factor) for the sweep."""
 
     def run(rank: int, seed: int, factor: float) -> RunResult:
         begin = time.perf_counter()
-        config = LoraConfig(r=max(rank, 1), lora_alpha=8, target_modules=LAYERS)
-        inject_nested_(model, config, max(RANKS), seed)
+        config = LoraConfig(r=max(rank, 1), lora_alpha=8, target_modules=adapted(model))
+        inject_nested_(model, config, largest, seed)
         parameters = trainable_parameters(model) if rank else []
         if parameters:
 
@@ -259,19 +262,19 @@ def fit(parameters: list[nn.Parameter], loss_of: Callable[[list[int]], Tensor], 
 
 
 def draw(
-    model: Any, rho: int, seed: int, folder: Path | None, say: Callable[[str], None]
+    model: Any, rho: int, seed: int, ranks: list[int], seeds: int, folder: Path | None, say: Callable[[str], None]
 ) -> tuple[Sweep, float, dict[str, Any]]:
     """One planted task and its sweep; by how many δ a student of rank rho - 1 is worse than one of rank rho; and the
     other instruments' findings."""
     task = plant(model, rho, torch.Generator().manual_seed(1000 * rho + seed))
-    run = student(model, task)
+    run = student(model, task, max(ranks))
     found = sweep(
-        run, RANKS, range(SEEDS), margin=MARGIN, folder=folder, settings={"steps": STEPS, "rate": RATE}, say=say
+        run, ranks, range(seeds), margin=MARGIN, folder=folder, settings={"steps": STEPS, "rate": RATE}, say=say
     )
     below = run(rho - 1, 0, found.factors[rho])
     own = found.losses[rho][0]
     worse = float((below.losses - own).sum() / below.counts.sum() / found.comparisons.margin)
-    return found, worse, other_instruments(model, task, found.factors[max(RANKS)])
+    return found, worse, other_instruments(model, task, max(ranks), found.factors[max(ranks)])
 
 
 class PlantedEngine:
@@ -298,16 +301,16 @@ class PlantedEngine:
         return divergence(targets[places], logits_from(self.model, inputs[places]))
 
 
-def other_instruments(model: Any, task: Task, factor: float) -> dict[str, Any]:
+def other_instruments(model: Any, task: Task, largest: int, factor: float) -> dict[str, Any]:
     """Total rank that shrink leaves, rank of the nested run, and the predicted range, with one seed each.
 
-    `factor`: on the learning rate, that of the sweep's largest rank.
+    `largest`: the rank that is trained. `factor`: on the learning rate, that of the sweep at this rank.
     """
     engine: Any = PlantedEngine(model, task)
-    largest, held_out = max(RANKS), [(place, True) for place in range(HELD_OUT)]
+    held_out = [(place, True) for place in range(HELD_OUT)]
 
     def put_in(r: int, use_rslora: bool = False) -> None:
-        config = LoraConfig(r=r, lora_alpha=8, target_modules=LAYERS, use_rslora=use_rslora)
+        config = LoraConfig(r=r, lora_alpha=8, target_modules=adapted(model), use_rslora=use_rslora)
         inject_nested_(model, config, r, seed=0)
 
     def train(engine: Any) -> None:
@@ -337,6 +340,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--base", type=Path)
     parser.add_argument("--rho", type=int, nargs="+", default=[1, 2, 4, 8])
+    parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2, 4, 8, 16], help="of the sweep")
+    parser.add_argument("--seeds", type=int, default=3, help="of the sweep")
     parser.add_argument("--draws", type=int, default=5)
     parser.add_argument("--first-draw", type=int, default=0)
     parser.add_argument("--out", type=Path, help="keep finished runs here, so that a later call goes on")
@@ -348,7 +353,8 @@ def main() -> None:
         for seed in range(options.first_draw, options.first_draw + options.draws):
             begin = time.perf_counter()
             folder = options.out and options.out / f"rho{rho}-draw{seed}"
-            found, below, others = draw(model, rho, seed, folder, print if options.verbose else lambda text: None)
+            say: Callable[[str], None] = print if options.verbose else lambda text: None
+            found, below, others = draw(model, rho, seed, options.ranks, options.seeds, folder, say)
             row = {"rho": rho, "draw": seed, "found": found.comparisons.sufficient, "rank below, in δ": round(below, 1)}
             row["valid"] = below > 2
             rows.append(row | others | {"seconds": round(time.perf_counter() - begin, 1)})
