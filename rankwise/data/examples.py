@@ -13,6 +13,10 @@ from rankwise.errors import DataError, listing
 LongRows = Literal["error", "cut", "drop"]
 Ids = tuple[int, ...]
 """Tokens."""
+NO_END = (
+    "the model's tokenizer names no end-of-text token (eos_token), so no answer could end: it belongs to another kind "
+    "of model, or is not complete. Choose another model, or another --task"
+)
 
 
 class Example(Protocol):
@@ -149,7 +153,7 @@ def tokenise(
     Raises DataError if the tokenizer names no end-of-text token.
     """
     if tokenizer.eos_token is None:
-        raise DataError("the model's tokenizer names no end-of-text token (eos_token), so no answer could end")
+        raise DataError(NO_END)
     examples: list[TextExample] = []
     problems: list[Problem] = []
     for first in range(0, len(rows), _AT_ONCE):

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
-from rankwise.data.examples import Ids, LongRows, asked, usable
+from rankwise.data.examples import NO_END, Ids, LongRows, asked, usable
 from rankwise.data.files import Problem, Row
 from rankwise.data.transcripts import Tokenizer
 from rankwise.errors import DataError
@@ -71,7 +71,7 @@ def tokenised_answers(rows: Sequence[Row], tokenizer: Tokenizer) -> tuple[list[S
     target. Raises DataError if the tokenizer names no end-of-text token.
     """
     if tokenizer.eos_token_id is None:
-        raise DataError("the model's tokenizer names no end-of-text token (eos_token), so no answer could end")
+        raise DataError(NO_END)
     examples: list[Seq2SeqExample] = []
     problems: list[Problem] = []
     for row in rows:

@@ -11,6 +11,8 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 from rankwise import load_adapter_, read_adapter
 from rankwise.cli.main import main
+from rankwise.errors import ModelError
+from rankwise.models.load import load_model
 
 SQL = [json.loads(line) for line in (ROOT / "examples/text_to_sql/train.jsonl").read_text().splitlines()[:40]]
 INTENTS = [json.loads(line) for line in (ROOT / "examples/intents/train.jsonl").read_text().splitlines()]
@@ -225,7 +227,9 @@ def test_labels_that_train_lacks_are_named(tmp_path, capsys):
 
 def test_an_encoder_is_refused_as_a_language_model(sql, tmp_path, capsys):
     assert main(["train", "--model", "minilm-l6", "--data", sql, "--out", str(tmp_path / "run")]) == 2
-    assert "minilm-l6 is no causal language model" in capsys.readouterr().err
+    assert "it belongs to another kind of model" in capsys.readouterr().err
+    with pytest.raises(ModelError, match="minilm-l6 is no causal language model"):
+        load_model("minilm-l6", "causal_lm")
 
 
 def test_an_unknown_command_names_the_nearest(capsys):
