@@ -12,8 +12,9 @@ two.
 
     python benchmarks/rank_planted.py --base FOLDER --rho 1 2 4 8 --draws 5
 
-FOLDER: a Hugging Face folder of a Llama, or one with a model of llama2.c (stories260K.bin, MIT), or smollm2-135m.
-Without it the base is a random Llama of the same shape. The last line is JSON.
+FOLDER: a Hugging Face folder of a Llama, or one with a model of llama2.c (stories260K.bin, MIT), or smollm2-135m; or
+minilm-l6, whose last hidden states get a random head, on texts of examples/intents. Without it the base is a random
+Llama of the shape of stories260K. The last line is JSON.
 """
 
 import argparse
@@ -23,7 +24,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -51,17 +52,72 @@ MARGIN = 0.01
 """δ, 2 % of that: of eight equal directions each is worth an eighth, which has to be more than 2δ."""
 
 
-def load_base(folder: Path | None) -> Any:
-    """A Llama in evaluation mode."""
+@dataclass(frozen=True)
+class Base:
+    """A model in evaluation mode, of which the last block is adapted, so that all below it runs once."""
+
+    model: Any
+    layers: tuple[str, str]
+    """The layers with a planted update."""
+    texts: Callable[[torch.Generator], Tensor]
+    """Tokens [TEXTS + HELD_OUT, LENGTH]."""
+    logits: Callable[[Tensor], Tensor]
+    """From the hidden states [n, LENGTH, d] before the last block to [n, LENGTH, V]."""
+
+
+def load_base(name: str | None) -> Base:
+    """See the options."""
+    if name == "minilm-l6":
+        return minilm(name)
+    if name is not None and list(Path(name).glob("stories*.bin")):
+        return llama(_from_llama2c(next(Path(name).glob("stories*.bin"))))
     from transformers import LlamaForCausalLM
 
-    if folder is not None and not list(folder.glob("*.bin")):
-        return LlamaForCausalLM.from_pretrained(local_path(str(folder)), local_files_only=True).eval()
-    if folder is None:
-        torch.manual_seed(0)
-        return LlamaForCausalLM(_shape(64, 172, 5, 8, 4, 512, 512)).eval()
-    path = next(path for path in folder.glob("*.bin") if path.name.startswith("stories"))
-    return _from_llama2c(path)
+    if name is not None:
+        return llama(LlamaForCausalLM.from_pretrained(local_path(name), local_files_only=True).eval())
+    torch.manual_seed(0)
+    return llama(LlamaForCausalLM(_shape(64, 172, 5, 8, 4, 512, 512)).eval())
+
+
+def llama(model: Any) -> Base:
+    """Its texts are drawn from itself."""
+
+    def texts(generator: torch.Generator) -> Tensor:
+        torch.manual_seed(int(torch.randint(2**31, (1,), generator=generator)))
+        starts = torch.randint(3, model.config.vocab_size, (TEXTS + HELD_OUT, 1), generator=generator)
+        sampled = {"do_sample": True, "min_new_tokens": LENGTH - 1, "max_new_tokens": LENGTH - 1, "top_k": 0}
+        return model.generate(starts, attention_mask=torch.ones_like(starts), pad_token_id=2, **sampled)
+
+    def logits(hidden: Tensor) -> Tensor:
+        rotary = model.model.rotary_emb(hidden, torch.arange(hidden.shape[1])[None])
+        return model.lm_head(model.model.norm(model.model.layers[-1](hidden, position_embeddings=rotary)))
+
+    last = f"model.layers.{model.config.num_hidden_layers - 1}"
+    return Base(model, (f"{last}.self_attn.o_proj", f"{last}.mlp.down_proj"), texts, logits)
+
+
+def minilm(name: str) -> Base:
+    """Texts that are long enough, cut to LENGTH tokens, each seed's in its own order; a head of 512 random classes."""
+    from transformers import AutoModel, AutoTokenizer
+
+    folder = local_path(name)
+    model = AutoModel.from_pretrained(folder, local_files_only=True).eval()
+    tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    lines = (Path(__file__).parents[1] / "examples/intents/train.jsonl").read_text(encoding="utf-8").splitlines()
+    tokens = tokenizer([json.loads(line)["text"] for line in lines]).input_ids
+    long = torch.tensor([ids[:LENGTH] for ids in tokens if len(ids) >= LENGTH])
+    head = torch.randn(model.config.hidden_size, 512, generator=torch.Generator().manual_seed(0)) / 8
+
+    def texts(generator: torch.Generator) -> Tensor:
+        return long[torch.randperm(len(long), generator=generator)[: TEXTS + HELD_OUT]]
+
+    def logits(hidden: Tensor) -> Tensor:
+        block: Any = model.encoder.layer[-1]
+        found = block(hidden)
+        return (found[0] if isinstance(found, tuple) else found) @ head
+
+    last = f"encoder.layer.{model.config.num_hidden_layers - 1}"
+    return Base(model, (f"{last}.attention.output.dense", f"{last}.output.dense"), texts, logits)
 
 
 def _shape(dim: int, hidden: int, layers: int, heads: int, kv_heads: int, vocabulary: int, length: int) -> Any:
@@ -136,46 +192,31 @@ class Task:
 
 
 @torch.no_grad()
-def plant(model: Any, rho: int, generator: torch.Generator) -> Task:
-    """Sample texts from the base, and label them by the base with ΔW* of rank `rho`."""
-    torch.manual_seed(int(torch.randint(2**31, (1,), generator=generator)))
-    starts = torch.randint(3, model.config.vocab_size, (TEXTS + HELD_OUT, 1), generator=generator)
-    sampled = {"do_sample": True, "min_new_tokens": LENGTH - 1, "max_new_tokens": LENGTH - 1, "top_k": 0}
-    texts = model.generate(starts, attention_mask=torch.ones_like(starts), pad_token_id=2, **sampled)
-    whole = model(texts, output_hidden_states=True)
-    inputs = whole.hidden_states[-2]
-    torch.testing.assert_close(logits_from(model, inputs[:8]), whole.logits[:8], rtol=1e-3, atol=1e-3)
-    weights = [model.get_submodule(f"model.{name}").weight for name in adapted(model)]
+def plant(base: Base, rho: int, generator: torch.Generator) -> Task:
+    """Texts labelled by the base with ΔW* of rank `rho`."""
+    texts = base.texts(generator)
+    assert len(texts) == TEXTS + HELD_OUT
+    inputs = base.model.base_model(texts, output_hidden_states=True).hidden_states[-2]
+    own = base.logits(inputs)
+    weights = [base.model.get_submodule(name).weight for name in base.layers]
     originals = [weight.clone() for weight in weights]
     updates = [
         equal_update(weight, covariance, rho, generator)
-        for weight, covariance in zip(weights, covariances(model, inputs), strict=True)
+        for weight, covariance in zip(weights, covariances(base, inputs), strict=True)
     ]
 
     def teacher(strength: float, inputs: Tensor) -> Tensor:
         for weight, original, update in zip(weights, originals, updates, strict=True):
             weight.copy_(original + strength * update)
-        result = logits_from(model, inputs).log_softmax(-1)
+        result = base.logits(inputs).log_softmax(-1)
         for weight, original in zip(weights, originals, strict=True):
             weight.copy_(original)
         return result
 
-    some, base = inputs[:HELD_OUT], whole.logits[:HELD_OUT]
-    strength = reached(lambda strength: divergence(teacher(strength, some), base).mean().item())
+    some = inputs[:HELD_OUT]
+    strength = reached(lambda strength: divergence(teacher(strength, some), own[:HELD_OUT]).mean().item())
     targets = teacher(strength, inputs)
     return Task(inputs[:TEXTS], targets[:TEXTS], inputs[TEXTS:], targets[TEXTS:])
-
-
-def logits_from(model: Any, hidden: Tensor) -> Tensor:
-    """The upper part of a Llama: hidden states [n, t, d] before the last block → logits [n, t, V]."""
-    rotary = model.model.rotary_emb(hidden, torch.arange(hidden.shape[1])[None])
-    return model.lm_head(model.model.norm(model.model.layers[-1](hidden, position_embeddings=rotary)))
-
-
-def adapted(model: Any) -> tuple[str, str]:
-    """The layers with a planted update: two of the last block, so that all below it runs once."""
-    last = f"layers.{model.config.num_hidden_layers - 1}"
-    return f"{last}.self_attn.o_proj", f"{last}.mlp.down_proj"
 
 
 def equal_update(weight: Tensor, covariance: Tensor, rho: int, generator: torch.Generator) -> Tensor:
@@ -189,22 +230,22 @@ def equal_update(weight: Tensor, covariance: Tensor, rho: int, generator: torch.
     return U @ (inverse_root @ V).T
 
 
-def covariances(model: Any, inputs: Tensor) -> list[Tensor]:
+def covariances(base: Base, inputs: Tensor) -> list[Tensor]:
     """E[x·xᵀ] of the inputs of the layers."""
     found: dict[str, Tensor] = {}
     hooks = []
-    for name in adapted(model):
-        layer: nn.Module = model.get_submodule(f"model.{name}")
+    for name in base.layers:
+        layer: nn.Module = base.model.get_submodule(name)
 
         def note(_: nn.Module, inputs: tuple[Tensor, ...], name: str = name) -> None:
             x = inputs[0].flatten(0, 1)
             found[name] = x.T @ x / len(x)
 
         hooks.append(layer.register_forward_pre_hook(note))
-    logits_from(model, inputs)
+    base.logits(inputs)
     for hook in hooks:
         hook.remove()
-    return [found[name] for name in adapted(model)]
+    return [found[name] for name in base.layers]
 
 
 def reached(loss: Callable[[float], float]) -> float:
@@ -223,22 +264,24 @@ def divergence(targets: Tensor, logits: Tensor) -> Tensor:
     return F.kl_div(logits.log_softmax(-1), targets, reduction="none", log_target=True).sum(-1).mean(-1)
 
 
-def student(model: Any, task: Task, largest: int) -> Callable[[int, int, float], RunResult]:
+def student(base: Base, task: Task, largest: int) -> Callable[[int, int, float], RunResult]:
     """run(rank, seed, factor) for the sweep."""
+
+    model = base.model
 
     def run(rank: int, seed: int, factor: float) -> RunResult:
         begin = time.perf_counter()
-        config = LoraConfig(r=max(rank, 1), lora_alpha=8, target_modules=adapted(model))
+        config = LoraConfig(r=max(rank, 1), lora_alpha=8, target_modules=base.layers)
         inject_nested_(model, config, largest, seed)
         parameters = trainable_parameters(model) if rank else []
         if parameters:
 
             def loss(rows: list[int]) -> Tensor:
-                return divergence(task.targets[rows], logits_from(model, task.inputs[rows])).mean()
+                return divergence(task.targets[rows], base.logits(task.inputs[rows])).mean()
 
             fit(parameters, loss, seed, RATE * factor)
         with torch.no_grad():
-            losses = divergence(task.held_out_targets, logits_from(model, task.held_out)).double().numpy()
+            losses = divergence(task.held_out_targets, base.logits(task.held_out)).double().numpy()
         eject_(model)
         trained = sum(parameter.numel() for parameter in parameters)
         return RunResult(losses * LENGTH, np.full(len(losses), float(LENGTH)), time.perf_counter() - begin, trained)
@@ -262,26 +305,26 @@ def fit(parameters: list[nn.Parameter], loss_of: Callable[[list[int]], Tensor], 
 
 
 def draw(
-    model: Any, rho: int, seed: int, ranks: list[int], seeds: int, folder: Path | None, say: Callable[[str], None]
+    base: Base, rho: int, seed: int, ranks: list[int], seeds: int, folder: Path | None, say: Callable[[str], None]
 ) -> tuple[Sweep, float, dict[str, Any]]:
     """One planted task and its sweep; by how many δ a student of rank rho - 1 is worse than one of rank rho; and the
     other instruments' findings."""
-    task = plant(model, rho, torch.Generator().manual_seed(1000 * rho + seed))
-    run = student(model, task, max(ranks))
+    task = plant(base, rho, torch.Generator().manual_seed(1000 * rho + seed))
+    run = student(base, task, max(ranks))
     found = sweep(
         run, ranks, range(seeds), margin=MARGIN, folder=folder, settings={"steps": STEPS, "rate": RATE}, say=say
     )
     below = run(rho - 1, 0, found.factors[rho])
     own = found.losses[rho][0]
     worse = float((below.losses - own).sum() / below.counts.sum() / found.comparisons.margin)
-    return found, worse, other_instruments(model, task, max(ranks), found.factors[max(ranks)])
+    return found, worse, other_instruments(base, task, max(ranks), found.factors[max(ranks)])
 
 
 class PlantedEngine:
     """What the instruments need of an engine: losses of texts, each given by its place and whether it is held out."""
 
-    def __init__(self, model: Any, task: Task) -> None:
-        self.model, self._task = model, task
+    def __init__(self, base: Base, task: Task) -> None:
+        self.model, self._base, self._task = base.model, base, task
 
     def loss(self, examples: Sequence[Text], label_smoothing: float = 0.0) -> Tensor:
         assert not label_smoothing
@@ -298,19 +341,19 @@ class PlantedEngine:
         held_out = examples[0][1]
         task = self._task
         inputs, targets = (task.held_out, task.held_out_targets) if held_out else (task.inputs, task.targets)
-        return divergence(targets[places], logits_from(self.model, inputs[places]))
+        return divergence(targets[places], self._base.logits(inputs[places]))
 
 
-def other_instruments(model: Any, task: Task, largest: int, factor: float) -> dict[str, Any]:
+def other_instruments(base: Base, task: Task, largest: int, factor: float) -> dict[str, Any]:
     """Total rank that shrink leaves, rank of the nested run, and the predicted range, with one seed each.
 
     `largest`: the rank that is trained. `factor`: on the learning rate, that of the sweep at this rank.
     """
-    engine: Any = PlantedEngine(model, task)
+    model, engine = base.model, cast(Any, PlantedEngine(base, task))
     held_out = [(place, True) for place in range(HELD_OUT)]
 
     def put_in(r: int, use_rslora: bool = False) -> None:
-        config = LoraConfig(r=r, lora_alpha=8, target_modules=adapted(model), use_rslora=use_rslora)
+        config = LoraConfig(r=r, lora_alpha=8, target_modules=base.layers, use_rslora=use_rslora)
         inject_nested_(model, config, r, seed=0)
 
     def train(engine: Any) -> None:
@@ -338,7 +381,7 @@ def other_instruments(model: Any, task: Task, largest: int, factor: float) -> di
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--base", type=Path)
+    parser.add_argument("--base")
     parser.add_argument("--rho", type=int, nargs="+", default=[1, 2, 4, 8])
     parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2, 4, 8, 16], help="of the sweep")
     parser.add_argument("--seeds", type=int, default=3, help="of the sweep")
@@ -347,14 +390,14 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="keep finished runs here, so that a later call goes on")
     parser.add_argument("--verbose", action="store_true")
     options = parser.parse_args()
-    model = load_base(options.base)
+    base = load_base(options.base)
     rows: list[dict[str, Any]] = []
     for rho in options.rho:
         for seed in range(options.first_draw, options.first_draw + options.draws):
             begin = time.perf_counter()
             folder = options.out and options.out / f"rho{rho}-draw{seed}"
             say: Callable[[str], None] = print if options.verbose else lambda text: None
-            found, below, others = draw(model, rho, seed, options.ranks, options.seeds, folder, say)
+            found, below, others = draw(base, rho, seed, options.ranks, options.seeds, folder, say)
             row = {"rho": rho, "draw": seed, "found": found.comparisons.sufficient, "rank below, in δ": round(below, 1)}
             row["valid"] = below > 2
             rows.append(row | others | {"seconds": round(time.perf_counter() - begin, 1)})

@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import dataclass
+from math import isfinite
 from pathlib import Path
 from typing import Any
 
@@ -39,8 +40,9 @@ def save_adapter(model: nn.Module, folder: str | Path, adapter: str | None = Non
     """Write an adapter of `model` to `folder` as adapter_config.json and adapter_model.safetensors (PEFT's format).
 
     `adapter` may be left out if there is only one. The same adapter gives the same bytes. A file is replaced in one
-    step, so a kill leaves the old one or the new one. An adapter that started from a part of the base (PiSSA, OLoRA, …)
-    is written as plain LoRA of twice the rank, which any reader of the format can use on the original base.
+    step, so a kill leaves the old one or the new one; nothing waits for the disk. An adapter that started from a part
+    of the base (PiSSA, OLoRA, …) is written as plain LoRA of twice the rank, which any reader of the format can use on
+    the original base.
     Under FSDP2 every process must call this, each with a folder of its own or all but one with one to throw away.
     Returns the folder. Raises ConfigError if the model carries no such adapter, StorageError if it cannot be written.
     """
@@ -71,9 +73,10 @@ def save_adapter(model: nn.Module, folder: str | Path, adapter: str | None = Non
         bool(layers) and all(is_conv1d(layer.base) for layer in layers.values()),
         doubled,
     )
-    with atomic.replacing(folder / format.WEIGHTS_FILE) as temporary:
+    with atomic.replacing(folder / format.WEIGHTS_FILE, to_disk=False) as temporary:
         save_file(stored, temporary, metadata={"format": "pt"})
-    atomic.write_text(folder / format.CONFIG_FILE, json.dumps(settings, indent=2, sort_keys=True) + "\n")
+    text = json.dumps(settings, indent=2, sort_keys=True) + "\n"
+    atomic.write_text(folder / format.CONFIG_FILE, text, to_disk=False)
     return folder
 
 
@@ -181,11 +184,11 @@ def _slots(model: nn.Module, adapter: str) -> dict[str, Tensor]:
         if adapter in layer.adapters():
             slots |= format.named_tensors(name, layer, adapter)
             adapted |= {id(layer.base)} if isinstance(layer, LoraLayer) else set()
-    modules = {id(module): name for name, module in named_base_modules(model)}
-    for bias in injection(model).biases:
-        if bias.adapter == adapter:
-            module = bias.module
-            slots[format.name_of_bias(modules[id(module)], id(module) in adapted, bias_name(module))] = bias.trained
+    biases = [bias for bias in injection(model).biases if bias.adapter == adapter]
+    modules = {id(module): name for name, module in named_base_modules(model)} if biases else {}
+    for bias in biases:
+        module = bias.module
+        slots[format.name_of_bias(modules[id(module)], id(module) in adapted, bias_name(module))] = bias.trained
     return slots
 
 
@@ -238,7 +241,7 @@ def _sort_tensors(
     low_rank, rest = {}, dict(tensors)
     for name, tensor in tensors.items():
         # A sum is quicker than a look at each value, and finite only if they all are.
-        if tensor.is_floating_point() and not tensor.sum().isfinite() and not torch.isfinite(tensor).all():
+        if tensor.is_floating_point() and not isfinite(tensor.sum().item()) and not torch.isfinite(tensor).all():
             count = int((~torch.isfinite(tensor)).sum())
             problems.append(f"{name}: {count:,} of {tensor.numel():,} values are not finite (NaN or infinite)")
     for end_A, end_B in (("lora_A.weight", "lora_B.weight"), ("lora_embedding_A", "lora_embedding_B")):

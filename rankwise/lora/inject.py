@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -48,10 +48,17 @@ def check_free(model: nn.Module, adapter: str) -> None:
         raise ConfigError(f"{adapter!r} cannot name an adapter; take letters, digits, - and _, and no method's name")
 
 
-def _plan(
-    model: nn.Module, config: LoraConfig, adapter: str, drawn: bool = True
-) -> tuple[InjectReport, dict[str, tuple[int, ...]]]:
-    """What `inject_` would do: the report, and the tokens to train by the name of their embedding."""
+class _Plan(NamedTuple):
+    """What `inject_` would do."""
+
+    report: InjectReport
+    tokens: dict[str, tuple[int, ...]]
+    """Those to train, by the name of their embedding."""
+    modules: dict[str, nn.Module]
+    """All of the base model, by name."""
+
+
+def _plan(model: nn.Module, config: LoraConfig, adapter: str, drawn: bool = True) -> _Plan:
     check_free(model, adapter)
     present = getattr(model, ATTRIBUTE, None)
     if present is not None and config.bias != "none" and present.biases:
@@ -73,7 +80,7 @@ def _plan(
     # Parameters of adapters that are already there do not count as the base's.
     base = {id(p): p.numel() for module in modules.values() for p in module.parameters(recurse=False)}
     report = InjectReport(matrices, counts, sum(base.values()), _extra(matrices, heads, tokens, modules, config))
-    return report, tokens
+    return _Plan(report, tokens, modules)
 
 
 def _check_ranks(matrices: tuple[AdaptedMatrix, ...], modules: dict[str, nn.Module], drawn: bool) -> None:
@@ -139,8 +146,8 @@ def largest_ranks(model: nn.Module, config: LoraConfig) -> dict[str, int]:
 
     Raises TargetError as `inject_` does.
     """
-    report, _ = _plan(model, replace(config, r=1, rank_pattern={}), DEFAULT)
-    return {matrix.name: min(matrix.d, matrix.k) for matrix in report.matrices}
+    plan = _plan(model, replace(config, r=1, rank_pattern={}), DEFAULT)
+    return {matrix.name: min(matrix.d, matrix.k) for matrix in plan.report.matrices}
 
 
 def inject_(
@@ -153,9 +160,9 @@ def inject_(
     Returns the report of what is adapted. Raises TargetError for patterns that match nothing, ConfigError for ranks
     that do not fit or a name that is taken; the model is then unchanged.
     """
-    report, tokens = _plan(model, config, adapter)
-    _put_in(model, config, adapter, report, tokens, generator)
-    return report
+    plan = _plan(model, config, adapter)
+    _put_in(model, config, adapter, plan, generator)
+    return plan.report
 
 
 def inject_unset_(model: nn.Module, config: LoraConfig, adapter: str) -> InjectReport:
@@ -163,21 +170,20 @@ def inject_unset_(model: nn.Module, config: LoraConfig, adapter: str) -> InjectR
 
     Start values are not drawn, and r may be above min(d, k).
     """
-    report, tokens = _plan(model, config, adapter, drawn=False)
-    _put_in(model, config, adapter, report, tokens, None, draw=False)
-    return report
+    plan = _plan(model, config, adapter, drawn=False)
+    _put_in(model, config, adapter, plan, None, draw=False)
+    return plan.report
 
 
 def _put_in(
     model: nn.Module,
     config: LoraConfig,
     adapter: str,
-    report: InjectReport,
-    tokens: dict[str, tuple[int, ...]],
+    plan: _Plan,
     generator: torch.Generator | None,
     draw: bool = True,
 ) -> None:
-    modules = dict(named_base_modules(model))
+    report, tokens, modules = plan
     wrappers = dict(named_wrappers(model))
     grown: dict[str, Wrapper] = {}
     try:
@@ -189,7 +195,8 @@ def _put_in(
                 continue
             layer = _wrapper(matrix.name, modules, wrappers, layer_kind(modules[matrix.name]) or LoraLayer)
             grown[matrix.name] = layer
-            layer.inside_attention = isinstance(modules[matrix.name.rpartition(".")[0]], nn.MultiheadAttention)
+            if isinstance(modules[matrix.name.rpartition(".")[0]], nn.MultiheadAttention):
+                layer.inside_attention = True
             layer.add(adapter, config, matrix.name, generator, draw)
         for name in report.heads:
             grown[name] = layer = _wrapper(name, modules, wrappers, TrainedCopy)
@@ -207,7 +214,8 @@ def _put_in(
         raise
     _freeze(model)
     for name, layer in grown.items():
-        layer.weight_is_read = weight_is_read(name, modules)
+        if weight_is_read(name, modules):
+            layer.weight_is_read = True
         put(model, name, layer)
     injected: Injection = getattr(model, ATTRIBUTE)
     injected.configs[adapter] = config

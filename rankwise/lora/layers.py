@@ -38,7 +38,8 @@ class Wrapper(nn.Module):
         """What each adapter trains here."""
         self.active: dict[str, float] = {}
         """The adapters at work that have a share here, and the weight of each in the sum."""
-        self.train(base.training)
+        if not base.training:
+            self.training = False
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -99,13 +100,13 @@ class LoraLayer(Wrapper):
     """Whether this stands in the place of a module, and not of a bare parameter."""
     groups = 1
     """Parts of the matrix that share the rank among them (a convolution's groups)."""
+    rows: dict[str, Tensor] | None = None
+    """Which rows of the batch use which adapter, while every row uses one of its own."""
     stacks = 1
     """Parts of the matrix whose updates are independent (a convolution's groups, a mixture's experts)."""
 
     def __init__(self, base: BaseLayer) -> None:
         super().__init__(base)
-        self.rows: dict[str, Tensor] | None = None
-        """Which rows of the batch use which adapter, while every row uses one of its own."""
         self.merged: dict[str, float] = {}
         self.unmerged: dict[str, nn.Parameter | None] = {}
         """The base's own parameters, by name, while merged ones stand in their place."""
@@ -138,7 +139,7 @@ class LoraLayer(Wrapper):
         if draw or from_weight(config.init_lora_weights):
             self.start(update, config, generator)
         self.reset_magnitude(update)
-        self.shares[adapter] = update.train(self.training)
+        self.shares[adapter] = update if self.training else update.eval()
 
     @torch.no_grad()
     def reset_magnitude(self, update: Update) -> None:

@@ -39,12 +39,14 @@ class LoraLinear(LoraLayer):
             return super().forward(x)
         # A and B go to the type of x, never x to theirs: they are small, x is not.
         A, B = update.factors(x.dtype)
-        matrix = self._frozen_matrix(x)
-        result = F.linear(x, *matrix) if matrix is not None and matrix[0].dtype == x.dtype else self.base(x)
-        if result.dtype != A.dtype:
-            return result + self.product(update, x).to(result.dtype)
-        # Few and cheap calls: for one token they are what an adapter costs.
-        return torch.add(result, F.linear(F.linear(update.drop(x), A), B), alpha=update.scale)
+        change = F.linear(F.linear(update.drop(x) if update.dropout else x, A), B)
+        base: Any = self._modules["base"]
+        if type(base) is nn.Linear and not _is_watched(base):
+            # Past the call of a module, which for one token takes as long as a product.
+            own: Any = base._parameters
+            return F.linear(x, own["weight"], own["bias"]).add_(change, alpha=update.scale)
+        result = base(x)
+        return torch.add(result, change.to(result.dtype), alpha=update.scale)
 
     def with_changes(self, x: Tensor, plain: Tensor) -> Tensor:
         if self.parts is None:
@@ -106,8 +108,7 @@ class LoraLinear(LoraLayer):
     def _frozen_matrix(self, x: Tensor) -> tuple[Tensor, Tensor | None] | None:
         """(W, bias) if base(x) is W·x + bias and nothing else, with both frozen."""
         base: Any = self._modules["base"]
-        # Some libraries give a layer another forward, which moves its weight to where the input is.
-        if not is_plain_linear(base) or "forward" in base.__dict__ or base._forward_hooks or base._forward_pre_hooks:
+        if not is_plain_linear(base) or _is_watched(base):
             return None
         weight, bias = base._parameters.get("weight"), base._parameters.get("bias")
         if (
@@ -119,3 +120,11 @@ class LoraLinear(LoraLayer):
         ):
             return None
         return weight, bias
+
+
+def _is_watched(base: nn.Module) -> bool:
+    """Whether a call of a layer does more than its class says.
+
+    Some libraries give a layer another forward, which moves its weight to where the input is.
+    """
+    return bool(base._forward_hooks or base._forward_pre_hooks or "forward" in base.__dict__)

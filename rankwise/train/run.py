@@ -45,26 +45,27 @@ def run_training(
     """Train to the end, from the newest checkpoint if the run is resumed, and leave the best adapter in the model.
 
     Without evaluations, or when the user ends it early, that is the adapter as it is then.
-    Raises StorageError if the disk is full, and DataError for a row of a large file that turns out to be unfit: what
-    the run did before stays.
+    Raises StorageError if the disk is full, DataError if a row of a large file turns out unfit: what was done stays.
     """
     total, watch = len(training.plan), Watch(training.parameters, config.patience)
     evaluate_every = evaluation_interval(config, training.plan, held_out)
     save_every = config.save_steps or max(1, total // 10)
-    steps: list[Step] = []
-    if run.resume:
-        steps, messages = run.restore(training, watch)
-        for message in messages:
-            reporter.say(message)
+    steps = _restored(run, training, watch, reporter) if run.resume else []
     saved, at_once = training.done, False
+
+    def save() -> None:
+        nonlocal saved
+        if training.done != saved:
+            run.save_checkpoint(training, watch, steps, labels)
+            saved = training.done
+
     with (
         tracking(config.tracker, run.path, config.as_dict(), steps) as track,
         first_interrupt(reporter.say) as interrupt,
         reporter.training(total, steps) as view,
     ):
-        left = () if watch.gave_up else training.steps(lambda: interrupt.signal is not None or watch.gave_up)
         try:
-            for step in left:
+            for step in training.steps(lambda: interrupt.signal is not None or watch.gave_up):
                 if evaluate_every and (step.number % evaluate_every == 0 or step.number == total):
                     loss = held_out_loss(training.engine, held_out)
                     watch.note(step.number, loss)
@@ -74,30 +75,39 @@ def run_training(
                 track(step)
                 view.step(step)
                 if step.number % save_every == 0:
-                    run.save_checkpoint(training, watch, steps, labels)
-                    saved = step.number
+                    save()
                 if isinstance(training.plan.examples, LazyExamples):
                     training.plan.examples.look_through(LOOKING * step.seconds / step.number)
-            if training.done != saved:
-                run.save_checkpoint(training, watch, steps, labels)
+            save()
         except DataError:
-            if training.done != saved:
-                run.save_checkpoint(training, watch, steps, labels)
+            save()
             raise
         except KeyboardInterrupt:
             at_once = True
     complete = not at_once and (training.done == total or watch.gave_up)
     if complete and watch.best:
-        watch.take_best()
-        stop = f"no better loss in {watch.waited} evaluations, so training ended after step {training.done}; "
-        reporter.say(
-            f"{stop if training.done < total else ''}the adapter of step {watch.best_step} is kept, whose held-out "
-            f"loss {watch.best_loss:.4f} was the lowest"
-        )
+        _take_best(watch, training, reporter)
     return Outcome(
         steps,
         interrupted=not complete,
         signal=None if complete else interrupt.signal,
         stopped_early=complete and training.done < total,
         adapter_step=watch.best_step if complete and watch.best else training.done,
+    )
+
+
+def _restored(run: RunFolder, training: Training, watch: Watch, reporter: Reporter) -> list[Step]:
+    """The steps that a resumed run had done at its newest checkpoint, to which it is brought."""
+    steps, messages = run.restore(training, watch)
+    for message in messages:
+        reporter.say(message)
+    return steps
+
+
+def _take_best(watch: Watch, training: Training, reporter: Reporter) -> None:
+    watch.take_best()
+    stop = f"no better loss in {watch.waited} evaluations, so training ended after step {training.done}; "
+    reporter.say(
+        f"{stop if training.done < len(training.plan) else ''}the adapter of step {watch.best_step} is kept, whose "
+        f"held-out loss {watch.best_loss:.4f} was the lowest"
     )

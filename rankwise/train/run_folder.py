@@ -142,6 +142,7 @@ class RunFolder:
     def save_adapter(self, model: nn.Module, labels: list[str]) -> None:
         """Write adapter/, and for a classifier the labels' names beside it (the format has no place for them)."""
         _save(model, labels, self.adapter)
+        atomic.reach_the_disk(self.adapter)
 
     def keep_full_adapter(self) -> None:
         """Move adapter/ to adapter-full/, before a smaller one takes its place."""
