@@ -152,7 +152,7 @@ def steps_of(
         prepared_weights(model, most_bytes_of_copies()),
         shared_inputs(model, lambda: _run_once(trainings[0])),
     ):
-        while (going := [training for training in trainings if training.batches]) and not stopped():
+        while going := [training for training in trainings if training.batches]:
             set_adapter_training(model, True)
             found = _backward(going, losses)
             moved = [
@@ -162,6 +162,8 @@ def steps_of(
             for training, step in moved:
                 training.seconds += seconds * step.tokens / sum(step.tokens for _, step in moved)
                 yield training, replace(step, seconds=training.seconds)
+            if stopped():
+                break
             begin = time.perf_counter()
     set_adapter_training(model, False)
 

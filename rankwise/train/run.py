@@ -64,16 +64,16 @@ def run_training(
         first_interrupt(reporter.say) as interrupt,
         reporter.training(total, steps) as view,
     ):
+        left = () if watch.gave_up else training.steps(lambda: interrupt.signal is not None or watch.gave_up)
         try:
-            for step in training.steps(lambda: interrupt.signal is not None or watch.gave_up):
+            for step in left:
                 if evaluate_every and (step.number % evaluate_every == 0 or step.number == total):
                     loss = held_out_loss(training.engine, held_out)
                     watch.note(step.number, loss)
                     step = replace(step, eval_loss=loss)
                 steps.append(step)
-                run.add_step(step)
-                track(step)
-                view.step(step)
+                for note in (run.add_step, track, view.step):
+                    note(step)
                 if step.number % save_every == 0:
                     save()
                 if isinstance(training.plan.examples, LazyExamples):
