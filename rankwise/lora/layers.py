@@ -254,17 +254,20 @@ class LoraLayer(Wrapper):
     def row_lengths(self, update: Update) -> Tensor:
         """‖W0 + ΔW‖ of each row [d], by ‖W‖² + 2s·⟨W·Aᵀ, B⟩ + s²·B·(A·Aᵀ)·Bᵀ, so without a dense ΔW.
 
-        A constant for the gradient (DoRA, section 4.3).
+        A constant for the gradient (DoRA, section 4.3). The three terms may cancel, so all that is of the size of A
+        and B is computed in fp64.
         """
         weight = self.base_matrix()
         A, B = self.row_factors(update)
         s = update.scale
         weight = weight.to(A.dtype)
         grouped = weight.view(*A.shape[:-2], -1, weight.shape[1])
-        cross = (grouped @ A.transpose(-2, -1) * B).sum(-1)
+        across = (grouped @ A.transpose(-2, -1)).double()
+        A, B = A.double(), B.double()
+        cross = (across * B).sum(-1)
         own = (B @ (A @ A.transpose(-2, -1)) * B).sum(-1)
         squared = weight.square().sum(1) + (2 * s * cross + s * s * own).flatten()
-        return squared.clamp_min(torch.finfo(A.dtype).tiny).sqrt()
+        return squared.clamp_min(torch.finfo(weight.dtype).tiny).sqrt().to(weight.dtype)
 
     def own(self, name: str) -> Any:
         """The base's own parameter of this name (or None), whatever is merged."""

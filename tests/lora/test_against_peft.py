@@ -120,12 +120,6 @@ def our_gradients(model, output):
     return {name: g.flatten() for name, g in zip(leaves, grads, strict=True) if g is not None}
 
 
-def distance(some, others):
-    """The largest difference of two sets of gradients, relative to the largest entry of the second."""
-    largest = max(gradient.abs().max() for gradient in others.values())
-    return max((some[name] - gradient).abs().max() for name, gradient in others.items()) / largest
-
-
 def upstream(output):
     return (output * torch.linspace(-1, 1, output.numel(), dtype=output.dtype).view(output.shape)).sum()
 
@@ -151,13 +145,9 @@ def test_adapters_of_peft_and_ours_are_the_same(number, tmp_path):
 
     grads, expected = our_gradients(ours, ours_output), peft_gradients(theirs, output)
     assert grads.keys() == expected.keys()
-    difference = distance(grads, expected)
-    if difference > (1e-6 if dtype == torch.float32 else 1e-12):
-        # One draw of 600 is so badly conditioned that PEFT's own fp32 is farther from the exact gradient than that.
-        assert dtype == torch.float32
-        exact = in_peft(config, torch.float64)
-        exact.load_state_dict({name: tensor.double() for name, tensor in theirs.state_dict().items()})
-        assert difference <= distance(expected, peft_gradients(exact, exact(IDS)))
+    largest = max(g.abs().max() for g in expected.values())
+    for name, gradient in expected.items():
+        assert (grads[name] - gradient).abs().max() <= (1e-6 if dtype == torch.float32 else 1e-12) * largest, name
 
     save_adapter(ours, tmp_path / "ours")
     with warnings.catch_warnings():

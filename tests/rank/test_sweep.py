@@ -11,12 +11,14 @@ from conftest import ROOT, tiny
 from transformers import AutoModelForCausalLM, AutoTokenizer, BertConfig, BertModel
 
 from rankwise import LoraConfig, eject_, inject_, read_adapter
+from rankwise.cli import paired_runs
 from rankwise.cli.main import main
 from rankwise.cli.paired_runs import PairedRuns
 from rankwise.cli.rank_sweep import SweepConfig
 from rankwise.errors import ConfigError, RankwiseError
 from rankwise.lora.inject import DEFAULT
 from rankwise.lora.layers import named_lora_layers
+from rankwise.models.load import load_model
 from rankwise.rank.illustrate import Illustrations, illustrate
 from rankwise.rank.page import HEIGHT, LEFT, WIDTH, page
 from rankwise.rank.report import as_dict, table
@@ -279,7 +281,9 @@ def held_out_losses(out):
     return {path.name: np.load(path)["losses"] for path in (out / "runs").iterdir()}
 
 
-def test_a_sweep_in_shared_passes_gives_what_it_gives_run_by_run(tiny_llama_folder, sql, tmp_path, capsys):
+def test_a_sweep_in_shared_passes_gives_what_it_gives_run_by_run(tiny_llama_folder, sql, tmp_path, capsys, monkeypatch):
+    # AdamW moves a number by the sign of a gradient that is next to zero, so fp32's rounding would grow without bound.
+    monkeypatch.setattr(paired_runs, "load_model", lambda *args, **kwargs: load_model(*args, **kwargs).double())
     options = ["rank", "sweep", "--model", str(tiny_llama_folder), *sql, "--max-steps", "3", "--lr", "0.3"]
     options += ["--lora-dropout", "0.1"]
     options += ["--ranks", "1,2,4", "--seeds", "2"]
@@ -289,7 +293,7 @@ def test_a_sweep_in_shared_passes_gives_what_it_gives_run_by_run(tiny_llama_fold
     alone, shared = held_out_losses(tmp_path / "alone"), held_out_losses(tmp_path / "shared")
     assert alone.keys() == shared.keys()
     for name, losses in alone.items():
-        np.testing.assert_allclose(shared[name], losses, rtol=2e-5, err_msg=name)
+        np.testing.assert_allclose(shared[name], losses, rtol=1e-6, err_msg=name)
 
 
 def test_a_rate_that_diverges_in_a_shared_pass_is_infinitely_bad_and_harms_no_other(tiny_llama_folder, sql, tmp_path):
