@@ -308,7 +308,8 @@ def run_trainer(task: Task, name: str, steps: int) -> Result:
             model, TrainingArguments(**settings), train_dataset=Dataset.from_list(rows), data_collator=collate
         )
     else:
-        from trl import SFTConfig, SFTTrainer  # pyright: ignore[reportMissingImports]
+        from trl.trainer.sft_config import SFTConfig  # pyright: ignore[reportMissingImports]
+        from trl.trainer.sft_trainer import SFTTrainer  # pyright: ignore[reportMissingImports]
 
         rows = [{"input_ids": list(e.ids), "completion_mask": [int(t) for t in e.trained]} for e in task.train]
         arguments = SFTConfig(**settings, completion_only_loss=True, packing=name == "trl-packed", max_length=1024)

@@ -90,6 +90,13 @@ def randomise_adapter(model: Any, seed: int = 1, std: float = 0.05) -> None:
         parameter.data = torch.randn(parameter.shape, generator=generator, dtype=parameter.dtype) * std
 
 
+@pytest.fixture(params=["in one call", "by segment"])
+def attention_each_way(request, monkeypatch):
+    """Short streams' attention in one call, as it is, and segment by segment, as that of long ones."""
+    if request.param == "by segment":
+        monkeypatch.setattr("rankwise.engine.attention._ONE_CALL", 0)
+
+
 @pytest.fixture
 def in_fp64(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Models that compute their norms and rotations in fp32 do so in fp64 here, so that 1e-10 can be asked of them."""

@@ -7,7 +7,9 @@ Symbols: T tokens in the stream, H query heads, G key/value heads, D head width,
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import lru_cache
+from itertools import accumulate
 from typing import Any, NamedTuple
 
 import torch
@@ -16,6 +18,8 @@ from torch.nn import functional as F
 from transformers import AttentionInterface, AttentionMaskInterface
 
 PACKED = "rankwise_packed"
+_ONE_CALL = 256
+"""Tokens of a stream up to which one call with a mask takes less time than a call for each of several segments."""
 
 
 class Segment(NamedTuple):
@@ -41,6 +45,8 @@ class Packing:
     """Tokens of each segment, in the order of the stream."""
     before: tuple[int | None, ...]
     """For each segment the index of the one that it continues, which stands earlier; None: it begins an example."""
+    by_segment: bool = field(default=False, kw_only=True)
+    """Whether no number of a segment may meet those of another, not even times zero: one that is not finite would."""
 
     @classmethod
     def of_whole_examples(cls, lengths: Sequence[int]) -> "Packing":
@@ -50,7 +56,12 @@ class Packing:
     def followed_by(self, other: "Packing") -> "Packing":
         """The packing of another stream that stands after this one."""
         shifted = (None if segment is None else segment + len(self.lengths) for segment in other.before)
-        return Packing((*self.lengths, *other.lengths), (*self.before, *shifted))
+        return Packing((*self.lengths, *other.lengths), (*self.before, *shifted), by_segment=True)
+
+    @property
+    def takes_one_call(self) -> bool:
+        """Whether attention takes the stream as a whole."""
+        return not self.by_segment and len(self.lengths) > 1 and sum(self.lengths) <= _ONE_CALL
 
     def path(self, segment: int) -> list[int]:
         """The segments from the beginning of an example to this one."""
@@ -91,6 +102,13 @@ def packed_attention(
     if packing is None:
         raise ValueError("the model does not hand on how its stream is packed")
     causal = is_causal if is_causal is not None else getattr(module, "is_causal", True)
+    if packing.takes_one_call and softcap is None:
+        seen = _seen_in_stream(packing, causal, sliding_window, query.dtype, query.device)
+        grouped = query.shape[1] != key.shape[1]
+        output = F.scaled_dot_product_attention(
+            query, key, value, attn_mask=seen, dropout_p=dropout, scale=scaling, enable_gqa=grouped
+        )
+        return output.transpose(1, 2).contiguous(), None
     outputs = []
     for q, k, v, places in packing.segments(query, key, value):
         if softcap is not None:
@@ -132,6 +150,29 @@ def _mask(query: Tensor, key: Tensor, places: Tensor | None, causal: bool, windo
     distance = own[:, None] - keys[None, :]
     seen = distance >= 0 if causal else torch.ones_like(distance, dtype=torch.bool)
     return seen & (distance.abs() < window) if window else seen
+
+
+@lru_cache(maxsize=8)
+def _seen_in_stream(
+    packing: Packing, causal: bool, window: int | None, dtype: torch.dtype, device: torch.device
+) -> Tensor:
+    """[T, T], what is added to the scores: 0 where a query sees a key and -∞ elsewhere."""
+    lengths = torch.tensor(packing.lengths)
+    paths = [packing.path(segment) for segment in range(len(lengths))]
+    leads = torch.zeros(len(lengths), len(lengths), dtype=torch.bool)
+    for segment, path in enumerate(paths):
+        leads[segment, path] = True
+    segment_of = torch.arange(len(lengths)).repeat_interleave(lengths)
+    starts = torch.tensor([0, *accumulate(packing.lengths)])[segment_of]
+    before = torch.tensor([sum(packing.lengths[index] for index in path[:-1]) for path in paths])[segment_of]
+    position = torch.arange(len(segment_of)) - starts + before
+    distance = position[:, None] - position[None, :]
+    seen = leads[segment_of[:, None], segment_of[None, :]]
+    if causal:
+        seen &= distance >= 0
+    if window:
+        seen &= distance.abs() < window
+    return torch.zeros(seen.shape, dtype=dtype).masked_fill_(~seen, -torch.inf).to(device)
 
 
 def _no_mask(*_args: Any, **_kwargs: Any) -> None:

@@ -8,6 +8,7 @@ from typing import Any, Generic
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from transformers import PreTrainedModel
 
 from rankwise.data.examples import E
 from rankwise.engine.attention import PACKED
@@ -47,6 +48,9 @@ class Engine(ABC, Generic[E]):
         """What enters the lowest block that trains, as far as it is known."""
         self.blocks = blocks_of(model)
         """None if they were not found."""
+        parts = [module for module in model.modules() if isinstance(module, PreTrainedModel)]
+        self._configs = list({id(part.config): part.config for part in parts}.values())
+        self._may_recompute = [module for module in model.modules() if hasattr(module, "gradient_checkpointing")]
         self._last_block = self.blocks[-1] if self.blocks else None
         self._cuts_up_to = 0.0
         self.padded_because = self._why_not_packed(sample)
@@ -184,14 +188,17 @@ class Engine(ABC, Generic[E]):
     @contextmanager
     def _exchanged(self, flagged: Sequence[Any]) -> Iterator[None]:
         """Let the model use packed attention, and no recomputation of its own in the modules that are `flagged`."""
-        before = self.model.config._attn_implementation
-        self.model.set_attn_implementation(PACKED)
+        before = [config._attn_implementation for config in self._configs]
+        # What set_attn_implementation does, which searches the whole model each time.
+        for config in self._configs:
+            config._attn_implementation = PACKED
         for module in flagged:
             module.gradient_checkpointing = False
         try:
             yield
         finally:
-            self.model.set_attn_implementation(before)
+            for config, implementation in zip(self._configs, before, strict=True):
+                config._attn_implementation = implementation
             for module in flagged:
                 module.gradient_checkpointing = True
 
@@ -211,7 +218,7 @@ class Engine(ABC, Generic[E]):
 
         Their recomputation would meet the model's own attention in the backward pass, so the engine takes it over.
         """
-        return [module for module in self.model.modules() if getattr(module, "gradient_checkpointing", False)]
+        return [module for module in self._may_recompute if module.gradient_checkpointing]
 
     @torch.no_grad()
     def _why_not_packed(self, sample: Sequence[E]) -> str | None:

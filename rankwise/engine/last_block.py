@@ -35,14 +35,16 @@ def only_at(rows: Tensor, block: nn.Module, packing: Packing) -> Iterator[None]:
         nonlocal calls
         calls += 1
         try:
-            block.forward(*args, **kwargs | {"packing": _UpToAttention(packing.lengths, packing.before)})
+            block.forward(
+                *args, **kwargs | {"packing": _UpToAttention(packing.lengths, packing.before, by_segment=True)}
+            )
         except _Reached as reached:
             taken = [(reached.key, reached.value)]
         else:
             raise RuntimeError("its last block does not call the attention that was exchanged")
         args, values = _at(rows, tokens, (args, tuple(kwargs.values())))
         kwargs = dict(zip(kwargs, values, strict=True))
-        return args, kwargs | {"packing": _AtRows(packing.lengths, packing.before, rows, taken)}
+        return args, kwargs | {"packing": _AtRows(packing.lengths, packing.before, rows, taken, by_segment=True)}
 
     def put_back(_block: nn.Module, _args: tuple[Any, ...], output: Any) -> Any:
         if isinstance(output, tuple):

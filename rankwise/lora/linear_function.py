@@ -49,14 +49,14 @@ class _LinearWithUpdate(torch.autograd.Function):
         layers = [terms[start : start + len(lengths)] for start in range(0, len(terms), len(lengths))]
         parts = [terms[part :: len(lengths)] for part in range(len(lengths))]
         stacked = [torch.cat([term.A for term in part]) if len(part) > 1 else part[0].A for part in parts]
-        hidden = [F.linear(own, A) for own, A in zip(rows.split(lengths), stacked, strict=True)]
+        hidden = [F.linear(own, A) for own, A in zip(_split(rows, lengths), stacked, strict=True)]
         ctx.ranks = [[term.A.shape[0] for term in part] for part in parts]
         results = []
         for layer, of_layer in zip(layers, _by_layer(hidden, ctx.ranks), strict=True):
             weight, bias, prepared = layer[0].weight, layer[0].bias, layer[0].prepared
             # The result must not be a view: models divide or activate it in place, which autograd forbids for a view.
             result = frozen_linear(x, weight if prepared is None else prepared.forward, bias)
-            places = result.view(-1, result.shape[-1]).split(lengths)
+            places = _split(result.view(-1, result.shape[-1]), lengths)
             for term, own, place in zip(layer, of_layer, places, strict=True):
                 place.addmm_(own, term.B.T, alpha=term.scale)
             results.append(result)
@@ -81,7 +81,7 @@ class _LinearWithUpdate(torch.autograd.Function):
             if gradient is None:
                 continue
             rows = gradient.reshape(-1, gradient.shape[-1])
-            for part, own_rows in enumerate(rows.split(ctx.lengths)):
+            for part, own_rows in enumerate(_split(rows, ctx.lengths)):
                 index, scale = layer * parts + part, ctx.scales[layer][part]
                 # A BLAS runs the thin products as written here two to three times faster than as g·B and gᵀ·h.
                 torch.mul(own_rows @ B[index].T.contiguous().T, scale, out=of_own[layer][part])
@@ -95,13 +95,13 @@ class _LinearWithUpdate(torch.autograd.Function):
                     through = frozen_linear(rows, prepared.backward)
                 of_x = through if of_x is None else of_x.add_(through)
         if of_x is not None:
-            for place, of_part, A in zip(of_x.split(ctx.lengths), of_hidden, stacked, strict=True):
+            for place, of_part, A in zip(_split(of_x, ctx.lengths), of_hidden, stacked, strict=True):
                 place.addmm_(of_part, A)
             of_x = of_x.view(x.shape)
         of_A: list[Tensor | None] = [None] * len(B)
-        for part, own_rows in enumerate(x.reshape(-1, x.shape[-1]).split(ctx.lengths)):
+        for part, own_rows in enumerate(_split(x.reshape(-1, x.shape[-1]), ctx.lengths)):
             if any(ctx.needs_input_grad[_argument(index, "A")] for index in range(part, len(B), parts)):
-                of_A[part::parts] = (of_hidden[part].T @ own_rows).split(ctx.ranks[part])
+                of_A[part::parts] = _split(of_hidden[part].T @ own_rows, ctx.ranks[part])
         of_terms = [
             value
             for one_A, one_B in zip(of_A, of_B, strict=True)
@@ -115,7 +115,12 @@ _VALUES = len(Term._fields)
 
 def _by_layer(hidden: Sequence[Tensor], ranks: Sequence[list[int]]) -> list[tuple[Tensor, ...]]:
     """For each part the hidden values of all layers beside each other → for each layer those of all parts."""
-    return list(zip(*(own.split(r, dim=1) for own, r in zip(hidden, ranks, strict=True)), strict=True))
+    return list(zip(*(_split(own, r, dim=1) for own, r in zip(hidden, ranks, strict=True)), strict=True))
+
+
+def _split(tensor: Tensor, sizes: Sequence[int], dim: int = 0) -> Sequence[Tensor]:
+    """tensor.split, which for one part takes as long as a thin product."""
+    return (tensor,) if len(sizes) == 1 else tensor.split(sizes, dim)
 
 
 def _argument(index: int, field: str) -> int:

@@ -152,8 +152,11 @@ def steps_of(
         prepared_weights(model, most_bytes_of_copies()),
         shared_inputs(model, lambda: _run_once(trainings[0])),
     ):
+        shares = [layer.shares for _, layer in named_wrappers(model)]
         while going := [training for training in trainings if training.batches]:
-            set_adapter_training(model, True)
+            # Evaluations between the steps switch it off; to switch it on takes a walk through the model.
+            if not all(share.training for share in shares):
+                set_adapter_training(model, True)
             found = _backward(going, losses)
             moved = [
                 (training, step) for training, loss in zip(going, found, strict=True) if (step := training.move(loss))

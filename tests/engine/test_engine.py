@@ -17,6 +17,8 @@ from rankwise.engine.batch import pack
 from rankwise.engine.classifiers import ClassifierEngine
 from rankwise.engine.language import LanguageEngine
 
+pytestmark = pytest.mark.usefixtures("attention_each_way")
+
 CAUSAL = ["llama", "llama-tied", "qwen2", "mistral-window", "gpt2", "gpt-neox"]
 
 

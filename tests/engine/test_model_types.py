@@ -47,7 +47,7 @@ PACKED = {
 PACKED |= {"qwen3", "smollm3", "starcoder2", "cohere", "helium", "bert", "roberta", "electra"}
 
 
-pytestmark = pytest.mark.usefixtures("in_fp64")
+pytestmark = pytest.mark.usefixtures("in_fp64", "attention_each_way")
 
 
 def build(auto, kind, overrides, r, **more):
