@@ -6,7 +6,9 @@ import time
 from collections.abc import Callable
 from statistics import median
 
+from rankwise.engine.heap import keep_freed_memory
 from rankwise.plan.machine import Machine, keep_machine
+from rankwise.plan.memory import COPIES
 
 MEASURING_SECONDS = 5.0
 ROWS = (8, 32, 128, 512)
@@ -21,12 +23,16 @@ SEGMENTS = {16: 16, 256: 2}
 """Tokens of a segment → segments, for the attention: calls weigh most in one, arithmetic in the other."""
 HEADS, HEAD_WIDTH = 8, 64
 CHAIN = 100
+COPIED = 32
+"""Matrices that are prepared."""
 
 Job = Callable[[], object]
 
 
 def calibrate() -> Machine:
     """Measure this machine, keep the result in the cache and return it. Raises StorageError."""
+    copied = _copied_bytes_per_second()
+    keep_freed_memory()  # As training does: without it, fresh memory would take most of the time of what is measured.
     products = {rows: _products(rows) for rows in ROWS}
     thin = {r: _thin_products(r) for r in RANKS}
     attention = {tokens: _attention(tokens, count) for tokens, count in SEGMENTS.items()}
@@ -39,6 +45,7 @@ def calibrate() -> Machine:
     machine = Machine(
         products=tuple((rows, rows * flops / seconds[job]) for rows, job in products.items()),
         thin_products=tuple((r, r * thin_flops / seconds[job]) for r, job in thin.items()),
+        copied_bytes_per_second=copied,
         # Two numbers read and one written.
         bytes_per_second=12 * PIECE * PIECES / bandwidth,
         activations_per_second=2 * PIECE / activations,
@@ -64,6 +71,20 @@ def _medians(jobs: list[Job]) -> dict[Job, float]:
             job()
             times[job].append(time.perf_counter() - begin)
     return {job: median(taken) for job, taken in times.items()}
+
+
+def _copied_bytes_per_second() -> float:
+    """Bytes of prepared copies that are made in a second, in memory that the process did not have before."""
+    import torch
+
+    from rankwise.lora.frozen_product import prepare, runs_in_onednn
+
+    weights = [torch.randn(MATRIX) for _ in range(COPIED + 1)]
+    copy = prepare if runs_in_onednn(weights[0]) else torch.clone
+    kept = [copy(weights[0])]
+    begin = time.perf_counter()
+    kept += [copy(weight) for weight in weights[1:]]
+    return COPIES * COPIED * weights[0].nbytes / (time.perf_counter() - begin)
 
 
 def _products(rows: int) -> Job:
@@ -161,7 +182,12 @@ def _chain() -> Job:
 
 _IMPORTING = """
 import re, resource, sys
-import torch, transformers.models.auto.modeling_auto, transformers.models.llama.modeling_llama
+import rankwise.finetune, torch, transformers.models.auto.modeling_auto, transformers.models.llama.modeling_llama
+from rankwise.lora.frozen_product import frozen_linear
+
+x = torch.randn(512, 768, requires_grad=True)
+torch.nn.functional.gelu(x @ torch.randn(768, 768)).sum().backward()
+frozen_linear(x.detach(), torch.randn(768, 768))
 try:
     print(re.search(r"VmHWM:\\s*(\\d+)", open("/proc/self/status").read()).group(1))
 except OSError:
@@ -171,6 +197,6 @@ except OSError:
 
 
 def _process_bytes() -> float:
-    """The peak of a process of its own that has imported what a training run imports."""
+    """The peak of a process of its own that has imported what a training run imports, and computed a little."""
     output = subprocess.run([sys.executable, "-c", _IMPORTING], check=True, capture_output=True, text=True).stdout
     return int(output) * 1024

@@ -13,7 +13,7 @@ from pathlib import Path
 from rankwise import atomic
 from rankwise.models.gguf import cache_folder
 
-FORMAT = 2
+FORMAT = 3
 """Raised when what is measured changes, so that older files are measured again."""
 
 
@@ -25,8 +25,10 @@ class Machine:
     """FLOP/s of a matrix product with so many rows (tokens)."""
     thin_products: tuple[tuple[int, float], ...]
     """FLOP/s of the products of an update of this rank."""
+    copied_bytes_per_second: float
+    """Bytes of prepared copies of weights that are made in a second."""
     bytes_per_second: float
-    """Read and written by an element-wise operation whose result lies in memory that was not used before."""
+    """Read and written by an element-wise operation."""
     activations_per_second: float
     """Values through an activation function, forward and backward."""
     logits_per_second: float

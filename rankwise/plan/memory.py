@@ -89,11 +89,14 @@ def lora_memory(
 ) -> Memory:
     """Of a run whose largest batch is `batch`."""
     ranks = {matrix.name: matrix.r for matrix in report.matrices}
-    copies = COPIES * FLOAT * sum(matrix.d * matrix.k for matrix in report.matrices)
-    if choices.base_dtype != "fp32" or copies > most_bytes_of_copies():
-        copies = 0
-    frozen = base_bytes(shape, report, choices) + copies
+    frozen = base_bytes(shape, report, choices) + copied_bytes(report, choices)
     return _memory(shape, ranks, batch, process_bytes, frozen, TRAINED * report.trainable_parameters, choices)
+
+
+def copied_bytes(report: InjectReport, choices: Choices) -> float:
+    """Of the copies that a run prepares."""
+    copies = COPIES * FLOAT * sum(matrix.d * matrix.k for matrix in report.matrices)
+    return 0.0 if choices.base_dtype != "fp32" or copies > most_bytes_of_copies() else copies
 
 
 def base_bytes(shape: ModelShape, report: InjectReport, choices: Choices) -> float:

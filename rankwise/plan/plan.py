@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from rankwise.lora.config import LoraConfig
@@ -10,7 +10,7 @@ from rankwise.lora.report import AdaptedMatrix, InjectReport
 from rankwise.plan.choices import DEFAULT, Choices
 from rankwise.plan.flops import Flops, full_flops, lora_flops
 from rankwise.plan.machine import Machine
-from rankwise.plan.memory import FLOAT, PROCESS, TRAINED, Memory, base_bytes, full_memory, lora_memory
+from rankwise.plan.memory import FLOAT, PROCESS, TRAINED, Memory, base_bytes, copied_bytes, full_memory, lora_memory
 from rankwise.plan.shape import ModelShape
 from rankwise.plan.speed import Seconds, full_seconds, lora_seconds
 from rankwise.plan.workload import Batch
@@ -117,7 +117,7 @@ def make_plan(
         adapter_file_bytes(report),
         _sum_flops([lora_flops(shape, report, batch, choices) for batch in batches]),
         _largest([lora_memory(shape, report, batch, process, choices) for batch in batches]),
-        _sum_seconds(lambda m: [lora_seconds(shape, report, batch, m, choices) for batch in batches], machine),
+        _lora_seconds(shape, report, batches, machine, choices),
     )
     full = Cost(
         total,
@@ -142,6 +142,15 @@ def _sum_seconds(parts: Callable[[Machine], list[Seconds]], machine: Machine | N
     steps = parts(machine) if machine else []
     columns = zip(*(vars(step).values() for step in steps), strict=True)
     return Seconds(*map(sum, columns)) if steps else None
+
+
+def _lora_seconds(
+    shape: ModelShape, report: InjectReport, batches: Sequence[Batch], machine: Machine | None, choices: Choices
+) -> Seconds | None:
+    steps = _sum_seconds(lambda m: [lora_seconds(shape, report, batch, m, choices) for batch in batches], machine)
+    if steps is None or machine is None:
+        return None
+    return replace(steps, copying=copied_bytes(report, choices) / machine.copied_bytes_per_second)
 
 
 def _largest(parts: list[Memory]) -> Memory | None:
