@@ -124,7 +124,7 @@ def nested(
 
     `train(engine)` does the training: every loss that it asks for is that of a rank drawn anew. The adapter's scale
     should be lora_alpha / √r. `stage(name)` is entered around each of the two parts.
-    Raises ConfigError for an adapter on other than linear layers, or if nothing was learned.
+    Raises ConfigError for an adapter on other than linear layers, or for losses that say nothing (`nested_estimate`).
     """
     ranks = nested_ranks(largest)
     with stage(f"training the ranks {', '.join(map(str, ranks))} at once"):
@@ -135,7 +135,10 @@ def nested(
 
 
 def nested_estimate(losses: Mapping[int, Array], counts: Array, seed: int = 0, draws: int = DRAWS) -> Nested:
-    """The curve through the nested run's losses [N] by rank. Raises ConfigError with fewer than three ranks."""
+    """The curve through the nested run's losses [N] by rank.
+
+    Raises ConfigError with fewer than three ranks, if nothing was learned, or if the loss rises again with the rank.
+    """
     cut = {rank: own for rank, own in losses.items() if rank > 0}
     if len(cut) < 3:
         raise ConfigError(
@@ -148,6 +151,12 @@ def nested_estimate(losses: Mapping[int, Array], counts: Array, seed: int = 0, d
         raise ConfigError(
             f"the nested run did not lower the held-out loss (base {means[0]:.4f}, r = {largest} "
             f"{means[largest]:.4f}), so it says nothing on ranks; train longer or with another --lr"
+        )
+    best = min(cut, key=means.__getitem__)
+    if means[largest] - means[best] > SHARE * (means[0] - means[best]):
+        raise ConfigError(
+            f"the nested run went astray at its larger ranks: held-out loss {means[best]:.4f} at r = {best}, but "
+            f"{means[largest]:.4f} at r = {largest}, which holds the same directions and more; lower --lr or --r"
         )
     curve = fit_curve({rank: means[rank] for rank in cut})
     curves = bootstrap_curves(cut, counts, seed, draws)

@@ -124,6 +124,8 @@ def test_an_estimate_says_that_it_errs_high_and_a_run_that_learned_nothing_gives
     assert found.rank_interval[0] <= found.rank <= found.rank_interval[1]
     with pytest.raises(ConfigError, match="did not lower"):
         nested_estimate(losses | {0: hard}, np.ones(200))
+    with pytest.raises(ConfigError, match=r"went astray at its larger ranks: .* lower --lr or --r"):
+        nested_estimate(losses | {max(RANKS): hard + 1.4}, np.ones(200))
     with pytest.raises(ConfigError, match="three ranks"):
         nested_estimate({0: hard, 1: hard, 2: hard}, np.ones(200))
 
