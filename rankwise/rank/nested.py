@@ -29,6 +29,9 @@ from rankwise.rank.crossed import Array
 from rankwise.rank.curve import DRAWS, Curve, bootstrap_curves, fit_curve, interval
 from rankwise.rank.measure import per_example
 
+ASTRAY = 0.5
+"""Of what the best rank gains, the share that the largest may lose again: noise is less, a run that diverged is more."""
+
 
 class NestedEngine:
     """An engine for the training loop: each loss is that of the adapter cut to a rank drawn anew."""
@@ -137,7 +140,7 @@ def nested(
 def nested_estimate(losses: Mapping[int, Array], counts: Array, seed: int = 0, draws: int = DRAWS) -> Nested:
     """The curve through the nested run's losses [N] by rank.
 
-    Raises ConfigError with fewer than three ranks, if nothing was learned, or if the loss rises again with the rank.
+    Raises ConfigError with fewer than three ranks, if nothing was learned, or if the largest rank loses it again.
     """
     cut = {rank: own for rank, own in losses.items() if rank > 0}
     if len(cut) < 3:
@@ -153,7 +156,7 @@ def nested_estimate(losses: Mapping[int, Array], counts: Array, seed: int = 0, d
             f"{means[largest]:.4f}), so it says nothing on ranks; train longer or with another --lr"
         )
     best = min(cut, key=means.__getitem__)
-    if means[largest] - means[best] > SHARE * (means[0] - means[best]):
+    if means[largest] - means[best] > ASTRAY * (means[0] - means[best]):
         raise ConfigError(
             f"the nested run went astray at its larger ranks: held-out loss {means[best]:.4f} at r = {best}, but "
             f"{means[largest]:.4f} at r = {largest}, which holds the same directions and more; lower --lr or --r"

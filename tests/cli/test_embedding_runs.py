@@ -179,7 +179,7 @@ def test_ranks_are_compared_and_an_adapter_is_shrunk(tiny_llama_folder, tmp_path
     data = tmp_path / "pairs.jsonl"
     data.write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
     common = ["--model", str(tiny_llama_folder), "--task", "embedding", "--data", str(data), "--eval-fraction", "0.5"]
-    settings = [*common, "--max-steps", "40", "--batch-size", "16", "--seed", "0"]
+    settings = [*common, "--max-steps", "40", "--batch-size", "16", "--seed", "0", "--lr", "1e-3"]
     assert main(["rank", "nested", *settings, "--r", "4", "--out", str(tmp_path / "nested.json")]) == 0
     sweep_two_ranks(settings, tmp_path / "sweep")
     assert main(["train", *settings, "--r", "4", "--out", str(tmp_path / "run")]) == 0
