@@ -30,7 +30,7 @@ from rankwise.rank.curve import DRAWS, Curve, bootstrap_curves, fit_curve, inter
 from rankwise.rank.measure import per_example
 
 ASTRAY = 0.5
-"""Of what the best rank gains, the share that the largest may lose again: noise is less, a run that diverged is more."""
+"""Of what the best rank gains, the share that the largest may lose again: noise is less, a diverged run is more."""
 
 
 class NestedEngine:
