@@ -46,7 +46,8 @@ class Packing:
     before: tuple[int | None, ...]
     """For each segment the index of the one that it continues, which stands earlier; None: it begins an example."""
     by_segment: bool = field(default=False, kw_only=True)
-    """Whether no number of a segment may meet those of another, not even times zero: one that is not finite would."""
+    """Whether attention must go segment by segment: because no number of one may meet those of another, not even times
+    zero (it might not be finite), or because the queries are not those of all tokens."""
 
     @classmethod
     def of_whole_examples(cls, lengths: Sequence[int]) -> "Packing":
