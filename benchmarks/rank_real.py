@@ -13,9 +13,13 @@ peak memory and time; and the adapter at the sweep's rank against full fine-tuni
 
     python benchmarks/rank_real.py --task text_to_sql --out runs/rank-sql --ranks 1 2 4 8 16 32 --seeds 3 --steps 100
     python benchmarks/rank_real.py --task trec --data FOLDER --out runs/rank-trec --epochs 2
+    python benchmarks/rank_real.py --task e2e --data FOLDER --out runs/rank-e2e --ranks 1 4 16 64 --steps 100 \
+        --rows 400 --held-out 200
 
-FOLDER holds TREC.train and TREC.test (Li and Roth 2002; lines of "COARSE:fine text", latin-1). What was finished in
---out is not done again. The last line is JSON.
+FOLDER holds, for trec, TREC.train and TREC.test (Li and Roth 2002; lines of "COARSE:fine text", latin-1); for e2e,
+train.txt and valid.txt (E2E NLG, Novikova et al. 2017, in the form of LoRA's repository: lines of "facts||sentence"),
+of which one sentence for each of valid's facts is held out. What was finished in --out is not done again. The last line
+is JSON.
 """
 
 import argparse
@@ -33,29 +37,38 @@ EXAMPLES = Path(__file__).parents[1] / "examples"
 SETTINGS: dict[str, dict[str, Any]] = {
     "text_to_sql": {"model": "smollm2-135m", "task": "causal_lm", "batch_size": 4, "lr": 2e-3},
     "trec": {"model": "minilm-l6", "task": "seq_cls", "batch_size": 32, "lr": 2e-3},
+    "e2e": {"model": "smollm2-135m", "task": "causal_lm", "batch_size": 4, "lr": 2e-3},
 }
 
 
-def write_rows(task: str, source: Path | None, folder: Path, first: int | None) -> tuple[Path, Path]:
-    """(training rows, held-out rows) as JSONL in `folder`; at most the `first` rows of each."""
-    if task == "trec":
-        if source is None:
-            raise SystemExit("--task trec needs --data FOLDER with TREC.train and TREC.test")
-        parts = [_trec(source / f"TREC.{name}") for name in ("train", "test")]
-    else:
+def write_rows(task: str, source: Path | None, folder: Path, most: tuple[int | None, int | None]) -> tuple[Path, Path]:
+    """(training rows, held-out rows) as JSONL in `folder`; at most so many, the first ones, of each."""
+    if task == "text_to_sql":
         texts = [[EXAMPLES / task / f"{name}.jsonl" for name in names] for names in (["train"], ["valid", "test"])]
         parts = [
             [line for path in paths if path.is_file() for line in path.read_text().splitlines()] for paths in texts
         ]
+    elif source is None:
+        raise SystemExit(f"--task {task} needs --data FOLDER (--help says what it holds)")
+    elif task == "trec":
+        parts = [_trec(source / f"TREC.{name}") for name in ("train", "test")]
+    else:
+        held_out = {json.loads(line)["prompt"]: line for line in reversed(_e2e(source / "valid.txt"))}
+        parts = [_e2e(source / "train.txt"), [*reversed(held_out.values())]]
     files = folder / "train.jsonl", folder / "held_out.jsonl"
-    for path, lines in zip(files, parts, strict=True):
-        atomic.write_text(path, "".join(f"{line}\n" for line in lines[:first]))
+    for path, lines, count in zip(files, parts, most, strict=True):
+        atomic.write_text(path, "".join(f"{line}\n" for line in lines[:count]))
     return files
 
 
 def _trec(path: Path) -> list[str]:
     pairs = [line.split(" ", 1) for line in path.read_text(encoding="latin-1").splitlines()]
     return [json.dumps({"text": text, "label": label.partition(":")[0]}) for label, text in pairs]
+
+
+def _e2e(path: Path) -> list[str]:
+    pairs = [line.split("||") for line in path.read_text(encoding="utf-8").splitlines()]
+    return [json.dumps({"prompt": facts.strip(), "completion": sentence.strip()}) for facts, sentence in pairs]
 
 
 def once(path: Path, measure: Callable[[], dict[str, Any]]) -> dict[str, Any]:
@@ -166,7 +179,7 @@ def main() -> None:
     from rankwise.train.progress import Reporter
 
     out: Path = options.out
-    train, held_out = write_rows(options.task, options.data, out / "data", options.rows)
+    train, held_out = write_rows(options.task, options.data, out / "data", (options.rows, options.held_out))
     settings: dict[str, Any] = SETTINGS[options.task] | ({"lr": options.lr} if options.lr else {})
     config = TrainConfig(
         data=(train,),
@@ -269,14 +282,15 @@ def _threads() -> int:
 def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--task", choices=SETTINGS, required=True)
-    parser.add_argument("--data", type=Path, help="folder of TREC.train and TREC.test")
+    parser.add_argument("--data", type=Path, help="folder of the texts of trec or e2e")
     parser.add_argument("--out", type=Path, required=True, help="folder of the results; a run that was stopped goes on")
     parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2, 4, 8, 16, 32])
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--steps", type=int, help="optimiser steps of a training; without it, --epochs")
     parser.add_argument("--epochs", type=float, default=1.0)
     parser.add_argument("--lr", type=float)
-    parser.add_argument("--rows", type=int, help="only the first rows of each side")
+    parser.add_argument("--rows", type=int, help="only the first training rows")
+    parser.add_argument("--held-out", type=int, help="only the first held-out rows")
     parser.add_argument("--full", action=argparse.BooleanOptionalAction, default=True, help="full fine-tuning too")
     parser.add_argument("--check-rates", action=argparse.BooleanOptionalAction, default=True)
     return parser.parse_args()

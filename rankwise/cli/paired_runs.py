@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from math import ceil
 from pathlib import Path
+from random import Random
 from typing import Any
 
 import numpy as np
@@ -264,6 +265,16 @@ class PairedRuns:
                 raise
             return Cost(seconds, 0, diverged=True)
         return Cost(seconds, peak_memory_bytes() if is_own_peak else 0)
+
+    def fit_head(self, engine: Engine[Any], batches: int) -> None:
+        """Train a classifier's head alone on a sample of so many batches of rows, for as many steps as a run has."""
+        freeze_updates_(engine.model)
+        torch.manual_seed(self.config.seed)
+        count = min(batches * self.config.batch_size, len(self.train))
+        rows = Random(self.config.seed).sample(self.train, count)
+        steps = len(planned_steps(self.train, self.config))
+        for _ in training_steps(engine, rows, replace(self._config(self.config.seed, self.rate), max_steps=steps)):
+            pass
 
     def _config(self, seed: int, rate: float) -> TrainConfig:
         # Other ranks and seeds run the same rows.

@@ -361,27 +361,25 @@ def refuse_dora_beside_merged(layer: LoraLayer, active: Iterable[str], merged: C
         )
 
 
-def named_base_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """All modules of the base model with their names in it, as if no adapter were there."""
-    stack = [("", model)]
+def named_places(model: nn.Module) -> list[tuple[str, nn.Module]]:
+    """What stands in each place of the base model, with the place's name there: a module or a wrapper around it."""
+    found, stack = [], [("", model)]
     while stack:
-        name, module = stack.pop()
+        name, module = place = stack.pop()
+        found.append(place)
         base = module.base if isinstance(module, Wrapper) else module
-        yield name, base
-        children = [(f"{name}.{key}" if name else key, child) for key, child in base.named_children()]
-        stack += reversed(children)
+        stack += reversed([(f"{name}.{key}" if name else key, child) for key, child in base.named_children()])
+    return found
+
+
+def named_base_modules(model: nn.Module) -> list[tuple[str, nn.Module]]:
+    """All modules of the base model with their names in it, as if no adapter were there."""
+    return [(name, found.base if isinstance(found, Wrapper) else found) for name, found in named_places(model)]
 
 
 def named_wrappers(model: nn.Module) -> list[tuple[str, Wrapper]]:
     """All layers that adapters have put in place of others, with their names in the base model, in its order."""
-    found, stack = [], [("", model)]
-    while stack:
-        name, module = stack.pop()
-        if isinstance(module, Wrapper):
-            found.append((name, module))
-            module = module.base
-        stack += reversed([(f"{name}.{key}" if name else key, child) for key, child in module.named_children()])
-    return found
+    return [(name, found) for name, found in named_places(model) if isinstance(found, Wrapper)]
 
 
 def named_lora_layers(model: nn.Module) -> list[tuple[str, LoraLayer]]:

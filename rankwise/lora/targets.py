@@ -1,7 +1,7 @@
 """Which modules an adapter goes to: the selection rules of PEFT, but a pattern that matches nothing is an error."""
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import torch
 from torch import nn
@@ -178,7 +178,6 @@ def _in_layers(names: list[str], config: LoraConfig, problems: list[str]) -> lis
 
 def shortest_names(adapted: Iterable[str], others: Iterable[str]) -> list[str]:
     """The shortest dotted suffixes that match the adapted modules and none of the other ones, sorted."""
-    adapted = set(adapted)
     taken = {ending for name in others for ending in _suffixes(name)}
     return sorted({next((s for s in _suffixes(name) if s not in taken), name) for name in adapted})
 
@@ -204,9 +203,12 @@ def _endings(names: Iterable[str]) -> list[str]:
     return list(dict.fromkeys(name.rpartition(".")[2] for name in names))
 
 
-def _suffixes(name: str) -> list[str]:
-    parts = name.split(".")
-    return [".".join(parts[start:]) for start in range(len(parts) - 1, -1, -1)]
+def _suffixes(name: str) -> Iterator[str]:
+    """The dotted endings of a name, the shortest first."""
+    start = len(name)
+    while (start := name.rfind(".", 0, start)) >= 0:
+        yield name[start + 1 :]
+    yield name
 
 
 def is_inside(name: str, heads: Iterable[str]) -> bool:
