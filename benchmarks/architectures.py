@@ -39,7 +39,8 @@ from torch import Tensor
 from transformers import AutoConfig
 
 import rankwise
-from rankwise.lora.layers import LoraLayer, named_lora_layers
+from rankwise.lora.layers import LoraLayer
+from rankwise.lora.places import named_lora_layers
 
 TOLERANCE = 1e-5
 # The formatter would give every entry below a line of its own.

@@ -118,7 +118,7 @@ class Contest:
 
     def simple_rules(self) -> dict[str, dict[str, Any]]:
         """What uniform truncation and the energy threshold reach with the δ of `shrink`."""
-        from rankwise.lora.layers import named_lora_layers
+        from rankwise.lora.places import named_lora_layers
         from rankwise.rank.paired import measure
         from rankwise.rank.spectrum import directions
 

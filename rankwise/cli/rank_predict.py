@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from rankwise.train.progress import Reporter
 
 HEAD_BATCHES = 32
-"""A classifier's head trains on a sample of the rows: on all of them it would take a third of a training of one epoch."""
+"""A classifier's head trains on a sample of so many batches: all rows would take a third of a training of one epoch."""
 
 
 @dataclass(frozen=True, kw_only=True)

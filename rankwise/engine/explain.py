@@ -13,8 +13,8 @@ from rankwise.engine.language import LanguageEngine
 from rankwise.engine.last_block import PAYS_UP_TO
 from rankwise.engine.seq2seq import Seq2SeqEngine
 from rankwise.engine.state_cache import plan_states
-from rankwise.lora.layers import named_base_modules, named_lora_layers
 from rankwise.lora.linear import LoraLinear
+from rankwise.lora.places import named_base_modules, named_lora_layers
 
 
 def explain(

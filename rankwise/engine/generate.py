@@ -8,9 +8,9 @@ import torch
 
 from rankwise.data.examples import Prompt
 from rankwise.engine.batch import pad
-from rankwise.lora.layers import named_lora_layers
 from rankwise.lora.merge import merge_, unmerge_
 from rankwise.lora.narrow import is_narrow
+from rankwise.lora.places import named_lora_layers
 from rankwise.models.load import pad_id
 
 _PLAIN: dict[str, Any] = {

@@ -1,17 +1,19 @@
 """Many adapters over one base: which of them work, for all rows of a batch, row by row or part by part."""
 
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 
 import torch
 from torch import nn
 
-from rankwise.errors import ConfigError, nearest
-from rankwise.lora.inject import eject_, injection, set_active
-from rankwise.lora.layers import LoraLayer, has_merged, named_lora_layers, named_wrappers, refuse_dora_beside_merged
+from rankwise.errors import ConfigError, MergeError, listing, nearest
+from rankwise.lora.inject import drop_idle_, eject_, injection, set_active
+from rankwise.lora.layers import ByRow, LoraLayer, refuse_dora_beside_merged
 from rankwise.lora.linear import LoraLinear
 from rankwise.lora.parts import Parts
-from rankwise.lora.trained import TrainedCopy
+from rankwise.lora.places import has_merged, named_lora_layers, named_wrappers
+from rankwise.lora.trained import TokenRows, TrainedCopy
 
 
 def adapter_names(model: nn.Module) -> list[str]:
@@ -25,28 +27,66 @@ def adapter_names(model: nn.Module) -> list[str]:
 def activate_(model: nn.Module, adapters: str | Mapping[str, float]) -> None:
     """Let one adapter work, or the weighted sum of several: the model computes with W0 + Σ weight·ΔW.
 
-    What is merged stays merged. Raises ConfigError for a name that is not there, or if two adapters of the sum train
-    the same module in full; MergeError for a DoRA adapter beside a merged one. The model is then as it was.
+    An adapter that is merged stays at work, with its weight. Raises ConfigError for a name that is not there, if two
+    adapters of the sum train the same module in full or the same token's row, or if an adapter that trains such or
+    biases has another weight than 1; MergeError for a DoRA adapter beside a merged one, or a change of biases that are
+    merged. The model is then as it was.
     """
     active = {adapters: 1.0} if isinstance(adapters, str) else dict(adapters)
     check_names(model, active)
-    for name, layer in named_wrappers(model):
-        own = [adapter for adapter in active if adapter in layer.adapters()]
-        if isinstance(layer, TrainedCopy) and len(own) > 1:
-            raise ConfigError(f"{', '.join(own)} all train {name} in full; only one of them can work at a time")
+    active = {name: weight for name, weight in active.items() if weight}
+    for _, layer in named_lora_layers(model):
+        active |= layer.merged
+    _check_whole_shares(model, active)
     for _, layer in named_lora_layers(model):
         if layer.merged:
             refuse_dora_beside_merged(layer, active, layer.merged)
+    _refuse_change_of_merged_biases(model, active)
     set_active(model, active)
+
+
+def _check_whole_shares(model: nn.Module, active: Mapping[str, float]) -> None:
+    """What is trained in full cannot be summed or weighted."""
+    problems = [
+        f"{bias.adapter} trains biases, and has weight {active[bias.adapter]}; it can only have 1"
+        for bias in injection(model).biases
+        if active.get(bias.adapter, 1) != 1
+    ][:1]
+    for name, layer in named_wrappers(model):
+        own = [adapter for adapter in active if adapter in layer.adapters()]
+        if not isinstance(layer, TrainedCopy | TokenRows):
+            continue
+        if isinstance(layer, TrainedCopy) and len(own) > 1:
+            problems.append(f"{', '.join(own)} all train {name} in full; only one of them can work at a time")
+        elif isinstance(layer, TokenRows):
+            counts = Counter(token for adapter in own for token in layer.rows(adapter).tokens)
+            shared = [token for token, count in counts.items() if count > 1]
+            if shared:
+                problems.append(f"{', '.join(own)} all train rows {shared[:5]} of {name}; only one can work at a time")
+        problems += [
+            f"{adapter} trains {name} itself, and has weight {active[adapter]}; it can only have 1"
+            for adapter in own
+            if active[adapter] != 1
+        ]
+    if problems:
+        raise ConfigError("these adapters cannot work so:\n" + listing(problems))
+
+
+def _refuse_change_of_merged_biases(model: nn.Module, active: Mapping[str, float]) -> None:
+    merged = {layer.base for _, layer in named_lora_layers(model) if layer.bias_name in layer.unmerged}
+    if any(bias.module in merged and bias.shown != (bias.adapter in active) for bias in injection(model).biases):
+        raise MergeError("a bias that another adapter trains is merged; go back first: rankwise.unmerge_(model)")
 
 
 def delete_adapter_(model: nn.Module, adapter: str) -> None:
     """Take one adapter out. With the last one the very base model returns, as by `eject_`.
 
-    Raises ConfigError if there is no such adapter or if it is merged.
+    Raises ConfigError if there is no such adapter or if it is merged; MergeError if its biases are merged.
     """
     check_names(model, [adapter])
     injected = injection(model)
+    active = {name: weight for name, weight in injected.active.items() if name != adapter}
+    _refuse_change_of_merged_biases(model, active)
     if any(adapter in layer.merged for _, layer in named_lora_layers(model)):
         raise ConfigError(f"{adapter!r} is merged; go back first: rankwise.unmerge_(model)")
     if len(injected.configs) == 1:
@@ -56,19 +96,21 @@ def delete_adapter_(model: nn.Module, adapter: str) -> None:
         if bias.adapter == adapter:
             bias.show(())
     injected.biases = [bias for bias in injected.biases if bias.adapter != adapter]
-    for _, layer in reversed(named_wrappers(model)):
+    for _, layer in named_wrappers(model):
         layer.remove(adapter)
+    drop_idle_(model)
     del injected.configs[adapter]
-    set_active(model, {name: weight for name, weight in injected.active.items() if name != adapter})
+    set_active(model, active)
 
 
 @contextmanager
 def adapters_by_row(model: nn.Module, adapters: Sequence[str | None]) -> Iterator[None]:
     """Let each row of a batch use its own adapter (None: the base) while the block lasts, in training too.
 
-    The rows are those of the first dimension of what every layer receives. Rows with the same adapter go together.
+    The rows are those of the first dimension of what every layer receives. Rows with the same adapter go together. The
+    backward pass must end in the block too where it computes layers anew (gradient checkpointing).
     Raises ConfigError for a name that is not there, a merged model, or an adapter that trains modules in full, rows of
-    an embedding or biases: those cannot differ within a batch.
+    an embedding or biases: those cannot differ within a batch. A layer raises it that receives another number of rows.
     """
     named = [name for name in adapters if name is not None]
     check_names(model, named)
@@ -83,15 +125,20 @@ def adapters_by_row(model: nn.Module, adapters: Sequence[str | None]) -> Iterato
         name: torch.tensor([index for index, own in enumerate(adapters) if own == name])
         for name in dict.fromkeys(named)
     }
-    layers = [layer for _, layer in named_lora_layers(model)]
-    for layer in layers:
-        device = next(iter(layer.shares.parameters())).device
-        layer.rows = {name: index.to(device) for name, index in rows.items()}
-    try:
-        yield
-    finally:
+    layers = [layer for _, layer in named_wrappers(model) if isinstance(layer, LoraLayer)]
+    with ExitStack() as stack:
+        # What an adapter at work trains in full is no row's: a row without an adapter is the base's.
+        for _, layer in named_wrappers(model):
+            if not isinstance(layer, LoraLayer):
+                stack.enter_context(layer.off())
+        for bias in injection(model).biases:
+            bias.show(())
+            stack.callback(bias.show, dict(injection(model).active))
         for layer in layers:
-            layer.rows = None
+            device = next(iter(layer.shares.parameters())).device
+            layer.rows = ByRow(len(adapters), {name: index.to(device) for name, index in rows.items()})
+            stack.callback(setattr, layer, "rows", None)
+        yield
 
 
 @contextmanager

@@ -54,6 +54,22 @@ def bias_name(base: BaseLayer) -> str:
     return "in_proj_bias" if isinstance(base, nn.MultiheadAttention) else "bias"
 
 
+def rounded(values: Tensor, dtype: torch.dtype) -> Tensor:
+    """The nearest numbers of another type, a tie to the even one.
+
+    torch goes from fp64 to bf16 and fp16 through fp32, and a number that the first rounding moves onto a tie is then
+    rounded the wrong way. So what fp32 cannot hold is cut there with its last bit set, which keeps it off any tie.
+    """
+    if values.dtype != torch.float64 or dtype not in (torch.bfloat16, torch.float16):
+        return values.to(dtype)
+    single = values.float()
+    beyond = single.double().abs() > values.abs()
+    bits = single.view(torch.int32)
+    bits = torch.where(beyond & torch.isfinite(values), bits - 1, bits)  # One step towards zero, whatever the sign.
+    inexact = bits.view(torch.float32).double() != values
+    return torch.where(inexact, bits | 1, bits).view(torch.float32).to(dtype)
+
+
 def as_matrix(base: BaseLayer, weight: Tensor) -> Tensor:
     """A stored weight of a base layer as a [d, k] view; raises MergeError for another form (quantised)."""
     plain = type(weight) in (nn.Parameter, Tensor) and weight.is_floating_point()

@@ -18,12 +18,15 @@ from rankwise.errors import CheckpointError, ConfigError, RankwiseError, listing
 from rankwise.lora import format
 from rankwise.lora.adapters import adapter_names, check_names, delete_adapter_
 from rankwise.lora.base_weight import bias_name, is_conv1d
-from rankwise.lora.config import LoraConfig
+from rankwise.lora.config import LoraConfig, matches_name
+from rankwise.lora.convolution import LoraConv
 from rankwise.lora.inject import DEFAULT, check_free, inject_unset_, injection, set_active
-from rankwise.lora.layers import LoraLayer, Wrapper, named_base_modules, named_lora_layers, named_places, named_wrappers
+from rankwise.lora.layers import LoraLayer, Wrapper
 from rankwise.lora.low_rank import LowRank
+from rankwise.lora.places import named_base_modules, named_lora_layers, named_places, named_wrappers
 from rankwise.lora.report import InjectReport
 from rankwise.lora.targets import shortest_names
+from rankwise.lora.update import whole
 
 _METADATA = {"format": "pt"}
 
@@ -59,26 +62,22 @@ def save_adapter(model: nn.Module, folder: str | Path, adapter: str | None = Non
     places = named_places(model)
     wrappers = [(name, found) for name, found in places if isinstance(found, Wrapper)]
     layers = {name: layer for name, layer in wrappers if isinstance(layer, LoraLayer) and adapter in layer.shares}
-    updates = [layer.update(adapter) for layer in layers.values()]
-    doubled = any(update.has_start for update in updates)
-    tensors = _slots(model, adapter, wrappers)
-    if doubled:
-        # The second half is the start, subtracted.
-        whole = {id(u.lora_A): u.factors()[0] for u in updates} | {id(u.lora_B): u.factors()[1] for u in updates}
-        tensors = {name: whole.get(id(tensor), tensor) for name, tensor in tensors.items()}
     with torch.no_grad():
-        stored = {format.PREFIX + key: _whole(tensor).cpu().contiguous() for key, tensor in sorted(tensors.items())}
+        tensors = _slots(model, adapter, wrappers, stored=True)
+        stored = {format.PREFIX + key: whole(tensor).cpu().contiguous() for key, tensor in sorted(tensors.items())}
     others = [name for name, _ in places if name not in layers]
     targets = [name for name, layer in layers.items() if not layer.inside_attention]
     settings = format.to_settings(
         injected.configs[adapter],
         shortest_names(targets, others),
         bool(layers) and all(is_conv1d(layer.base) for layer in layers.values()),
-        doubled,
+        # The second half is the start, subtracted.
+        doubled=any(layer.update(adapter).has_start for layer in layers.values()),
     )
     with atomic.replacing(folder / format.WEIGHTS_FILE, to_disk=False) as temporary:
         _write_tensors(temporary, stored)
-    text = json.dumps(settings, indent=2, sort_keys=True) + "\n"
+    # Sorted, but not what is in them: of the keys of a pattern, the first that matches counts.
+    text = json.dumps(dict(sorted(settings.items())), indent=2) + "\n"
     atomic.write_text(folder / format.CONFIG_FILE, text, to_disk=False)
     return folder
 
@@ -101,13 +100,6 @@ def _write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
         for name, tensor in tensors.items()
     }
     serialize_file(specs, path, metadata=_METADATA)
-
-
-def _whole(tensor: Tensor) -> Tensor:
-    """All of a tensor that may be spread over processes."""
-    # Told by its method: to import its class takes as long as half of torch.
-    gather = getattr(tensor, "full_tensor", None)
-    return tensor if gather is None else gather()
 
 
 def read_adapter(folder: str | Path) -> Adapter:
@@ -137,6 +129,8 @@ def load_adapter_(
     """
     folder = Path(folder)
     check_free(model, adapter)
+    if any(parameter.is_meta for parameter in model.parameters()):
+        raise ConfigError("this model has no values yet (meta device), so an adapter's cannot be put in; load it first")
     config, tensors, problems = _read_files(folder, trainable)
     _sort_tensors(config, tensors, problems)
     before = dict(injection(model).active) if adapter_names(model) else {}
@@ -146,6 +140,7 @@ def load_adapter_(
         reason = f"it was made for another model: {error}"
         raise CheckpointError(_message([*problems, reason], folder)) from error
     slots = _slots(model, adapter)
+    problems += _separate_groups(model, adapter, tensors)
     problems += _mismatches(slots, tensors, model)
     if problems:
         delete_adapter_(model, adapter)
@@ -167,6 +162,8 @@ def swap_adapter_(model: nn.Module, folder: str | Path, adapter: str = DEFAULT) 
     """
     folder = Path(folder)
     check_names(model, [adapter])
+    if any(adapter in layer.merged for _, layer in named_lora_layers(model)):
+        raise ConfigError(f"{adapter!r} is merged; go back first: rankwise.unmerge_(model)")
     own = injection(model).configs[adapter]
     config, tensors, problems = _read_files(folder, trainable=not own.inference_mode)
     low_rank, rest = _sort_tensors(config, tensors, problems)
@@ -199,20 +196,39 @@ def swap_adapter_(model: nn.Module, folder: str | Path, adapter: str = DEFAULT) 
                 B[:, : found.rank] = found.B * (found.scale / update.scale)
 
 
-def _slots(model: nn.Module, adapter: str, wrappers: Sequence[tuple[str, Wrapper]] | None = None) -> dict[str, Tensor]:
-    """Every tensor of an adapter by its name in the file, or a view of it."""
+def _slots(
+    model: nn.Module, adapter: str, wrappers: Sequence[tuple[str, Wrapper]] | None = None, stored: bool = False
+) -> dict[str, Tensor]:
+    """Every tensor of an adapter by its name in the file; `stored` as in `format.named_tensors`."""
+    wrappers = named_wrappers(model) if wrappers is None else wrappers
     slots: dict[str, Tensor] = {}
-    adapted = set()
-    for name, layer in named_wrappers(model) if wrappers is None else wrappers:
+    for name, layer in wrappers:
         if adapter in layer.adapters():
-            slots |= format.named_tensors(name, layer, adapter)
-            adapted |= {id(layer.base)} if isinstance(layer, LoraLayer) else set()
+            slots |= format.named_tensors(name, layer, adapter, stored)
     biases = [bias for bias in injection(model).biases if bias.adapter == adapter]
-    modules = {id(module): name for name, module in named_base_modules(model)} if biases else {}
-    for bias in biases:
-        module = bias.module
-        slots[format.name_of_bias(modules[id(module)], id(module) in adapted, bias_name(module))] = bias.trained
+    if biases:
+        modules = {module: name for name, module in named_base_modules(model)}
+        # An adapted module lies one level deeper.
+        modules |= {
+            layer.base: f"{format.path(name, layer)}.base_layer"
+            for name, layer in wrappers
+            if isinstance(layer, LoraLayer) and adapter in layer.shares
+        }
+        slots |= {f"{modules[bias.module]}.{bias_name(bias.module)}": bias.trained for bias in biases}
     return slots
+
+
+def _separate_groups(model: nn.Module, adapter: str, tensors: dict[str, Tensor]) -> list[str]:
+    """Bring the A of convolutions with groups into the form in which they train; returns what is wrong with them."""
+    problems = []
+    for name, layer in named_lora_layers(model):
+        key = f"{name}.lora_A.weight"
+        if isinstance(layer, LoraConv) and layer.groups > 1 and adapter in layer.shares and key in tensors:
+            try:
+                tensors[key] = layer.from_stored(tensors[key])
+            except CheckpointError as error:
+                problems.append(f"{key}: {error}")
+    return problems
 
 
 def _read_files(folder: Path, trainable: bool) -> tuple[LoraConfig, dict[str, Tensor], list[str]]:
@@ -271,18 +287,27 @@ def _sort_tensors(
         for name in [name for name in tensors if name.endswith("." + end_A)]:
             module, other = format.module_of(name, end_A), name.removesuffix(end_A) + end_B
             A, B = rest.pop(name), rest.pop(other, None)
-            r = config.rank_of(module)
             if B is None or A.ndim != B.ndim or A.ndim < 2:
                 problems.append(f"{other}: missing or not a matrix")
                 continue
-            if config.target_parameters and A.shape[0] > r and A.shape[0] == B.shape[1]:
+            bare = _parameters_in(module, config)
+            full_name = bare[0] if bare else module
+            r = config.rank_of(full_name)
+            if bare and A.shape[0] == B.shape[1] and (len(bare) > 1 or A.shape[0] != r):
                 rest |= {name: A, other: B}
                 continue
-            low_rank[module] = LowRank(A.flatten(1), B.flatten(1), config.scale_of(module))
+            low_rank[module] = LowRank(A.flatten(1), B.flatten(1), config.scale_of(full_name))
             # The second factor of a convolution with groups holds a group's share of r.
             if A.shape[0] != r or (B.shape[1] != r and not (B.ndim > 2 and r % B.shape[1] == 0)):
                 problems.append(f"{module}: r is {r}, found A {list(A.shape)} and B {list(B.shape)}")
     return low_rank, rest
+
+
+def _parameters_in(module: str, config: LoraConfig) -> list[str]:
+    """The full names that target_parameters may mean in a module, whose name may end as a wrapper's in the file."""
+    module = module.partition(".base_layer")[0]
+    entries = [entry.rpartition(".") for entry in config.target_parameters or ()]
+    return [f"{module}.{end}" for owner, _, end in entries if matches_name(module, owner)]
 
 
 def _mismatches(expected: dict[str, Tensor], tensors: dict[str, Tensor], model: nn.Module) -> list[str]:
@@ -318,4 +343,4 @@ def _raise_if(problems: list[str], folder: Path) -> None:
 
 
 def _message(problems: list[str], folder: Path) -> str:
-    return f"the adapter in {folder} cannot be used:\n{listing(problems, most=20)}"
+    return f"the adapter in {folder} cannot be used:\n{listing(problems, most=len(problems))}"

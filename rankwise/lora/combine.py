@@ -10,9 +10,10 @@ from torch import Tensor, nn
 
 from rankwise.errors import ConfigError, listing
 from rankwise.lora.adapters import check_names
-from rankwise.lora.config import LoraConfig
+from rankwise.lora.config import LoraConfig, exact_patterns
 from rankwise.lora.inject import inject_, injection
-from rankwise.lora.layers import LoraLayer, named_lora_layers, named_wrappers
+from rankwise.lora.layers import LoraLayer
+from rankwise.lora.places import named_lora_layers, named_wrappers
 
 Method = Literal["sum", "ties", "dare", "dare_ties"]
 
@@ -78,7 +79,7 @@ def _check(
     method: Method,
     density: float,
 ) -> None:
-    problems = []
+    problems = [] if weights else ["name at least one"]
     for name, place in named_wrappers(model):
         if not place.parts_of() and (both := place.adapters() & weights.keys()):
             problems.append(f"{name}: {', '.join(sorted(both))} train it in full or in part, which has no sum")
@@ -112,8 +113,9 @@ def _stacked(layer: LoraLayer, weights: Mapping[str, float]) -> tuple[Tensor, Te
 
 
 def _compress(A: Tensor, B: Tensor, r: int | None) -> tuple[Tensor, Tensor, float]:
-    """Factors of B·A at rank r (None: as given) that are nearest in the Frobenius norm, and the share of it lost."""
-    if r is None or r >= A.shape[-2]:
+    """Factors of B·A at rank r (None: all that it has) nearest in the Frobenius norm, and the share of it lost."""
+    r = min(A.shape[-1], B.shape[-2]) if r is None else r
+    if r >= A.shape[-2]:
         return A, B, 0.0
     Q_B, R_B = torch.linalg.qr(B.double())
     Q_A, R_A = torch.linalg.qr(A.double().mT)
@@ -165,9 +167,9 @@ def _rank(layer: LoraLayer, A: Tensor) -> int:
 
 def _config(layers: Mapping[str, LoraLayer], ranks: Mapping[str, int]) -> LoraConfig:
     """A configuration in which every update has its own rank and the scale 1."""
-    modules = [name for name, layer in layers.items() if layer.is_module]
+    modules = [name for name, layer in layers.items() if layer.is_module and not layer.inside_attention]
     r = max(ranks.values())
-    own = {re.escape(name): rank for name, rank in ranks.items() if rank != r}
+    own = exact_patterns({name: rank for name, rank in ranks.items() if rank != r}, ranks)
     return LoraConfig(
         r=r,
         lora_alpha=r,

@@ -1,7 +1,7 @@
 """The settings of a LoRA adapter, under the names that the ecosystem uses for them."""
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from typing import Any, Literal
@@ -153,13 +153,16 @@ class LoraConfig:
         return alpha / r**0.5 if self.use_rslora else alpha / r
 
     def lowered_to(self, limits: Mapping[str, int]) -> "LoraConfig":
-        """The same with the rank of each module at most its limit, by whole name; the scales stay."""
+        """The same with the rank of each module at most its limit; `limits`: of all adapted ones, by whole name.
+
+        The scales stay.
+        """
         ranks = {name: limit for name, limit in limits.items() if limit < self.rank_of(name)}
         alphas = {name: self.scale_of(name) * (r**0.5 if self.use_rslora else r) for name, r in ranks.items()}
         return replace(
             self,
-            rank_pattern={re.escape(name): r for name, r in ranks.items()} | dict(self.rank_pattern),
-            alpha_pattern={re.escape(name): alpha for name, alpha in alphas.items()} | dict(self.alpha_pattern),
+            rank_pattern=exact_patterns(ranks, limits) | dict(self.rank_pattern),
+            alpha_pattern=exact_patterns(alphas, limits) | dict(self.alpha_pattern),
         )
 
     @property
@@ -197,6 +200,16 @@ def matches_target(name: str, pattern: str, as_regex: bool) -> bool:
 def pattern_matches(pattern: str, name: str) -> bool:
     """Whether a key of rank_pattern or alpha_pattern means the module `name`."""
     return re.match(rf"(.*\.)?({pattern})$", name) is not None
+
+
+def exact_patterns(values: Mapping[str, Any], names: Collection[str]) -> dict[str, Any]:
+    """Patterns that give each module in `values`, and no other one of `names`, its value."""
+
+    def pattern(name: str) -> str:
+        # A pattern also means what ends like it after a dot, if it is not tied to the beginning.
+        return ("^" if any(other.endswith("." + name) for other in names) else "") + re.escape(name)
+
+    return {pattern(name): value for name, value in values.items()}
 
 
 def _first_match(patterns: Mapping[str, Any], name: str, otherwise: Any) -> Any:

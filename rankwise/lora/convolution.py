@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from rankwise.errors import CheckpointError
 from rankwise.lora.layers import LoraLayer
 from rankwise.lora.update import Update
 
@@ -36,14 +37,41 @@ class LoraConv(LoraLayer):
         return self._convolve(hidden * update.scale, B, groups=self.base.groups)
 
     def _factors(self, update: Update, dtype: Any) -> tuple[Tensor, Tensor]:
+        return self._by_group(update, *update.factors(dtype))
+
+    def _by_group(self, update: Update, A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
         """A and B; a start stacked below A goes group by group, since each group reads its own rows."""
-        A, B = update.factors(dtype)
         if not update.has_start or self.groups == 1:
             return A, B
         own_A, start_A = A.chunk(2)
         halves = zip(own_A.chunk(self.groups), start_A.chunk(self.groups), strict=True)
         parts = [part for pair in halves for part in pair]
         return torch.cat(parts), B
+
+    def stored_factors(self, update: Update) -> tuple[Tensor, Tensor]:
+        """A as the format has it: for all channels, here with zeros for those of the other groups."""
+        A, B = self._by_group(update, *update.whole_factors())
+        if self.groups == 1:
+            return A, B
+        stored = A.new_zeros(len(A), self.base.in_channels, *A.shape[2:])
+        for own, place in zip(A.chunk(self.groups), self._places_of_groups(stored), strict=True):
+            place.copy_(own)
+        return stored, B
+
+    def from_stored(self, stored: Tensor) -> Tensor:
+        """The A that `stored_factors` made so. Raises CheckpointError for one that reads other groups' channels."""
+        A = torch.cat([*self._places_of_groups(stored)])
+        if A.count_nonzero() != stored.count_nonzero():
+            raise CheckpointError(
+                f"lora_A reads the channels of other groups than its own, which no change of this convolution's "
+                f"weight (groups={self.groups}) can do; PEFT computes it, and cannot merge it"
+            )
+        return A
+
+    def _places_of_groups(self, stored: Tensor) -> list[Tensor]:
+        """For each group its rows and channels of a stored A."""
+        channels = self.base.in_channels // self.groups
+        return [rows[:, i * channels : (i + 1) * channels] for i, rows in enumerate(stored.chunk(self.groups))]
 
     def row_factors(self, update: Update) -> tuple[Tensor, Tensor]:
         """A as [groups, r / groups, k] and B as [groups, d / groups, r / groups], where there are groups."""

@@ -19,7 +19,8 @@ class LoraEmbedding(LoraLayer):
     def product(self, update: Update, x: Tensor) -> Tensor:
         """x: token indices [...] → [..., d]"""
         A, B = update.factors()
-        rows = F.embedding(x, A.T, sparse=self.base.sparse)
+        # Dense also over a sparse base: the gradient of A has a transposed view of its own, which no sparse one takes.
+        rows = F.embedding(x, A.T)
         if update.training and update.dropout:
             # x is one-hot: dropping entries of x drops the whole row of a token or nothing of it.
             rows = rows * F.dropout(torch.ones_like(rows[..., :1]), update.dropout)

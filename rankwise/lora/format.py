@@ -46,28 +46,32 @@ _STARTS_FROM_WEIGHT = ("pissa", "olora")
 """The start takes a part of the base away, which can be found again from the base."""
 
 
-def named_tensors(name: str, layer: Wrapper, adapter: str) -> dict[str, Tensor]:
-    """What is on disk for one layer: names in the file (without PREFIX) → the adapter's tensors, or views of them."""
+def named_tensors(name: str, layer: Wrapper, adapter: str, stored: bool = False) -> dict[str, Tensor]:
+    """What is on disk for one layer: names in the file (without PREFIX) → the adapter's tensors, or views of them.
+
+    `stored`: A and B as they go to the file, and not as they train.
+    """
     if isinstance(layer, LoraLayer):
-        return _of_update(_path(name, layer), layer, layer.update(adapter))
+        return _of_update(path(name, layer), layer, layer.update(adapter), stored)
     if isinstance(layer, ParametersWrapper):
         # PEFT wraps one parameter after the other, so the first of them lies innermost.
-        parts, tensors = layer.named_parts(), {}
-        for depth, (_, part) in enumerate(reversed(parts)):
-            if adapter in part.shares:
-                tensors |= _of_update(name + ".base_layer" * depth, part, part.update(adapter))
+        parts = [part for _, part in layer.named_parts() if adapter in part.shares]
+        tensors = {}
+        for depth, part in enumerate(reversed(parts)):
+            tensors |= _of_update(name + ".base_layer" * depth, part, part.update(adapter), stored)
         return tensors
-    if isinstance(layer, TokenRows):
+    if isinstance(layer, TokenRows) and adapter in layer.shares:
         return {f"{name}.token_adapter.trainable_tokens_delta": layer.rows(adapter).values}
     if isinstance(layer, TrainedCopy):
         return {f"{name}.{key}": tensor for key, tensor in layer.shares[adapter].state_dict(keep_vars=True).items()}
     return {}
 
 
-def _of_update(name: str, layer: LoraLayer, update: Update) -> dict[str, Tensor]:
+def _of_update(name: str, layer: LoraLayer, update: Update, stored: bool) -> dict[str, Tensor]:
     embedding = isinstance(layer, LoraEmbedding)
     end_A, end_B = ("lora_embedding_A", "lora_embedding_B") if embedding else ("lora_A.weight", "lora_B.weight")
-    tensors: dict[str, Tensor] = {f"{name}.{end_A}": update.lora_A, f"{name}.{end_B}": update.lora_B}
+    A, B = layer.stored_factors(update) if stored else (update.lora_A, update.lora_B)
+    tensors: dict[str, Tensor] = {f"{name}.{end_A}": A, f"{name}.{end_B}": B}
     if update.lora_bias is not None:
         tensors[f"{name}.lora_B.bias"] = update.lora_bias
     if update.magnitude is not None:
@@ -82,18 +86,16 @@ def factor_names(layers: Mapping[str, LoraLayer], adapter: str) -> list[str]:
     found = []
     for name, layer in layers.items():
         update = layer.update(adapter)
-        tensors = _of_update(_path(name, layer), layer, update) if layer.is_module else {}
+        tensors = _of_update(path(name, layer), layer, update, stored=False) if layer.is_module else {}
         found += [key for key, tensor in tensors.items() if tensor is update.lora_A or tensor is update.lora_B]
     return found
 
 
-def name_of_bias(module: str, adapted: bool, bias: str) -> str:
-    """The name in the file of a bias that trains; an adapted module lies one level deeper there."""
-    return ".".join(part for part in (module, "base_layer" if adapted else "", bias) if part)
+def path(name: str, layer: LoraLayer) -> str:
+    """The name in the file of an adapted module.
 
-
-def _path(name: str, layer: LoraLayer) -> str:
-    """PEFT reaches the output projection of an nn.MultiheadAttention through the wrapper around that."""
+    PEFT reaches the output projection of an nn.MultiheadAttention through the wrapper around that.
+    """
     parent, _, last = name.rpartition(".")
     return f"{parent}.base_layer.{last}" if layer.inside_attention else name
 

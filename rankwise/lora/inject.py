@@ -1,6 +1,6 @@
 """Putting an adapter into a model and taking it out again."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
@@ -12,12 +12,12 @@ from rankwise.errors import ConfigError, listing, nearest
 from rankwise.lora.base_weight import bias_name, dimensions
 from rankwise.lora.config import LoraConfig, pattern_matches
 from rankwise.lora.kinds import layer_kind
-from rankwise.lora.layers import LoraLayer, Wrapper, has_merged, named_base_modules, named_wrappers
+from rankwise.lora.layers import LoraLayer, Wrapper
 from rankwise.lora.parameters import ParametersWrapper, parameter_dimensions
+from rankwise.lora.places import has_merged, named_base_modules, named_lora_layers, named_wrappers, replace_
 from rankwise.lora.report import AdaptedMatrix, InjectReport
 from rankwise.lora.targets import is_inside, select_heads, select_parameters, select_targets, select_tokens
-from rankwise.lora.tied import is_tied_head
-from rankwise.lora.trained import TiedTokenHead, TokenRows, TrainedBias, TrainedCopy
+from rankwise.lora.trained import TokenRows, TrainedBias, TrainedCopy, tied_to
 from rankwise.lora.weight_reads import weight_is_read
 
 ATTRIBUTE = "_rankwise_injection"
@@ -44,8 +44,8 @@ def check_free(model: nn.Module, adapter: str) -> None:
             f"this model already carries an adapter named {adapter!r}; choose another name, or take it out first: "
             "rankwise.delete_adapter_ (one adapter) or rankwise.eject_ (all)"
         )
-    if not adapter.replace("-", "_").isidentifier() or hasattr(nn.ModuleDict, adapter):
-        raise ConfigError(f"{adapter!r} cannot name an adapter; take letters, digits, - and _, and no method's name")
+    if not adapter.replace("-", "_").isidentifier() or hasattr(nn.ModuleDict(), adapter):
+        raise ConfigError(f"{adapter!r} cannot name an adapter; take letters, digits, - and _, and no attribute's name")
 
 
 class _Plan(NamedTuple):
@@ -74,6 +74,8 @@ def _plan(model: nn.Module, config: LoraConfig, adapter: str, drawn: bool = True
         count, d, k = parameter_dimensions(modules[name], parameter)
         full_name = f"{name}.{parameter}"
         matrices += (AdaptedMatrix(full_name, d, k, config.rank_of(full_name), count),)
+    _check_nesting(model, [*names, *tokens], heads)
+    _check_biases_of_B(names, modules, config)
     _check_patterns(matrices, config)
     _check_ranks(matrices, modules, drawn)
     counts = {name: sum(p.numel() for p in modules[name].parameters()) for name in heads}
@@ -81,6 +83,28 @@ def _plan(model: nn.Module, config: LoraConfig, adapter: str, drawn: bool = True
     base = {id(p): p.numel() for module in modules.values() for p in module.parameters(recurse=False)}
     report = InjectReport(matrices, counts, sum(base.values()), _extra(matrices, heads, tokens, modules, config))
     return _Plan(report, tokens, modules)
+
+
+def _check_nesting(model: nn.Module, parts: Iterable[str], heads: list[str]) -> None:
+    """A copy of a module knows nothing of what another adapter does inside the module."""
+    present = named_wrappers(model)
+    copied = [name for name, layer in present if isinstance(layer, TrainedCopy)]
+    problems = [
+        f"{name} is part of a module that another adapter trains in full" for name in parts if is_inside(name, copied)
+    ]
+    problems += [
+        f"{head} cannot be trained in full: another adapter adapts {name} in it"
+        for head in heads
+        for name, _ in present
+        if name != head and is_inside(name, [head])
+    ]
+    if problems:
+        raise ConfigError("two adapters cannot work on one module so:\n" + listing(problems))
+
+
+def _check_biases_of_B(names: list[str], modules: dict[str, nn.Module], config: LoraConfig) -> None:
+    if config.lora_bias and (without := [name for name in names if isinstance(modules[name], nn.Embedding)]):
+        raise ConfigError(f"lora_bias: an embedding has no bias to merge it into, found {listing(without)}")
 
 
 def _check_ranks(matrices: tuple[AdaptedMatrix, ...], modules: dict[str, nn.Module], drawn: bool) -> None:
@@ -134,9 +158,11 @@ def _bias_parameters(
     matrices: tuple[AdaptedMatrix, ...], heads: list[str], modules: dict[str, nn.Module], config: LoraConfig
 ) -> dict[str, nn.Parameter]:
     """The base's biases that train, by the name of their module; those of `heads` train with the whole module."""
-    names = {"none": [], "lora_only": [m.name for m in matrices if m.name in modules], "all": list(modules)}[
-        config.bias
-    ]
+    adapted = [m.name for m in matrices if m.name in modules]
+    names = {"none": [], "lora_only": adapted, "all": list(modules)}[config.bias]
+    # As in PEFT, the joint bias of an adapted nn.MultiheadAttention stays frozen.
+    joint = {name for name in adapted if isinstance(modules[name], nn.MultiheadAttention)}
+    names = [name for name in names if name not in joint]
     found = {name: getattr(modules[name], bias_name(modules[name]), None) for name in names}
     return {name: bias for name, bias in found.items() if isinstance(bias, nn.Parameter) and not is_inside(name, heads)}
 
@@ -204,10 +230,9 @@ def _put_in(
         for name, indices in tokens.items():
             grown[name] = layer = _wrapper(name, modules, wrappers, TokenRows)
             layer.add(adapter, config, indices)
-            for head, module in modules.items():
-                if is_tied_head(module, modules[name]):
-                    wrappers.setdefault(head, TiedTokenHead(module, layer))
-                    grown[head] = wrappers[head]
+            for tied, kind in tied_to(modules[name], modules).items():
+                wrappers.setdefault(tied, kind(modules[tied], layer))
+                grown[tied] = wrappers[tied]
     except Exception:
         for layer in grown.values():
             layer.remove(adapter)
@@ -216,7 +241,7 @@ def _put_in(
     for name, layer in grown.items():
         if weight_is_read(name, modules):
             layer.weight_is_read = True
-        put(model, name, layer)
+    replace_(model, {layer.base: layer for layer in grown.values()})
     injected: Injection = getattr(model, ATTRIBUTE)
     injected.configs[adapter] = config
     biases = _bias_parameters(report.matrices, list(report.heads), modules, config)
@@ -238,16 +263,6 @@ def _freeze(model: nn.Module) -> None:
         model.requires_grad_(False)
 
 
-def put(model: nn.Module, name: str, module: nn.Module) -> None:
-    """Put a module in the place that `name` has in the base model."""
-    parent_name, _, last = name.rpartition(".")
-    parent = model
-    for part in parent_name.split(".") if parent_name else ():
-        parent = getattr(parent, part)
-        parent = parent.base if isinstance(parent, Wrapper) else parent
-    setattr(parent, last, module)
-
-
 def eject_(model: nn.Module) -> nn.Module:
     """Take all adapters out, in place: the very base modules return, every tensor bit for bit as it was.
 
@@ -256,14 +271,13 @@ def eject_(model: nn.Module) -> nn.Module:
     injected = injection(model)
     for bias in injected.biases:
         bias.show(())
-    # From the innermost outwards, so that the names still lead there.
-    for name, layer in reversed(named_wrappers(model)):
-        for _, part in layer.parts_of():
-            part.unmerge()
-        put(model, name, layer.base)
+    for _, layer in named_lora_layers(model):
+        layer.unmerge()
+    replace_(model, {layer: layer.base for _, layer in named_wrappers(model)})
     delattr(model, ATTRIBUTE)
     for name, parameter in model.named_parameters():
-        parameter.requires_grad_(injected.requires_grad[name])
+        # What came into the model later stays as it is.
+        parameter.requires_grad_(injected.requires_grad.get(name, parameter.requires_grad))
     return model
 
 
@@ -272,12 +286,37 @@ def adapters_off(model: nn.Module) -> Iterator[None]:
     """Let the model compute as the base alone while the block lasts, merged or not, also if the block raises."""
     biases = getattr(model, ATTRIBUTE).biases if hasattr(model, ATTRIBUTE) else []
     with ExitStack() as stack:
+        for _, layer in named_wrappers(model):
+            stack.enter_context(layer.off())
+        # After the layers, which put back what a merge had replaced.
         for bias in biases:
             bias.show(())
             stack.callback(bias.show, dict(injection(model).active))
-        for _, layer in named_wrappers(model):
-            stack.enter_context(layer.off())
         yield
+
+
+def drop_idle_(model: nn.Module) -> None:
+    """Put the base's own modules back where no adapter has a share any more."""
+    replace_(model, {layer: layer.base for _, layer in named_wrappers(model) if not layer.adapters()})
+
+
+def reset_adapter_(model: nn.Module, adapter: str = DEFAULT, generator: torch.Generator | None = None) -> None:
+    """Give an adapter the start values of a new one, in place: after `model.to_empty`, or to train again.
+
+    The base must have its values. `generator` as in `inject_`. Raises ConfigError if the model carries no such adapter.
+    """
+    injected = injection(model)
+    if adapter not in injected.configs:
+        raise ConfigError(f"this model carries no adapter named {adapter!r}{nearest(adapter, injected.configs)}")
+    for _, layer in named_lora_layers(model):
+        if adapter in layer.shares:
+            layer.reset(adapter, injected.configs[adapter], generator)
+    for _, layer in named_wrappers(model):
+        if isinstance(layer, TrainedCopy | TokenRows) and adapter in layer.shares:
+            layer.reset(adapter)
+    for bias in injected.biases:
+        if bias.adapter == adapter:
+            bias.reset()
 
 
 def injection(model: nn.Module) -> Injection:

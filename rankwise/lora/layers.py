@@ -3,7 +3,7 @@
 import math
 from collections.abc import Container, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +22,15 @@ from rankwise.lora.base_weight import (
 from rankwise.lora.config import LoraConfig
 from rankwise.lora.update import Update
 from rankwise.lora.variants import from_shape, from_weight
+
+
+class ByRow(NamedTuple):
+    """Which rows of a batch use which adapter."""
+
+    of: int
+    """Rows of the batch."""
+    places: dict[str, Tensor]
+    """For each adapter, the rows that use it."""
 
 
 class Wrapper(nn.Module):
@@ -100,8 +109,8 @@ class LoraLayer(Wrapper):
     """Whether this stands in the place of a module, and not of a bare parameter."""
     groups = 1
     """Parts of the matrix that share the rank among them (a convolution's groups)."""
-    rows: dict[str, Tensor] | None = None
-    """Which rows of the batch use which adapter, while every row uses one of its own."""
+    rows: ByRow | None = None
+    """Given while every row of the batch uses an adapter of its own."""
     stacks = 1
     """Parts of the matrix whose updates are independent (a convolution's groups, a mixture's experts)."""
 
@@ -141,6 +150,14 @@ class LoraLayer(Wrapper):
         self.reset_magnitude(update)
         self.shares[adapter] = update if self.training else update.eval()
 
+    def reset(self, adapter: str, config: LoraConfig, generator: torch.Generator | None) -> None:
+        """Give an adapter's share the values of a new one."""
+        update = self.update(adapter)
+        if update.lora_bias is not None:
+            nn.init.zeros_(update.lora_bias)
+        self.start(update, config, generator)
+        self.reset_magnitude(update)
+
     @torch.no_grad()
     def reset_magnitude(self, update: Update) -> None:
         """Let DoRA's magnitudes be the lengths of the rows as they are."""
@@ -149,16 +166,18 @@ class LoraLayer(Wrapper):
 
     def start(self, update: Update, config: LoraConfig, generator: torch.Generator | None) -> None:
         """Set the start values of an update."""
-        how = config.init_lora_weights
+        how, r = config.init_lora_weights, update.r // self.groups
+        matrices = self.base_matrix().chunk(self.groups) if isinstance(how, str) else ()
         if taken := from_weight(how):
-            A, B = taken(self.base_matrix(), update.r, update.scale)
-            update.begin_at(A.reshape(update.lora_A.shape), B.reshape(update.lora_B.shape))
+            pairs = [taken(matrix, r, update.scale) for matrix in matrices]
         elif drawn := from_shape(how):
-            d, k = self.base_matrix().shape
-            A, B = drawn(d, k, update.r, generator)
-            update.set(A.reshape(update.lora_A.shape), B.reshape(update.lora_B.shape))
+            pairs = [drawn(matrix.shape[0], matrix.shape[1], r, generator) for matrix in matrices]
         else:
             self.draw(update, how, generator)
+            return
+        A, B = (torch.cat(factors) for factors in zip(*pairs, strict=True))
+        begin = update.begin_at if taken else update.set
+        begin(A.reshape(update.lora_A.shape), B.reshape(update.lora_B.shape))
 
     def draw(self, update: Update, how: bool | str, generator: torch.Generator | None) -> None:
         """A from U(±1/√k) and B zero; "gaussian": A from N(0, 1/r²); False: B random too."""
@@ -240,7 +259,14 @@ class LoraLayer(Wrapper):
         return (change if weight == 1 else change * weight).to(plain.dtype)
 
     def _change_rows(self, x: Tensor, result: Tensor) -> Tensor:
-        for adapter, rows in (self.rows or {}).items():
+        assert self.rows is not None
+        if x.shape[0] != self.rows.of:
+            raise ConfigError(
+                f"adapters were named for {self.rows.of} rows, and a layer received {list(x.shape)}: give one for "
+                "each row (of a beam search, for each beam); a model that joins its rows or puts time first, as OPT "
+                "and XLNet do, cannot use adapters by row"
+            )
+        for adapter, rows in self.rows.places.items():
             if adapter in self.shares:
                 change = self.change(self.update(adapter), x[rows], result[rows])
                 result = result.index_add(0, rows, change)
@@ -301,6 +327,10 @@ class LoraLayer(Wrapper):
         """Take factors in the form that `row_factors` gives."""
         update.set(A.reshape(update.lora_A.shape), B.reshape(update.lora_B.shape))
 
+    def stored_factors(self, update: Update) -> tuple[Tensor, Tensor]:
+        """(A, B) as they go to a file."""
+        return update.whole_factors()
+
     def delta(self, adapter: str, dtype: torch.dtype) -> Tensor:
         """What merging an adapter adds to `base_matrix`, [d, k] in `dtype`."""
         update = self.update(adapter)
@@ -359,34 +389,3 @@ def refuse_dora_beside_merged(layer: LoraLayer, active: Iterable[str], merged: C
         raise MergeError(
             f"{', '.join(beside)}: a DoRA adapter cannot work beside a merged one; merge both, or unmerge first"
         )
-
-
-def named_places(model: nn.Module) -> list[tuple[str, nn.Module]]:
-    """What stands in each place of the base model, with the place's name there: a module or a wrapper around it."""
-    found, stack = [], [("", model)]
-    while stack:
-        name, module = place = stack.pop()
-        found.append(place)
-        base = module.base if isinstance(module, Wrapper) else module
-        stack += reversed([(f"{name}.{key}" if name else key, child) for key, child in base.named_children()])
-    return found
-
-
-def named_base_modules(model: nn.Module) -> list[tuple[str, nn.Module]]:
-    """All modules of the base model with their names in it, as if no adapter were there."""
-    return [(name, found.base if isinstance(found, Wrapper) else found) for name, found in named_places(model)]
-
-
-def named_wrappers(model: nn.Module) -> list[tuple[str, Wrapper]]:
-    """All layers that adapters have put in place of others, with their names in the base model, in its order."""
-    return [(name, found) for name, found in named_places(model) if isinstance(found, Wrapper)]
-
-
-def named_lora_layers(model: nn.Module) -> list[tuple[str, LoraLayer]]:
-    """The layers (and bare parameters) that carry low-rank updates, with their names in the base model."""
-    return [(name + end, part) for name, layer in named_wrappers(model) for end, part in layer.parts_of()]
-
-
-def has_merged(model: nn.Module) -> bool:
-    """Whether an adapter is merged into the weights of a model."""
-    return any(layer.merged for _, layer in named_lora_layers(model))

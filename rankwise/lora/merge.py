@@ -7,10 +7,12 @@ import torch
 from torch import Tensor, nn
 
 from rankwise.errors import ConfigError, MergeError, listing
-from rankwise.lora.inject import ATTRIBUTE, injection, put
-from rankwise.lora.layers import LoraLayer, has_merged, named_lora_layers, named_wrappers, refuse_dora_beside_merged
+from rankwise.lora.base_weight import rounded
+from rankwise.lora.inject import ATTRIBUTE, injection
+from rankwise.lora.layers import LoraLayer, refuse_dora_beside_merged
+from rankwise.lora.places import has_merged, named_lora_layers, named_wrappers, replace_
 from rankwise.lora.tied import storage_counts, storage_of
-from rankwise.lora.trained import TiedTokenHead, TokenRows
+from rankwise.lora.trained import TokenRows
 
 
 @dataclass(frozen=True)
@@ -39,6 +41,8 @@ def merge_(model: nn.Module, adapters: Sequence[str] | None = None, dtype: torch
     Raises MergeError, before anything is changed, if already merged, if a weight cannot be read as a dense matrix, if a
     sum is not finite, or if a DoRA adapter would be left beside; ConfigError for an adapter that is not at work.
     """
+    if any(hasattr(parameter, "full_tensor") for parameter in model.parameters()):
+        raise MergeError("the weights are spread over processes (FSDP); merge into a model that is in one place")
     active = injection(model).active
     names = list(active) if adapters is None else list(adapters)
     if idle := [name for name in names if name not in active]:
@@ -81,10 +85,10 @@ def _merged(
                 bias = own * factor if bias is None else bias + own * factor
     base_bias = layer.own(layer.bias_name)
     if bias is not None and base_bias is not None:
-        bias = (base_bias.detach().to(dtype) + bias).to(base_bias.dtype)
+        bias = rounded(base_bias.detach().to(dtype) + bias, base_bias.dtype)
     elif bias is not None:
-        bias = bias.to(weight.dtype)
-    return (weight.to(dtype) + delta).to(weight.dtype), bias, delta != 0
+        bias = rounded(bias, weight.dtype)
+    return rounded(weight.to(dtype) + delta, weight.dtype), bias, delta != 0
 
 
 def unmerge_(model: nn.Module) -> None:
@@ -100,16 +104,12 @@ def merge_and_remove_(model: nn.Module) -> MergeReport:
     Raises what `merge_` raises.
     """
     report = merge_(model)
+    tables: dict[TokenRows, nn.Parameter] = {}
     for _, layer in named_wrappers(model):
-        if isinstance(layer, TiedTokenHead):
-            layer.base.weight = layer.embedding[0].base.weight = _frozen(layer.embedding[0].trained_table())
-        elif isinstance(layer, TokenRows) and layer.active:
-            layer.base.weight = _frozen(layer.trained_table())
-    for name, layer in reversed(named_wrappers(model)):
-        put(model, name, layer.chosen())
+        if isinstance(layer, TokenRows) and layer.active:
+            if layer.owner not in tables:
+                tables[layer.owner] = nn.Parameter(layer.trained_table().detach(), requires_grad=False)
+            layer.base.weight = tables[layer.owner]
+    replace_(model, {layer: layer.chosen() for _, layer in named_wrappers(model)})
     delattr(model, ATTRIBUTE)
     return report
-
-
-def _frozen(table: Tensor) -> nn.Parameter:
-    return nn.Parameter(table.detach(), requires_grad=False)

@@ -136,8 +136,10 @@ class ParametersWrapper(Wrapper):
         return {adapter for _, part in self.named_parts() for adapter in part.adapters()}
 
     def remove(self, adapter: str) -> None:
-        for _, part in self.named_parts():
+        for name, part in self.named_parts():
             part.remove(adapter)
+            if not part.adapters():
+                del self.parts[name]
 
     def parameters_of(self, adapter: str) -> list[nn.Parameter]:
         return [p for _, part in self.named_parts() for p in part.parameters_of(adapter)]

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from rankwise.lora.frozen_product import prepare, runs_in_onednn
-from rankwise.lora.layers import named_lora_layers
 from rankwise.lora.linear import LoraLinear
+from rankwise.lora.places import named_lora_layers
 from rankwise.lora.shared_input import SharedInput
 
 COPIES = 2

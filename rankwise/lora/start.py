@@ -1,7 +1,6 @@
 """Starting an adapter from data (EVA, CorDA and LoRA-GA look at a few batches before training) or from the weights
 that a quantised base had before (LoftQ)."""
 
-import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from typing import Any
@@ -12,9 +11,10 @@ from torch import Tensor, nn
 from rankwise.errors import ConfigError, listing
 from rankwise.lora.adapters import check_names
 from rankwise.lora.base_weight import as_matrix, dimensions, working_dtype
+from rankwise.lora.config import exact_patterns
 from rankwise.lora.inject import DEFAULT, adapters_off, injection, set_active
-from rankwise.lora.layers import named_lora_layers
 from rankwise.lora.linear import LoraLinear
+from rankwise.lora.places import named_lora_layers
 from rankwise.lora.variants.corda import corda
 from rankwise.lora.variants.eva import eva, spread_ranks
 from rankwise.lora.variants.loftq import loftq
@@ -99,7 +99,7 @@ def _start_eva(model: nn.Module, layers: dict[str, Any], sums: dict[str, Tensor]
         for name, layer in layers.items()
     }
     ranks = spread_ranks({name: share for name, (_, share) in found.items()}, budget)
-    config = replace(injected.configs[adapter], rank_pattern={re.escape(name): rank for name, rank in ranks.items()})
+    config = replace(injected.configs[adapter], rank_pattern=exact_patterns(ranks, ranks))
     active = dict(injected.active)
     for name, layer in layers.items():
         layer.remove(adapter)

@@ -13,8 +13,3 @@ def storage_counts(model: nn.Module) -> Counter[int]:
 def storage_of(tensor: Tensor) -> int:
     """What tells one storage from another."""
     return tensor.untyped_storage().data_ptr()
-
-
-def is_tied_head(module: nn.Module, embedding: nn.Module) -> bool:
-    """Whether a linear layer, another module than the embedding, uses the embedding's very table as its weight."""
-    return isinstance(module, nn.Linear) and module.weight is embedding.weight

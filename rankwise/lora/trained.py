@@ -3,7 +3,7 @@
 Each is a copy; the base's own numbers stay as they were.
 """
 
-from collections.abc import Sequence
+from collections.abc import Container, Mapping, Sequence
 from copy import deepcopy
 from typing import Any
 
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from rankwise.errors import ConfigError
-from rankwise.lora.base_weight import bias_name
+from rankwise.lora.base_weight import bias_name, working_dtype
 from rankwise.lora.config import LoraConfig
 from rankwise.lora.layers import Wrapper
 from rankwise.lora.parts import Parts
@@ -27,6 +27,10 @@ class TrainedCopy(Wrapper):
     def add(self, adapter: str, config: LoraConfig) -> None:
         """Give an adapter its copy of the original."""
         self.shares[adapter] = deepcopy(self.base).requires_grad_(not config.inference_mode)
+
+    def reset(self, adapter: str) -> None:
+        """Let an adapter's copy hold what the original holds."""
+        self.shares[adapter].load_state_dict(self.base.state_dict())
 
     def chosen(self) -> nn.Module:
         """The copy that is at work, or the original."""
@@ -51,13 +55,21 @@ class Rows(nn.Module):
 
     def __init__(self, embedding: Any, tokens: Sequence[int], trains: bool) -> None:
         super().__init__()
-        values = embedding.weight.detach()[list(tokens)].clone()
+        table = embedding.weight.detach()
+        values = table[list(tokens)].to(working_dtype(table), copy=True)
         self.values = nn.Parameter(values, requires_grad=trains)
         """[tokens, d]"""
         self.tokens = tuple(tokens)
-        place = torch.full((embedding.num_embeddings,), -1, device=values.device)
-        place[list(tokens)] = torch.arange(len(tokens), device=values.device)
-        self.register_buffer("place", place, persistent=False)
+        self.register_buffer("place", torch.empty(embedding.num_embeddings, dtype=torch.long), persistent=False)
+        self.reset(embedding)
+
+    @torch.no_grad()
+    def reset(self, embedding: Any) -> None:
+        """Take the rows as they stand in the embedding."""
+        table, tokens = embedding.weight, list(self.tokens)
+        self.values.copy_(table[tokens])
+        self.place = torch.full((len(table),), -1, device=table.device)
+        self.place[tokens] = torch.arange(len(tokens), device=table.device)
 
 
 class TokenRows(Wrapper):
@@ -67,17 +79,26 @@ class TokenRows(Wrapper):
         """Give an adapter its copy of the rows of `tokens`."""
         self.shares[adapter] = Rows(self.base, tokens, not config.inference_mode)
 
+    def reset(self, adapter: str) -> None:
+        """Let an adapter's rows hold what the table holds."""
+        self.rows(adapter).reset(self.base)
+
+    @property
+    def owner(self) -> "TokenRows":
+        """Where the rows lie that this module uses."""
+        return self
+
     def rows(self, adapter: str) -> Rows:
         """An adapter's share."""
         found = self.shares[adapter]
         assert isinstance(found, Rows)
         return found
 
-    def forward(self, ids: Tensor) -> Tensor:
-        """ids: [...] → [..., d]"""
-        result = self.base(ids)
+    def forward(self, x: Tensor) -> Tensor:
+        """x: token indices [...] → [..., d]"""
+        result = self.base(x)
         for rows in map(self.rows, self.active):
-            place = rows.place[ids]
+            place = rows.place[x]
             own = F.embedding(place.clamp_min(0), rows.values.to(result.dtype))
             own = own * getattr(self.base, "embed_scale", 1.0)
             result = torch.where((place >= 0)[..., None], own, result)
@@ -97,26 +118,48 @@ class TokenRows(Wrapper):
         return table
 
 
-class TiedTokenHead(Wrapper):
-    """An output head that shares the table of an embedding with trained rows: those tokens' logits use the rows too."""
+class TiedTokenRows(TokenRows):
+    """Another embedding on the table of one with trained rows (T5 has two such): it uses them too."""
 
-    def __init__(self, base: nn.Module, embedding: TokenRows) -> None:
+    def __init__(self, base: nn.Module, owner: TokenRows) -> None:
         super().__init__(base)
-        self.embedding = [embedding]
+        self._owner = [owner]
         """In a list, so that it is not a child of this module too."""
 
-    def adapters(self) -> set[str]:
-        return self.embedding[0].adapters()
+    @property
+    def owner(self) -> TokenRows:
+        return self._owner[0]
 
-    def forward(self, hidden: Tensor) -> Tensor:
-        """hidden: [..., k] → logits [..., vocabulary]"""
-        result = self.base(hidden)
-        for rows in map(self.embedding[0].rows, self.active):
-            tokens = torch.tensor(rows.tokens, device=hidden.device)
+    def adapters(self) -> set[str]:
+        return self.owner.adapters()
+
+    def rows(self, adapter: str) -> Rows:
+        return self.owner.rows(adapter)
+
+
+class TiedTokenHead(TiedTokenRows):
+    """An output head on the table of an embedding with trained rows: those tokens' logits use the rows too."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x: hidden states [..., k] → logits [..., vocabulary]"""
+        result = self.base(x)
+        for rows in map(self.rows, self.active):
+            tokens = torch.tensor(rows.tokens, device=x.device)
             bias = None if self.base.bias is None else self.base.bias[tokens]
-            own = F.linear(hidden, rows.values.to(hidden.dtype), bias)
+            own = F.linear(x, rows.values.to(x.dtype), bias)
             result = result.index_copy(-1, tokens, own.to(result.dtype))
         return result
+
+
+def tied_to(embedding: nn.Module, modules: Mapping[str, nn.Module]) -> dict[str, type[TiedTokenRows]]:
+    """The other modules that use an embedding's very table, by name, and the kind of wrapper for each."""
+    kinds = {nn.Embedding: TiedTokenRows, nn.Linear: TiedTokenHead}
+    return {
+        name: kind
+        for name, module in modules.items()
+        for base, kind in kinds.items()
+        if isinstance(module, base) and module is not embedding and module.weight is embedding.weight
+    }
 
 
 class TrainedBias:
@@ -127,7 +170,16 @@ class TrainedBias:
         self.adapter = adapter
         self.original: nn.Parameter = getattr(module, bias_name(module))
         self.trained = nn.Parameter(self.original.detach().clone(), requires_grad=not config.inference_mode)
+        self.shown = False
+        """Whether the module uses the copy."""
 
-    def show(self, adapters: Any) -> None:
+    @torch.no_grad()
+    def reset(self) -> None:
+        """Let the copy hold what the original holds."""
+        self.trained.copy_(self.original)
+
+    def show(self, adapters: Container[str]) -> None:
         """Let the module use the copy if its adapter is among `adapters`, or else the original."""
-        setattr(self.module, bias_name(self.module), self.trained if self.adapter in adapters else self.original)
+        if self.shown != (self.adapter in adapters):  # A merge may have replaced either, and stays.
+            self.shown = not self.shown
+            setattr(self.module, bias_name(self.module), self.trained if self.shown else self.original)

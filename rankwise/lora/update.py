@@ -10,6 +10,13 @@ from rankwise.lora.config import LoraConfig
 from rankwise.lora.low_rank import LowRank
 
 
+def whole(tensor: Tensor) -> Tensor:
+    """All of a tensor that may be spread over processes."""
+    # Told by its method: to import its class takes as long as half of torch.
+    gather = getattr(tensor, "full_tensor", None)
+    return tensor if gather is None else gather()
+
+
 class Update(nn.Module):
     """The trained numbers that one adapter adds to one d × k matrix: ΔW = scale·(B·A - start_B·start_A).
 
@@ -75,8 +82,16 @@ class Update(nn.Module):
         if self.first is not None:
             A, B = A[: self.first], B[:, : self.first]
         if self.has_start:
-            A, B = torch.cat([A, self.start_A]), torch.cat([B, -self.start_B], dim=1)
+            A, B = self._with_start(A, B)
         return (A, B) if dtype is None or A.dtype == dtype else (A.to(dtype), B.to(dtype))
+
+    def whole_factors(self) -> tuple[Tensor, Tensor]:
+        """`factors`, gathered where they are spread over processes; all of them must call this."""
+        A, B = whole(self.lora_A), whole(self.lora_B)
+        return self._with_start(A, B) if self.has_start else (A, B)
+
+    def _with_start(self, A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
+        return torch.cat([A, self.start_A]), torch.cat([B, -self.start_B], dim=1)
 
     def drop(self, x: Tensor) -> Tensor:
         """x with the dropout of training."""

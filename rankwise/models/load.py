@@ -13,8 +13,8 @@ from rankwise import atomic
 from rankwise.data.shapes import TASK_TYPES
 from rankwise.errors import ModelError
 from rankwise.lora.inject import adapters_off
-from rankwise.lora.layers import named_base_modules
 from rankwise.lora.narrow import compute_in_
+from rankwise.lora.places import named_base_modules
 from rankwise.models.locate import local_path
 from rankwise.models.quiet import quiet
 

@@ -1,7 +1,6 @@
 """An adapter's updates exchanged for ones of other ranks, in place."""
 
 import math
-import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
@@ -10,13 +9,14 @@ from typing import Literal
 from torch import nn
 
 from rankwise.errors import ConfigError, listing
-from rankwise.lora.config import LoraConfig
+from rankwise.lora.config import LoraConfig, exact_patterns
 from rankwise.lora.convolution import LoraConv
 from rankwise.lora.embedding import LoraEmbedding
 from rankwise.lora.inject import injection, set_active
-from rankwise.lora.layers import LoraLayer, named_lora_layers
+from rankwise.lora.layers import LoraLayer
 from rankwise.lora.linear import LoraLinear
 from rankwise.lora.low_rank import LowRank
+from rankwise.lora.places import named_lora_layers
 
 Reader = Literal["vllm", "llama.cpp"]
 """What will read an adapter beside PEFT. vLLM applies one factor to all modules, llama.cpp divides lora_alpha by each
@@ -52,7 +52,7 @@ def set_updates_(
     injected = injection(model)
     active = dict(injected.active)
     r = max(update.rank for update in updates.values())
-    own = {re.escape(name): update.rank for name, update in updates.items() if update.rank != r}
+    own = exact_patterns({name: update.rank for name, update in updates.items() if update.rank != r}, updates)
     config: LoraConfig = replace(
         injected.configs[adapter],
         r=r,

@@ -9,8 +9,8 @@ from torch import Tensor, nn
 
 from rankwise.lora import format
 from rankwise.lora.checkpoint import Adapter, read_adapter
-from rankwise.lora.layers import named_lora_layers
 from rankwise.lora.low_rank import LowRank
+from rankwise.lora.places import named_lora_layers
 from rankwise.lora.report import TrainedUpdate
 from rankwise.rank.spectrum import effective_rank, singular_values, sparkline, stable_rank
 

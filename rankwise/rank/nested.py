@@ -22,8 +22,8 @@ from torch import Tensor, nn
 from rankwise.engine.engine import Engine
 from rankwise.errors import ConfigError
 from rankwise.lora.inject import DEFAULT, adapters_off
-from rankwise.lora.layers import named_lora_layers
 from rankwise.lora.linear import LoraLinear
+from rankwise.lora.places import named_lora_layers
 from rankwise.rank.compare import SHARE
 from rankwise.rank.crossed import Array
 from rankwise.rank.curve import DRAWS, Curve, bootstrap_curves, fit_curve, interval

@@ -23,8 +23,9 @@ from torch import Tensor
 from rankwise.engine.engine import Engine
 from rankwise.errors import ConfigError
 from rankwise.lora.inject import DEFAULT
-from rankwise.lora.layers import LoraLayer, named_lora_layers
+from rankwise.lora.layers import LoraLayer
 from rankwise.lora.linear import LoraLinear
+from rankwise.lora.places import named_lora_layers
 from rankwise.rank.nested import up_to_power_of_two
 
 SIGNAL = 0.9

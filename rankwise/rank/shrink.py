@@ -20,8 +20,9 @@ from rankwise.data.rows import Row, split_rows
 from rankwise.engine.engine import Engine
 from rankwise.errors import ConfigError, DataError
 from rankwise.lora.inject import DEFAULT, adapters_off, injection, set_adapter_training
-from rankwise.lora.layers import LoraLayer, named_wrappers
+from rankwise.lora.layers import LoraLayer
 from rankwise.lora.low_rank import LowRank
+from rankwise.lora.places import named_wrappers
 from rankwise.rank.cut import Reader, cuttable_layers, put_back_on_error, set_updates_
 from rankwise.rank.paired import Comparison, ExampleLosses, compare, measure
 from rankwise.rank.spectrum import Directions, directions, observe, spread

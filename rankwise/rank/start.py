@@ -8,7 +8,7 @@ from torch import nn
 from rankwise.lora.adapters import delete_adapter_
 from rankwise.lora.config import LoraConfig
 from rankwise.lora.inject import DEFAULT, inject_
-from rankwise.lora.layers import named_lora_layers
+from rankwise.lora.places import named_lora_layers
 from rankwise.lora.report import InjectReport
 
 

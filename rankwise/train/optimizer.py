@@ -8,7 +8,7 @@ from torch.optim import AdamW
 
 from rankwise.errors import ConfigError
 from rankwise.lora.inject import trainable_parameters
-from rankwise.lora.layers import named_lora_layers
+from rankwise.lora.places import named_lora_layers
 
 Pair = tuple[nn.Parameter, nn.Parameter]
 """A [r, k] and B [d, r] of one update"""

@@ -10,7 +10,7 @@ from torch import Tensor
 from rankwise.errors import ConfigError
 from rankwise.lora.adapters import activate_
 from rankwise.lora.inject import set_adapter_training
-from rankwise.lora.layers import named_lora_layers
+from rankwise.lora.places import named_lora_layers
 from rankwise.train.loop import Step, Training, steps_of
 
 MOST_TOKENS = 800

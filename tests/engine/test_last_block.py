@@ -18,7 +18,7 @@ from rankwise.engine.batch import pack
 from rankwise.engine.blocks import blocks_of
 from rankwise.engine.classifiers import ClassifierEngine
 from rankwise.engine.language import LanguageEngine
-from rankwise.lora.layers import named_base_modules
+from rankwise.lora.places import named_base_modules
 
 pytestmark = pytest.mark.usefixtures("in_fp64")
 DECODERS = ["llama", "gpt2", "mistral", "opt", "phi", "qwen2"]

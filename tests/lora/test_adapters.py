@@ -20,7 +20,7 @@ from rankwise import (
 )
 from rankwise.errors import ConfigError, MergeError
 from rankwise.lora.inject import trainable_parameters
-from rankwise.lora.layers import named_lora_layers
+from rankwise.lora.places import named_lora_layers
 
 IDS = torch.tensor([[3, 4, 5, 6], [9, 8, 7, 6], [1, 1, 2, 2]])
 CONFIGS = {

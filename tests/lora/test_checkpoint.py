@@ -276,7 +276,7 @@ def test_a_full_disk_leaves_the_adapter_that_was_there(folder, monkeypatch):
     def full(*_args, **_kwargs):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("rankwise.lora.checkpoint.save_file", full)
+    monkeypatch.setattr("rankwise.lora.checkpoint.serialize_file", full)
     with pytest.raises(StorageError, match="No space left"):
         save_adapter(model, folder)
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == before

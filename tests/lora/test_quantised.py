@@ -7,7 +7,7 @@ from torch import nn
 from rankwise import LoraConfig, eject_, inject_, load_adapter_, merge_, save_adapter, start_from_original_
 from rankwise.errors import ConfigError, MergeError
 from rankwise.lora.inject import trainable_parameters
-from rankwise.lora.layers import named_lora_layers
+from rankwise.lora.places import named_lora_layers
 
 
 class Int8Linear(nn.Linear):

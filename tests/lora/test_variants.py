@@ -10,7 +10,7 @@ from torch.nn import functional as F
 from rankwise import LoraConfig, eject_, inject_, load_adapter_, merge_, save_adapter, start_from_data_
 from rankwise.errors import CheckpointError, ConfigError, TargetError
 from rankwise.lora.inject import adapters_off, trainable_parameters
-from rankwise.lora.layers import named_lora_layers
+from rankwise.lora.places import named_lora_layers
 
 IDS = torch.tensor([[3, 4, 5, 6], [9, 8, 7, 6]])
 LINEAR = ["q_proj", "up_proj"]

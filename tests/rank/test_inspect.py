@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 
 from rankwise import LoraConfig, inject_, load_adapter_, save_adapter
 from rankwise.cli.main import main
-from rankwise.lora.layers import named_lora_layers
+from rankwise.lora.places import named_lora_layers
 from rankwise.rank.inspect import beside_base, inspect_adapter, intruders
 
 LLAMA_CPP = "llama.cpp (convert_lora_to_gguf.py)"

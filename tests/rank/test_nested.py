@@ -13,7 +13,7 @@ from rankwise.data.examples import TextExample
 from rankwise.engine.language import LanguageEngine
 from rankwise.errors import ConfigError
 from rankwise.lora.inject import DEFAULT
-from rankwise.lora.layers import named_lora_layers
+from rankwise.lora.places import named_lora_layers
 from rankwise.rank.curve import Curve, bootstrap_curves, fit_curve, interval
 from rankwise.rank.nested import NestedEngine, cut_, losses_by_rank, nested_estimate, nested_ranks
 

@@ -11,7 +11,7 @@ from rankwise.cli.main import main
 from rankwise.data.examples import TextExample
 from rankwise.engine.language import LanguageEngine
 from rankwise.errors import ConfigError
-from rankwise.lora.layers import named_lora_layers
+from rankwise.lora.places import named_lora_layers
 from rankwise.rank.predict import LEAST_SHARE, SIGNAL, LayerSignal, Prediction, layer_signal, predict
 
 WIDTH = 6

@@ -19,7 +19,7 @@ from rankwise.data.rows import Row
 from rankwise.engine.classifiers import ClassifierEngine
 from rankwise.engine.language import LanguageEngine
 from rankwise.errors import ConfigError, DataError
-from rankwise.lora.layers import named_lora_layers
+from rankwise.lora.places import named_lora_layers
 from rankwise.rank.paired import Comparison, ExampleLosses, compare, measure
 from rankwise.rank.shrink import HeldOut, Ladder, shrink_, split_held_out
 

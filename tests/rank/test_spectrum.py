@@ -5,8 +5,8 @@ import torch
 from torch import nn
 
 from rankwise import LoraConfig, inject_
-from rankwise.lora.layers import named_lora_layers
 from rankwise.lora.low_rank import LowRank
+from rankwise.lora.places import named_lora_layers
 from rankwise.rank.spectrum import (
     directions,
     effective_rank,

@@ -17,7 +17,7 @@ from rankwise.cli.paired_runs import PairedRuns
 from rankwise.cli.rank_sweep import SweepConfig
 from rankwise.errors import ConfigError, RankwiseError
 from rankwise.lora.inject import DEFAULT
-from rankwise.lora.layers import named_lora_layers
+from rankwise.lora.places import named_lora_layers
 from rankwise.models.load import load_model
 from rankwise.rank.illustrate import Illustrations, illustrate
 from rankwise.rank.page import HEIGHT, LEFT, WIDTH, page

@@ -8,7 +8,7 @@ from torch import nn
 from rankwise import LoraConfig, inject_, lora_optimizer
 from rankwise.errors import ConfigError
 from rankwise.lora.inject import trainable_parameters
-from rankwise.lora.layers import named_lora_layers
+from rankwise.lora.places import named_lora_layers
 
 
 def small(r=3, **config):

@@ -1,0 +1,53 @@
+"""Where adapters stand in a model: its places by their names in the base model, and what stands there."""
+
+from collections.abc import Mapping
+
+from torch import nn
+
+from rankwise.lora.layers import LoraLayer, Wrapper
+
+
+def named_places(model: nn.Module) -> list[tuple[str, nn.Module]]:
+    """What stands in each place of the base model, with the place's name there: a module or a wrapper around it.
+
+    What stands in several places is named by the first.
+    """
+    found, stack, seen = [], [("", model)], set()
+    while stack:
+        name, module = place = stack.pop()
+        if module in seen:
+            continue
+        seen.add(module)
+        found.append(place)
+        base = module.base if isinstance(module, Wrapper) else module
+        stack += reversed([(f"{name}.{key}" if name else key, child) for key, child in base.named_children()])
+    return found
+
+
+def named_base_modules(model: nn.Module) -> list[tuple[str, nn.Module]]:
+    """All modules of the base model with their names in it, as if no adapter were there."""
+    return [(name, found.base if isinstance(found, Wrapper) else found) for name, found in named_places(model)]
+
+
+def named_wrappers(model: nn.Module) -> list[tuple[str, Wrapper]]:
+    """All layers that adapters have put in place of others, with their names in the base model, in its order."""
+    return [(name, found) for name, found in named_places(model) if isinstance(found, Wrapper)]
+
+
+def named_lora_layers(model: nn.Module) -> list[tuple[str, LoraLayer]]:
+    """The layers (and bare parameters) that carry low-rank updates, with their names in the base model."""
+    return [(name + end, part) for name, layer in named_wrappers(model) for end, part in layer.parts_of()]
+
+
+def replace_(model: nn.Module, replacements: Mapping[nn.Module, nn.Module]) -> None:
+    """Let other modules stand in all places of the base model where these do."""
+    parents = [module.base if isinstance(module, Wrapper) else module for _, module in named_places(model)]
+    for parent in parents:
+        for key, child in list(parent._modules.items()):
+            if child is not None and child in replacements:
+                setattr(parent, key, replacements[child])
+
+
+def has_merged(model: nn.Module) -> bool:
+    """Whether an adapter is merged into the weights of a model."""
+    return any(layer.merged for _, layer in named_lora_layers(model))
