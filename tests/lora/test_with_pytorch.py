@@ -11,6 +11,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArgumen
 from rankwise import LoraConfig, eject_, inject_, load_adapter_, merge_, register_layer, save_adapter
 from rankwise.lora.inject import trainable_parameters
 from rankwise.lora.linear import LoraLinear
+from rankwise.models.load import load_tokenizer
 from rankwise.models.trainer import AdapterCheckpoints
 
 IDS = torch.tensor([[3, 4, 5, 6], [9, 8, 7, 6]])
@@ -139,6 +140,31 @@ def test_a_trainers_checkpoints_hold_the_adapter_alone(tmp_path):
     other = tiny("llama")
     load_adapter_(other, tmp_path / "checkpoint-2")
     torch.testing.assert_close(other(IDS).logits, model(IDS).logits)
+
+
+@pytest.mark.filterwarnings("ignore:`gradient_checkpointing` is deprecated:FutureWarning")  # of TRL 1.16
+def test_trls_trainer_trains_an_injected_model_and_keeps_the_adapter_alone(tmp_path):
+    from datasets import Dataset
+    from trl.trainer.sft_config import SFTConfig
+    from trl.trainer.sft_trainer import SFTTrainer
+
+    model = tiny("llama")
+    inject_(model, LoraConfig(r=2))
+    base = {name: tensor.clone() for name, tensor in model.state_dict().items() if ".shares." not in name}
+    settings = {"max_steps": 2, "save_steps": 1, "learning_rate": 0.05, "report_to": [], "use_cpu": True, "bf16": False}
+    SFTTrainer(
+        model,
+        SFTConfig(str(tmp_path), **settings, disable_tqdm=True, max_length=None),
+        train_dataset=Dataset.from_list([{"input_ids": IDS[0].tolist()}] * 4),
+        processing_class=load_tokenizer("smollm2-135m"),
+        callbacks=[AdapterCheckpoints()],
+    ).train()
+    assert all(torch.equal(tensor, model.state_dict()[name]) for name, tensor in base.items())
+    assert not (tmp_path / "checkpoint-2" / "model.safetensors").exists()
+    other = tiny("llama")
+    load_adapter_(other, tmp_path / "checkpoint-2")
+    torch.testing.assert_close(other(IDS).logits, model.eval()(IDS).logits)
+    assert not torch.equal(other(IDS).logits, tiny("llama")(IDS).logits)
 
 
 class Scaled(nn.Module):
