@@ -5,9 +5,10 @@ each field), a misspelt flag is answered with the nearest one, and it starts in 
 come before those of the command line, so that both go through the same checks and the command line wins.
 """
 
+from collections.abc import Collection
 from dataclasses import fields
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_args, get_type_hints
 
 import tyro
 import yaml
@@ -23,10 +24,18 @@ def parse(config_class: type[C], options: list[str], command: str) -> C:
     Raises ConfigError for a YAML file that cannot be used; for a wrong flag or value tyro prints a message and exits 2.
     """
     files, flags = without("--config", "the name of a YAML file", options)
-    names = [field.name for field in fields(config_class)]  # pyright: ignore[reportArgumentType]
+    names = {field.name for field in fields(config_class)}  # pyright: ignore[reportArgumentType]
+    names -= _positional(config_class)
     from_files = [flag for path in files for flag in _yaml_flags(path, names)]
-    description = f"{config_class.__doc__}\n\n--config FILE.yaml sets any of these; flags given beside it win."
+    description = f"{config_class.__doc__}\n\n--config FILE.yaml sets any of the options; flags given beside it win."
     return tyro.cli(config_class, args=from_files + flags, prog=f"rankwise {command}", description=description)
+
+
+def _positional(config_class: type) -> set[str]:
+    """The fields that stand on the command line without a flag, which no file can hold."""
+    [_, marker] = get_args(tyro.conf.Positional[str])
+    hints = get_type_hints(config_class, include_extras=True)
+    return {name for name, hint in hints.items() if marker in getattr(hint, "__metadata__", ())}
 
 
 def without(flag: str, what: str, options: list[str]) -> tuple[list[Path], list[str]]:
@@ -43,7 +52,7 @@ def without(flag: str, what: str, options: list[str]) -> tuple[list[Path], list[
     return files, rest
 
 
-def _yaml_flags(path: Path, names: list[str]) -> list[str]:
+def _yaml_flags(path: Path, names: Collection[str]) -> list[str]:
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
     except OSError as error:
@@ -57,7 +66,7 @@ def _yaml_flags(path: Path, names: list[str]) -> list[str]:
     settings = {str(key).replace("-", "_"): value for key, value in content.items()}
     unknown = [f"{key!r}{nearest(key, names)}" for key in settings if key not in names]
     if unknown:
-        raise ConfigError(f"--config {path} holds settings that do not exist:\n{listing(unknown)}")
+        raise ConfigError(f"--config {path} holds settings that this command does not have:\n{listing(unknown)}")
     return [text for key, value in settings.items() if value is not None for text in _flag(path, key, value)]
 
 

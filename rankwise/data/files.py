@@ -42,6 +42,8 @@ class Problem:
         return f"{self.place}: {self.text}"
 
 
+DEEPEST = 100
+"""Levels of lists and objects in a field."""
 Fields = Mapping[str, Any]
 Records = Iterable[tuple[int, Fields | str]]
 """Line (or row) numbers with the row's fields, or with what is wrong with it."""
@@ -56,16 +58,41 @@ def read_file(path: Path, weight: float = 1.0) -> Iterator[Row | Problem]:
     reader, by_row = _reader(path)
     try:
         for number, content in reader(path):
-            if isinstance(content, str):
-                yield Problem(_place(path, number, by_row), content)
+            fault = content if isinstance(content, str) else _unusable(content)
+            if fault or isinstance(content, str):
+                yield Problem(_place(path, number, by_row), str(fault))
             else:
                 yield Row(path, number, content, by_row, weight)
     except FileNotFoundError:
-        raise DataError(f"no such data file: {path}") from None
+        where = "" if path.is_absolute() else f", seen from {Path.cwd()}"
+        raise DataError(f"no such data file: {path}{where}") from None
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
         raise DataError(f"{path} is damaged: {error}") from None
     except OSError as error:
         raise DataError(f"{path} cannot be read: {error.strerror or error}") from None
+
+
+def _unusable(fields: Mapping[str, Any]) -> str | None:
+    """What no task can use in a row, in whatever field: half a character, or values nested without end."""
+    level: list[Any] = list(fields.values())
+    for _ in range(DEEPEST):
+        texts = [value for value in level if isinstance(value, str)]
+        keys = [key for value in level if isinstance(value, dict) for key in value]
+        if any(not _is_text(text) for text in (*texts, *keys)):
+            return "holds half of a surrogate pair, which is no character"
+        level = [
+            inner
+            for value in level
+            if isinstance(value, dict | list)
+            for inner in (value.values() if isinstance(value, dict) else value)
+        ]
+        if not level:
+            return None
+    return f"holds values nested more than {DEEPEST} deep"
+
+
+def _is_text(text: str) -> bool:
+    return text.isascii() or not any("\ud800" <= character <= "\udfff" for character in text)
 
 
 def is_data_file(path: Path) -> bool:
@@ -189,6 +216,7 @@ def _table(path: Path) -> Records:
     """CSV or TSV with a header. A row's number is that of its first line; quoted cells may hold line ends."""
     undecodable: dict[int, str] = {}
     last_line = 0
+    read: list[str] = []  # Lines since the last row.
 
     def text() -> Iterator[str]:
         nonlocal last_line
@@ -196,6 +224,7 @@ def _table(path: Path) -> Records:
             if isinstance(line, UnicodeDecodeError):
                 undecodable[last_line] = _not_utf8(line)
                 line = line.object.decode("utf-8", errors="replace")
+            read.append(line)
             yield line
 
     lines = text()
@@ -213,14 +242,19 @@ def _table(path: Path) -> Records:
         twice = sorted({name for name in header if header.count(name) > 1})
         if twice:
             raise DataError(f"{path}:1: the header names a column twice: {', '.join(map(repr, twice))}")
+        before = 0
         while True:
-            first = table.line_num + 1
+            first = before + table.line_num + 1
+            read.clear()
             try:
                 cells = next(table)
             except StopIteration:
                 return
             except csv.Error as error:
                 yield first, f"not CSV: {error}"
+                # A quote that never closes takes all that follows into its cell: go on below the line that it is in.
+                before, again = first, read[1:]
+                table = csv.reader(chain(again, lines), delimiter=delimiter, strict=True)
                 continue
             bad = next((undecodable.pop(line) for line in range(first, last_line + 1) if line in undecodable), None)
             if bad:

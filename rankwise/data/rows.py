@@ -3,11 +3,12 @@
 import random
 from array import array
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from hashlib import blake2b
 from math import floor
 from pathlib import Path
+from typing import Any, Literal
 
 from rankwise.data.files import Problem, Row
 from rankwise.data.shapes import Found, Layout, detect, standard_fields, standard_prompt
@@ -17,6 +18,8 @@ from rankwise.errors import DataError, listing
 
 Data = Path | str | Sequence[Path | str]
 """A file, a folder or a hub data set, or several of them; see `rankwise.data.sources`."""
+TENTH, MOST_HELD_OUT = 0.1, 600
+"""Of the rows are held out, if nobody says how many."""
 MOST_PROBLEMS = 20
 """Problems that a message shows in full."""
 
@@ -113,61 +116,100 @@ def _with(row: Row, fields: dict) -> Row:
     return Row(row.file, row.line, fields, row.by_row, row.weight)
 
 
-def question_key(row: Row) -> str:
-    """What a row asks, with all white space alike: rows with the same key ask the same.
+def question_keys(row: Row) -> list[str]:
+    """What a row asks, with all white space alike, the last time at the end: rows that end alike ask the same.
 
-    The prompt, the conversation before its last assistant message, the text, the words to tag, or the anchor of a pair.
+    The prompt, or the conversation before each of its assistant messages; the text, the words to tag, or the anchor of
+    a pair. A prompt asks the same as a conversation of that one user message.
     """
     fields = row.fields
     if "tokens" in fields:
-        return " ".join(fields["tokens"])
+        return [" ".join(fields["tokens"])]
+    if "prompt" in fields:
+        return [_asked([{"role": "user", "content": fields["prompt"]}])]
     if "messages" not in fields:
-        return " ".join(next(fields[name] for name in ("prompt", "anchor", "text") if name in fields).split())
-    messages = fields["messages"]
+        return [" ".join(next(fields[name] for name in ("anchor", "text") if name in fields).split())]
+    messages, tools = fields["messages"], str(fields.get("tools", ""))
     answers = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
-    asked = messages[: answers[-1]] if answers else messages
-    parts = [f"{message['role']}: {message['content']} {message.get('tool_calls', '')}" for message in asked]
-    return " ".join(" ".join([str(fields.get("tools", "")), *parts]).split())
+    return [_asked(messages[:index], tools) for index in answers or [len(messages)]]
+
+
+def _asked(messages: Sequence[Mapping[str, Any]], tools: str = "") -> str:
+    parts = [f"{message['role']}: {message['content']} {message.get('tool_calls', '')}" for message in messages]
+    return " ".join(" ".join([tools, *parts]).split())
 
 
 def split_rows(rows: Sequence[Row], fraction: float, seed: int) -> tuple[Sequence[Row], Sequence[Row]]:
     """Cut rows into (train, evaluation), about `fraction` of them for evaluation, drawn by `seed`.
 
-    Rows that ask the same stay on one side, so that no evaluation row is also trained. The order of the rows does not
-    matter. Raises DataError if either side would be empty.
+    Rows that ask the same stay on one side, and so do a conversation and one that goes on from it, so that no
+    evaluation row is also trained; the last row with a label stays in training. The order of the rows does not matter.
+    Raises DataError if either side would be empty.
     """
-    keys = _question_hashes(rows)
-    ordered = sorted(set(keys))
+    keys = _linked(rows)
+    counts, labels = Counter(keys), _labels_by_key(rows, keys)
+    left = Counter(label for own in labels.values() for label in own)
+    ordered = sorted(counts)
     random.Random(seed).shuffle(ordered)
-    counts = Counter(keys)
     evaluated: set[int] = set()
     room = fraction * len(rows)
     for key in ordered:
         if room <= 0:
             break
-        evaluated.add(key)
-        room -= counts[key]
-    kept, held_out = _parted(rows, keys, evaluated)
+        own = labels.get(key, set())
+        if counts[key] <= max(2 * room, 1) and all(left[label] > 1 for label in own):
+            evaluated.add(key)
+            room -= counts[key]
+            left.subtract(own)
+    kept, held_out = _parted(rows, [key in evaluated for key in keys])
     if not kept or not held_out:
         raise DataError(f"{len(rows)} rows cannot be split with --eval-fraction {fraction}; give --eval-data, or 0")
     return kept, held_out
 
 
 def without_overlap(train: Sequence[Row], held_out: Sequence[Row]) -> tuple[Sequence[Row], Sequence[Row]]:
-    """(training rows that no evaluation row asks too, training rows that one does)."""
-    return _parted(train, _question_hashes(train), set(_question_hashes(held_out)))
+    """(training rows that ask nowhere what an evaluation row asks at its end, training rows that do)."""
+    asked = {_hash(question_keys(row)[-1]) for row in held_out}
+    return _parted(train, [any(_hash(key) in asked for key in question_keys(row)) for row in train])
 
 
-def _question_hashes(rows: Sequence[Row]) -> "array[int]":
-    """8 bytes of a hash of each row's question: in a million rows two questions share one once in 37 million times."""
-    digests = (blake2b(question_key(row).encode("utf-8", "surrogatepass"), digest_size=8).digest() for row in rows)
-    return array("Q", (int.from_bytes(digest, "big") for digest in digests))
+def _hash(question: str) -> int:
+    """8 bytes: in a million rows two questions share a hash once in 37 million times."""
+    return int.from_bytes(blake2b(question.encode(), digest_size=8).digest(), "big")
 
 
-def _parted(rows: Sequence[Row], keys: "array[int]", chosen: set[int]) -> tuple[Sequence[Row], Sequence[Row]]:
-    """(rows whose keys are not chosen, rows whose keys are)."""
-    sides = ([place for place, key in enumerate(keys) if (key in chosen) == side] for side in (False, True))
-    others, own = (Chosen(rows, places) for places in sides)
+def _linked(rows: Sequence[Row]) -> "array[int]":
+    """For each row a number that it shares with the rows that must stay on its side of a split."""
+    keys = array("Q", (_hash(question_keys(row)[-1]) for row in rows))
+    present, leader = set(keys), {}
+
+    def lead(key: int) -> int:
+        while key in leader:
+            key = leader[key]
+        return key
+
+    for key, row in zip(keys, rows, strict=True):
+        for earlier in map(_hash, question_keys(row)[:-1]):
+            if earlier in present and lead(earlier) != lead(key):
+                leader[lead(key)] = lead(earlier)
+    return array("Q", map(lead, keys)) if leader else keys
+
+
+def _labels_by_key(rows: Sequence[Row], keys: Sequence[int]) -> dict[int, set[str]]:
+    """The labels (or tags) of the rows of each key; empty for rows without."""
+    found: dict[int, set[str]] = {}
+    if rows and not {"label", "labels", "tags"}.isdisjoint(rows[0].fields):
+        for key, row in zip(keys, rows, strict=True):
+            label, several = row.fields.get("label"), row.fields.get("labels", row.fields.get("tags", ()))
+            found.setdefault(key, set()).update(several if label is None else [label])
+    return found
+
+
+def _parted(rows: Sequence[Row], chosen: Sequence[bool]) -> tuple[Sequence[Row], Sequence[Row]]:
+    """(rows that are not chosen, rows that are)."""
+    others, own = (
+        Chosen(rows, [place for place, is_chosen in enumerate(chosen) if is_chosen == side]) for side in (False, True)
+    )
     return others, own
 
 
@@ -209,9 +251,15 @@ class Division:
 
 
 def divide(
-    data: Data, eval_data: Data | None, task: str, layout: Layout, eval_fraction: float = 0.0, seed: int = 0
+    data: Data,
+    eval_data: Data | None,
+    task: str,
+    layout: Layout,
+    eval_fraction: float | Literal["auto"] = 0.0,
+    seed: int = 0,
 ) -> Division:
-    """Read the data and divide it: `eval_data` is held out where it is given, else `eval_fraction` of the rows.
+    """Read the data and divide it: `eval_data` is held out where it is given, else `eval_fraction` of the rows ("auto": a tenth,
+    but at most 600).
 
     While anything is wrong with a row (`problems`), nothing is split off.
     Raises DataError as `scan_rows` and `split_rows` do, and if no training row is left.
@@ -228,5 +276,6 @@ def divide(
         return Division((scan, held_out), weighted(train, seed), held_out.rows, left_out)
     if not eval_fraction or scan.problems:
         return Division((scan,), weighted(scan.rows, seed), [], [])
-    train, held_out = split_rows(scan.rows, eval_fraction, seed)
+    fraction = min(TENTH, MOST_HELD_OUT / len(scan.rows)) if eval_fraction == "auto" else eval_fraction
+    train, held_out = split_rows(scan.rows, fraction, seed)
     return Division((scan,), weighted(train, seed), held_out, [])

@@ -38,7 +38,11 @@ class Source:
 
 def read_sources(entries: Sequence[str | Path]) -> Iterator[Row | Problem]:
     """All rows of all entries, in their order. Raises DataError for an entry that cannot be read."""
-    for source in [Source.parse(str(entry)) for entry in entries]:
+    sources = [Source.parse(str(entry)) for entry in entries]
+    names = [source.name for source in sources]
+    if twice := next((name for name in names if names.count(name) > 1), None):
+        raise DataError(f"{twice} is named twice; to see its rows twice an epoch: {twice}:2")
+    for source in sources:
         path = Path(source.name)
         if path.is_dir():
             for file in _files_in(path):

@@ -42,6 +42,10 @@ PUBLISHED: dict[str, dict[str, Any]] = {
 }
 
 
+MOST, MOST_LAYERS = 10**9, 10**4
+"""No model has a larger number, or more blocks."""
+
+
 class Settings:
     """The content of a config.json, under all names that a setting has; what is missing is told at the end."""
 
@@ -56,9 +60,11 @@ class Settings:
     def number(self, *names: str, default: int | None = None) -> int:
         """As `get`, for a whole number; without a default it must be there (`check` tells)."""
         value = self.get(*names, default=default)
-        if isinstance(value, int) and not isinstance(value, bool) and value >= 0:
+        least, most = int("type_vocab_size" not in names), MOST_LAYERS if "num_hidden_layers" in names else MOST
+        if isinstance(value, int) and not isinstance(value, bool) and least <= value <= most:
             return value
-        self.missing.append(" or ".join(names) + ("" if value is None else f" as a whole number, found {value!r}"))
+        wanted = f" as a whole number from {least} to {most:,}, found {str(value)[:40]}"
+        self.missing.append(" or ".join(names) + ("" if value is None else wanted))
         return 1
 
     def check(self) -> None:
@@ -77,7 +83,7 @@ def read_settings(source: Path | str) -> Settings:
         content = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise ModelError(f"{path} cannot be read: {error.strerror}") from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ModelError(f"{path} is not valid JSON: {error}") from None
     if not isinstance(content, dict):
         raise ModelError(f"{path} must hold a JSON object, found {type(content).__name__}")

@@ -5,6 +5,7 @@ names all other files, so that one that was cut or changed later is found out an
 """
 
 import hashlib
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -12,6 +13,7 @@ from pathlib import Path
 from rankwise import atomic
 
 SUMS_FILE = "SHA256SUMS"
+_STEP = re.compile(r"step-\d+")
 KEPT = 2
 """Checkpoints: the newest, and the one before in case the newest gets damaged."""
 
@@ -48,7 +50,7 @@ class Checkpoints:
         return None, problems
 
     def _newest_first(self) -> list[Path]:
-        found = self.folder.glob("step-*") if self.folder.is_dir() else ()
+        found = [path for path in self.folder.glob("step-*") if path.is_dir() and _STEP.fullmatch(path.name)]
         return sorted(found, key=lambda path: int(path.name.removeprefix("step-")), reverse=True)
 
 

@@ -1,6 +1,7 @@
 """The settings of a training run: command-line flags, YAML keys and `run.yaml` are all made from this one class."""
 
 from dataclasses import asdict, dataclass
+from math import inf
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -21,6 +22,8 @@ ROWS_TO_CHOOSE = 75
 """Held-out rows without which `rankwise shrink` cannot choose ranks."""
 STATES_GB = 4.0
 """Room in the user's cache for the states of frozen blocks, where they are used again."""
+MOST_STEPS = 10**6
+"""All steps are planned before the first."""
 LEAST = {
     "cache_gb": 0,
     "batch_size": 1,
@@ -67,8 +70,9 @@ class TrainConfig:
     """completion: every answer of a row. last: only its last answer. all: the prompts too. (causal_lm)"""
     eval_data: Path | None = None
     """Held-out data in the same shape; without it, --eval-fraction of the training data is held out."""
-    eval_fraction: float = 0.1
-    """Share of the training data to hold out when there is no --eval-data; 0: no evaluation."""
+    eval_fraction: float | Literal["auto"] = "auto"
+    """Share of the training data to hold out when there is no --eval-data; auto: a tenth, but at most 600 rows, which
+    tell enough and are soon evaluated; 0: no evaluation."""
     eval_answers: int = 100
     """At most so many held-out prompts are answered to count exact matches (causal_lm, seq2seq_lm)."""
     metrics: bool = False
@@ -167,7 +171,7 @@ class TrainConfig:
             yield f"--r must be a whole number of at least 1, or auto, found {self.r}"
         if not 0 <= self.lora_dropout < 1:
             yield f"--lora-dropout must lie in [0, 1), found {self.lora_dropout}"
-        if not 0 <= self.eval_fraction < 1:
+        if self.eval_fraction != "auto" and not 0 <= self.eval_fraction < 1:
             yield f"--eval-fraction must lie in [0, 1), found {self.eval_fraction}"
         if not 0 <= self.warmup <= 1:
             yield f"--warmup must lie in [0, 1], found {self.warmup}"
@@ -175,12 +179,14 @@ class TrainConfig:
             yield f"--label-smoothing must lie in [0, 1), found {self.label_smoothing}"
         for name in ("lora_alpha", "epochs", "lr", "lora_plus_ratio"):
             value = getattr(self, name)
-            if value not in (None, "auto") and not value > 0:
-                yield f"--{name.replace('_', '-')} must be above 0, found {value}"
+            if value not in (None, "auto") and not 0 < value < inf:
+                yield f"--{name.replace('_', '-')} must be above 0 and finite, found {value}"
         for name, least in LEAST.items():
             value = getattr(self, name)
-            if value is not None and not value >= least:
-                yield f"--{name.replace('_', '-')} must be at least {least}, found {value}"
+            if value is not None and not least <= value < inf:
+                yield f"--{name.replace('_', '-')} must be a number of at least {least}, found {value}"
+        if self.max_steps and self.max_steps > MOST_STEPS:
+            yield f"--max-steps can be at most {MOST_STEPS:,}, found {self.max_steps:,}"
         if self.eval_steps and self.eval_data is None and not self.eval_fraction:
             yield "--eval-steps needs held-out data; give --eval-data, or an --eval-fraction above 0"
         if self.metrics and self.task not in ASKING:

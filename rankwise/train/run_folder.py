@@ -106,7 +106,7 @@ class RunFolder:
 
     def _is_finished(self) -> bool:
         result = _json(self.path / "result.json")
-        return result is not None and not result["interrupted"]
+        return result is not None and result.get("interrupted") is False
 
     @property
     def adapter(self) -> Path:
@@ -127,9 +127,12 @@ class RunFolder:
         atomic.write_text(self.path / START_FILE, json.dumps(asdict(start), indent=2) + "\n")
 
     def read_start(self) -> Start | None:
-        """What `write_start` wrote, or None if the run never came so far."""
+        """What `write_start` wrote, or None if the run never came so far or it is damaged: it is then made anew."""
         found = _json(self.path / START_FILE)
-        return Start(**found) if found else None
+        try:
+            return Start(**found) if found else None
+        except TypeError:  # Other fields: damaged too.
+            return None
 
     def add_step(self, step: Step) -> None:
         """Add a line to metrics.jsonl."""
@@ -185,8 +188,12 @@ def _line(step: Step) -> str:
 
 
 def _json(path: Path) -> dict[str, Any] | None:
-    """The content of a file that was replaced in one step, so is whole or not there."""
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+    """The object that a file holds; None if there is no such file, or it is damaged."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return None
+    return found if isinstance(found, dict) else None
 
 
 def _save(model: nn.Module, labels: list[str], folder: Path) -> None:

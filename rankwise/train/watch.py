@@ -11,7 +11,7 @@ from rankwise.train.batches import Plan
 from rankwise.train.config import TrainConfig
 
 EVALUATIONS = 5
-"""In a run, by default."""
+"""Most in a run, by default."""
 MOST = 0.1
 """Of the training's work may go into them, by default."""
 FORWARD = 1 / 3
@@ -21,15 +21,16 @@ FORWARD = 1 / 3
 def evaluation_interval(config: TrainConfig, plan: Plan[Any], held_out: Sequence[Any]) -> int:
     """Steps between two evaluations, 0 for none. The default counts tokens, not time, so that runs repeat.
 
-    With a tenth of one file held out, the default evaluates runs of two epochs and more. In the first epoch no row was
-    seen before, so the training loss itself shows what the adapter can do with new rows.
+    With a tenth of one file held out, the default evaluates a run of one epoch twice and one of two epochs five times.
+    One evaluation would only be that of the end.
     """
     if not held_out:
         return 0
     if config.eval_steps is not None:
         return config.eval_steps
-    evaluated = EVALUATIONS * sum(len(example.ids) for example in held_out)
-    return ceil(len(plan) / EVALUATIONS) if evaluated * FORWARD <= MOST * plan.tokens else 0
+    one = FORWARD * sum(len(example.ids) for example in held_out)
+    count = min(EVALUATIONS, int(MOST * plan.tokens / one))
+    return ceil(len(plan) / count) if count > 1 else 0
 
 
 class Watch:

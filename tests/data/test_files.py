@@ -313,9 +313,67 @@ def test_a_split_keeps_questions_together_that_differ_in_white_space_and_in_thei
 
 def test_conversations_with_the_same_question_and_other_answers_are_the_same_question(tmp_path):
     talks = [{"messages": [TALK[0], {"role": "assistant", "content": str(n)}]} for n in range(3)]
-    longer = {"messages": [*TALK, {"role": "user", "content": "more"}, TALK[1]]}
-    train, test = write(tmp_path / "a.jsonl", *talks, longer), write(tmp_path / "b.jsonl", {"messages": TALK})
-    assert fields(divide(train, test, "causal_lm", None).train) == [longer]
+    more = [{"role": "user", "content": "more"}, TALK[1]]
+    longer, other = {"messages": [*TALK, *more]}, {"messages": [*more, *TALK]}
+    train, test = write(tmp_path / "a.jsonl", *talks, longer, other), write(tmp_path / "b.jsonl", {"messages": TALK})
+    assert fields(divide(train, test, "causal_lm", None).train) == [other]
+
+
+def test_a_prompt_and_a_conversation_of_it_ask_the_same(tmp_path):
+    prompt = {"prompt": TALK[0]["content"], "completion": "x"}
+    train = write(tmp_path / "a.jsonl", prompt, {"prompt": "another", "completion": "x"})
+    division = divide(train, write(tmp_path / "b.jsonl", {"messages": TALK}), "causal_lm", None)
+    assert fields(division.left_out) == [prompt]
+
+
+def test_a_split_parts_no_conversation_from_one_that_goes_on_from_it(tmp_path):
+    turns = [[{"role": "user", "content": f"{n}"}, {"role": "assistant", "content": f"a{n}"}] for n in range(30)]
+    more = [{"role": "user", "content": "more"}, {"role": "assistant", "content": "b"}]
+    rows = [{"messages": turn} for turn in turns] + [{"messages": [*turn, *more]} for turn in turns]
+    division = divide(write(tmp_path / "a.jsonl", *rows), None, "causal_lm", None, 0.3, seed=1)
+    first = [{row.fields["messages"][0]["content"] for row in side} for side in (division.train, division.held_out)]
+    assert len(division.held_out) >= 18
+    assert first[0].isdisjoint(first[1])
+
+
+def test_a_split_leaves_a_row_of_each_label_to_train_on_and_no_group_swamps_it(tmp_path):
+    rows = [{"text": f"text {n}", "label": f"rare{n}" if n < 20 else "often"} for n in range(60)]
+    for seed in range(5):
+        division = divide(write(tmp_path / "a.jsonl", *rows), None, "seq_cls", None, 0.2, seed)
+        assert {row.fields["label"] for row in division.held_out} == {"often"}
+    alike = [{"prompt": "same" if n < 10 else str(n), "completion": str(n)} for n in range(13)]
+    for seed in range(5):
+        division = divide(write(tmp_path / "b.jsonl", *alike), None, "causal_lm", None, 0.3, seed)
+        assert 1 <= len(division.held_out) <= 3
+
+
+def test_a_file_that_is_named_twice_is_told(tmp_path):
+    path = write(tmp_path / "a.jsonl", {"prompt": "a", "completion": "b"})
+    with pytest.raises(DataError, match="named twice"):
+        divide([path, path], None, "causal_lm", None)
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        '{"text": "a", "label": "\\ud800"}',
+        '{"tokens": ["a"], "tags": ["B-\\udfff"]}',
+        '{"prompt": "a", "completion": "b", "more": {"\\ud800": 1}}',
+        '{"prompt": "a", "completion": "b", "more": ' + "[" * 600 + "]" * 600 + "}",
+    ],
+)
+def test_what_no_task_can_use_is_told_in_any_field(tmp_path, row):
+    path = tmp_path / "a.jsonl"
+    path.write_text(f"{row}\n", encoding="utf-8")
+    [problem] = read_file(path)
+    assert "surrogate" in str(problem) or "nested" in str(problem)
+
+
+def test_a_quote_that_never_closes_hides_no_later_row(tmp_path):
+    path = tmp_path / "a.csv"
+    path.write_text('prompt,completion\na,b\nc,"d\ne,f\ng\nh,i\n')
+    records = [r.fields["prompt"] if isinstance(r, Row) else str(r).partition(":")[2] for r in read_file(path)]
+    assert [str(record)[:9] for record in records] == ["a", "3: not CS", "e", "5: 1 cell", "h"]
 
 
 def test_a_weight_repeats_training_rows_and_never_evaluation_rows(tmp_path):
