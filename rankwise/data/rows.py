@@ -258,8 +258,9 @@ def divide(
     eval_fraction: float | Literal["auto"] = 0.0,
     seed: int = 0,
 ) -> Division:
-    """Read the data and divide it: `eval_data` is held out where it is given, else `eval_fraction` of the rows ("auto": a tenth,
-    but at most 600).
+    """Read the data and divide it: `eval_data` is held out where it is given, else `eval_fraction` of the rows.
+
+    "auto" is a tenth, but at most 600 rows.
 
     While anything is wrong with a row (`problems`), nothing is split off.
     Raises DataError as `scan_rows` and `split_rows` do, and if no training row is left.

@@ -77,7 +77,8 @@ def test_blocks_below_run_once_for_each_row_and_the_bits_do_not_depend_on_what_w
     config = TrainConfig(model="m", data=("d",), out="o", batch_size=2, epochs=3, lr=0.01)
     runs, passes = [], []
     for _ in range(2):
-        model = adapted_above(tiny("llama"), 1)
+        # In fp64: AdamW divides by gradients that are almost zero, and makes much of their rounding.
+        model = adapted_above(tiny("llama", torch.float64), 1)
         engine = LanguageEngine(model, 2, examples)
         seen = []
         model.model.layers[0].mlp.gate_proj.register_forward_hook(
@@ -92,10 +93,10 @@ def test_blocks_below_run_once_for_each_row_and_the_bits_do_not_depend_on_what_w
     assert passes[1] - passes[0] == Counter()
     # What is left are the short passes that compare before training.
     assert passes[1].total() < 9
-    without = adapted_above(tiny("llama"), 1)
+    without = adapted_above(tiny("llama", torch.float64), 1)
     list(training_steps(LanguageEngine(without, 2, examples), examples, TrainConfig(**{**vars(config), "cache_gb": 0})))
     expected = torch.cat([p.detach().flatten() for p in trainable_parameters(without)])
-    assert (runs[0] - expected).abs().max() <= 1e-3 * expected.abs().max()
+    assert (runs[0] - expected).abs().max() <= 1e-9 * expected.abs().max()
 
 
 def kept(engine, examples, limit=1e9):
