@@ -1,9 +1,10 @@
 """Does any damaged input end in something else than a message? Crashes, hangs and memory of the loaders.
 
-Valid inputs of each kind (data files of all formats, adapter folders, YAML settings, GGUF files) are changed at random:
-bytes flipped, cut out, put in or doubled; in JSON and YAML also values of another type, huge numbers, keys renamed and
-deep nesting. Each goes through the loader that a user's file goes through, in a worker process with limits on time and
-memory. Anything but success or a RankwiseError is printed with the command that repeats it.
+Valid inputs of each kind (data files of all formats, adapter folders, YAML settings, GGUF files, a config.json to plan
+with) are changed at random: bytes flipped, cut out, put in or doubled; in JSON and YAML also values of another type,
+huge numbers, keys renamed and deep nesting. Each goes through the loader that a user's file goes through, in a worker
+process with limits on time and memory. Anything but success or a RankwiseError is printed with the command that
+repeats it.
 
     python benchmarks/fuzz.py --inputs 300                      # of each kind
     python benchmarks/fuzz.py --kinds adapter --only 117        # one of them, with its traceback
@@ -28,8 +29,10 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
+from rankwise.plan.settings import PUBLISHED
+
 DATA = ("jsonl", "json", "csv", "tsv", "parquet", "jsonl.gz", "conll")
-KINDS = (*DATA, "adapter", "yaml", "gguf")
+KINDS = (*DATA, "adapter", "yaml", "gguf", "config")
 ROWS = [
     {"prompt": "2 + 2 =", "completion": "4"},
     {"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "hello"}]},
@@ -48,6 +51,13 @@ ROWS = [
         ],
         "tools": [{"type": "function", "function": {"name": "f", "parameters": {"type": "object"}}}],
     },
+]
+CONFIGS: list[dict[str, Any]] = [
+    {**PUBLISHED["llama-2-7b"], "num_key_value_heads": 8, "head_dim": 128},
+    PUBLISHED["gpt3-175b"],
+    PUBLISHED["roberta-base"],
+    {"model_type": "gpt2", "n_embd": 768, "n_layer": 12, "n_head": 12, "vocab_size": 50257, "n_positions": 1024},
+    {**PUBLISHED["llama-2-7b"], "model_type": "gemma3_text", "sliding_window": 512},
 ]
 ODD: list[Any] = [
     None, True, -1, 0, 10**400, 1e308, "", "\x00", "\ud800", "4" * 5000, "a" * 100_000, [], {}, [[]], {"": None},
@@ -74,6 +84,8 @@ class Inputs:
         if kind == "yaml":
             settings = {"model": "m", "data": "d", "out": "o", "r": 8, "lr": 0.001, "target_modules": ["q_proj"]}
             return damaged_document(settings, draw)
+        if kind == "config":
+            return damaged_document(draw.choice(CONFIGS), draw)
         rows = [draw.choice(ROWS)] * 4
         if kind in ("csv", "tsv"):
             mark = "," if kind == "csv" else "\t"
@@ -140,7 +152,7 @@ def damaged_document(document: Any, draw: random.Random) -> bytes:
     if change < 0.25:
         return damaged_bytes(_dump(document), draw)
     if change < 0.35:
-        depth = draw.choice((50, 2_000, 100_000))
+        depth = draw.choice((50, 150, 450, 600, 900, 2_000, 100_000))
         inner = draw.choice((b"[" * depth + b"]" * depth, b'{"a":' * depth + b"1" + b"}" * depth, b"[" * depth))
         return _dump(_replaced(document, draw, "@@")).replace(b'"@@"', inner)
     for _ in range(draw.randint(1, 3)):
@@ -239,7 +251,18 @@ def loader(kind: str) -> Callable[[Path], None]:
         from rankwise.models.gguf import dequantised
 
         return lambda path: print(dequantised(path))
+    if kind == "config":
+        return _plan
     return _load_adapter if kind == "adapter" else _load_data
+
+
+def _plan(path: Path) -> None:
+    from rankwise.cli.main import main as rankwise
+
+    for task in ("causal_lm", "seq_cls"):
+        code = rankwise(["plan", "--model", str(path), "--no-time", "--task", task])
+        if code not in (0, 2):
+            raise AssertionError(f"rankwise plan ended with {code}")
 
 
 def _load_settings(path: Path) -> None:
@@ -274,7 +297,7 @@ def _load_data(path: Path) -> None:
 
     tokenizer = _tokenizer()
     errors = []
-    tasks = ("causal_lm", "seq_cls", "token_cls")
+    tasks = ("causal_lm", "seq_cls", "token_cls", "seq2seq_lm", "embedding")
     for task in tasks:
         try:
             # Rows that are whole go on, so that what comes after reading sees odd values too.
@@ -310,7 +333,7 @@ def work(kind: str, seed: int, folder: Path, memory: int, jobs: Connection) -> N
         import pyarrow.parquet  # noqa: F401
 
         _tokenizer()(["a"])
-    elif kind != "yaml":
+    elif kind not in ("yaml", "config"):
         load(folder / "valid" / ("adapter" if kind == "adapter" else "valid.gguf"))
     with open(os.devnull, "w") as nowhere:
         os.dup2(nowhere.fileno(), sys.stderr.fileno())

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from rankwise.data.files import Problem, Row
-from rankwise.data.shapes import Found, Layout, detect, standard_fields, standard_prompt
+from rankwise.data.shapes import ASKING, Found, Layout, Shape, detect, standard_fields, standard_prompt
 from rankwise.data.sources import read_sources
 from rankwise.data.stored import Chosen, Stored
 from rankwise.errors import DataError, listing
@@ -33,11 +33,15 @@ class Scan:
     """The rows that nothing is wrong with, in their standard fields; like all rows of a file, not in memory."""
     problems: list[Problem]
     found: Found
+    mixed: tuple[str, ...] = ()
+    """The shapes, where files have different ones."""
 
     def summary(self) -> str:
         """The shape and what was passed over, in a line."""
         shape = self.found.shape.name if self.found.shape else "no shape"
-        parts = [f"{', '.join(self.entries)}: {shape}, {len(self.rows):,} rows"]
+        parts = [f"{', '.join(self.entries)}: {' and '.join(self.mixed) or shape}, {len(self.rows):,} rows"]
+        if self.mixed:
+            return parts[0]
         if self.found.fits_too:
             parts.append(f"fits {', '.join(self.found.fits_too)} too (--format chooses)")
         if self.found.unused:
@@ -48,13 +52,21 @@ class Scan:
 def scan_rows(data: Data, task: str, layout: Layout | None = None) -> Scan:
     """Read everything; every row must have the shape that most rows have (or `layout` says).
 
+    Where rows ask and answer, each file may have a shape of its own.
     Raises DataError only if a file as a whole cannot be read, or if there is no row at all.
     """
     layout, entries = layout or Layout(), _entries(data)
     records = Stored(read_sources(entries))
     if not records:
         raise DataError(f"{', '.join(entries)} holds no row; rankwise needs one JSON object a line")
-    found = detect((record.fields for record in records if isinstance(record, Row)), task, layout)
+    kinds: dict[Path, Counter[tuple[str, ...]]] = {}
+    for record in records:
+        if isinstance(record, Row):
+            kinds.setdefault(record.file, Counter())[tuple(record.fields)] += 1
+    found = detect(sum(kinds.values(), Counter()), task, layout)
+    shapes = dict.fromkeys(kinds, found.shape)
+    if task in ASKING and not layout.format:
+        shapes = {file: _shape_of_file(own, task, layout) or found.shape for file, own in kinds.items()}
     problems: list[Problem] = []
 
     def standard() -> Iterator[Row]:
@@ -62,12 +74,19 @@ def scan_rows(data: Data, task: str, layout: Layout | None = None) -> Scan:
             if isinstance(record, Problem):
                 problems.append(record)
                 continue
-            fields, faults = standard_fields(layout.rename(record.fields), found.shape, task)
+            fields, faults = standard_fields(layout.rename(record.fields), shapes[record.file], task)
             problems.extend(Problem(record.place, fault) for fault in faults)
             if not faults:
                 yield _with(record, fields)
 
-    return Scan(entries, Stored(standard()), problems, found)
+    names = tuple(dict.fromkeys(shape.name for shape in shapes.values() if shape))
+    return Scan(entries, Stored(standard()), problems, found, names if len(names) > 1 else ())
+
+
+def _shape_of_file(kinds: Counter[tuple[str, ...]], task: str, layout: Layout) -> Shape | None:
+    # The columns that --columns names need not be in every file.
+    renamed = {tuple(layout.rename(dict.fromkeys(names))): count for names, count in kinds.items()}
+    return detect(renamed, task, Layout()).shape
 
 
 def read_rows(data: Data, task: str, layout: Layout | None = None) -> Sequence[Row]:

@@ -14,7 +14,7 @@
 """
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
@@ -243,14 +243,13 @@ class Found:
     """Columns that the shape does not use."""
 
 
-def detect(rows: Iterable[Fields], task: str, layout: Layout) -> Found:
-    """The shape that most rows have, or `layout.format`.
+def detect(kinds: Mapping[tuple[str, ...], int], task: str, layout: Layout) -> Found:
+    """The shape that most rows have, or `layout.format`. `kinds`: names of fields → how many rows have just these.
 
     Among shapes that at least half of the rows have, the first of SHAPES wins: rows of instruction, output and text are
     alpaca rows even if some of them lack their output. A row with a label or labels is not taken for plain text.
     Raises ConfigError if the format is not one of the task's, DataError for a column that no row has.
     """
-    kinds = Counter(tuple(fields) for fields in rows)
     columns = dict.fromkeys(name for names in kinds for name in names)
     lacking = [f"{column!r}{nearest(column, columns)}" for column in layout.columns.values() if column not in columns]
     if lacking:
@@ -316,8 +315,10 @@ def _missing(fields: Fields, shape: Shape | None, task: str) -> str:
         for found in fields
         if found not in known and nearest(found, [name], most=1)
     ]
-    other = next((s.task for s in SHAPES if s.task != task and all(name in fields for name in s.needed)), None)
-    if other:
-        hints.append(f"this row fits --task {other}")
+    fitting = [s for s in SHAPES if _fits(s, tuple(fields), Layout())]
+    if own := next((s.name for s in fitting if s.task == task), None):
+        hints.append(f"this row is {own}; rows of different shapes go into files of their own")
+    elif fitting:
+        hints.append(f"this row fits --task {fitting[0].task}")
     hint = f" ({'; '.join(hints)})" if hints else ""
     return f"needs the fields {needed}, found {', '.join(map(repr, fields)) or 'none'}{hint}"

@@ -423,3 +423,20 @@ def test_prompts_of_every_shape_can_be_asked(tmp_path):
         {"prompt": "a", "completion": "b"},
         {"text": "Once upon"},
     ]
+
+
+def test_files_of_different_shapes_train_together(tmp_path):
+    talk = {"messages": TALK}
+    one = write(tmp_path / "a.jsonl", {"prompt": "1", "completion": "x"}, {"prompt": "2", "completion": "y"})
+    other = write(tmp_path / "b.jsonl", talk, {"question": "no"})
+    scan = scan_rows([one, other], "causal_lm")
+    assert [tuple(row.fields) for row in scan.rows] == [("prompt", "completion")] * 2 + [("messages",)]
+    assert "prompt/completion and messages" in scan.summary()
+    [problem] = scan.problems
+    assert "needs the fields messages" in str(problem)
+
+
+def test_a_row_of_another_shape_in_a_file_is_told_where_to_go(tmp_path):
+    path = write(tmp_path / "a.jsonl", *[{"prompt": str(n), "completion": "x"} for n in range(3)], {"messages": TALK})
+    [problem] = scan_rows(path, "causal_lm").problems
+    assert "files of their own" in str(problem)
