@@ -4,6 +4,7 @@ import re
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
+from math import inf
 from typing import Any, Literal
 
 from rankwise.errors import ConfigError, TargetError, listing
@@ -99,7 +100,7 @@ class LoraConfig:
     def _problems(self):
         if not _is_whole(self.r, 1):
             yield f"r must be a whole number of at least 1, found {self.r!r}"
-        if not _is_number(self.lora_alpha) or self.lora_alpha <= 0:
+        if not _is_number(self.lora_alpha) or not 0 < self.lora_alpha < inf:
             yield f"lora_alpha must be a number above 0, found {self.lora_alpha!r}"
         if not _is_number(self.lora_dropout) or not 0 <= self.lora_dropout < 1:
             yield f"lora_dropout must lie in [0, 1), found {self.lora_dropout!r}"

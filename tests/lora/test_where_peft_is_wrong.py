@@ -1,12 +1,24 @@
 """Cases in which PEFT 0.21 computes something else than LoRA; here the definition is the reference, in fp64."""
 
+import math
+
 import pytest
 import torch
 from conftest import randomise_adapter
 from torch import nn
 from torch.nn import functional as F
 
-from rankwise import LoraConfig, combine_adapters_, eject_, inject_, merge_, unmerge_
+from rankwise import (
+    LoraConfig,
+    adapters_by_row,
+    combine_adapters_,
+    eject_,
+    inject_,
+    merge_,
+    start_from_original_,
+    unmerge_,
+)
+from rankwise.errors import ConfigError
 from rankwise.lora.places import named_lora_layers
 
 
@@ -192,3 +204,30 @@ def test_dora_is_its_definition_and_its_norm_has_no_gradient():
         strict=True,
     ):
         torch.testing.assert_close(one, other, rtol=1e-11, atol=1e-12)
+
+
+def test_a_block_of_adapters_by_row_that_raises_leaves_nothing_behind():
+    model = double(nn.Linear(6, 5))
+    inject_(model, LoraConfig(r=2, target_modules=["0"]), adapter="one")
+    randomise_adapter(model)
+    x = torch.randn(2, 6, dtype=torch.float64)
+    expected = model(x)
+    with pytest.raises(ValueError, match="stop"), adapters_by_row(model, [None, "one"]):
+        raise ValueError("stop")
+    assert torch.equal(model(x), expected)
+
+
+@pytest.mark.parametrize("base", [nn.Embedding(7, 5), nn.Conv1d(4, 4, 3)])
+def test_a_start_from_the_original_weights_is_refused_where_it_is_not_defined(base):
+    model = nn.Sequential(base)
+    inject_(model, LoraConfig(r=2, target_modules=["0"]))
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    with pytest.raises(ConfigError, match="not a linear layer"):
+        start_from_original_(model, {"0.weight": base.weight})
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
+@pytest.mark.parametrize(("setting", "value"), [("lora_alpha", 0), ("lora_alpha", math.nan), ("r", 2.5), ("r", 0)])
+def test_a_rank_or_alpha_that_cannot_be_is_told(setting, value):
+    with pytest.raises(ConfigError, match=setting):
+        LoraConfig(**{setting: value})
