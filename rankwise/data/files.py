@@ -96,8 +96,8 @@ def _is_text(text: str) -> bool:
 
 
 def is_data_file(path: Path) -> bool:
-    """Whether the file's name has one of the endings that `read_file` knows."""
-    return _ending(path) in _READERS
+    """Whether the file's name has one of the endings that `read_file` knows, but for .txt, which may be any note."""
+    return _ending(path) in _READERS and _ending(path) != ".txt"
 
 
 def _place(file: Path, line: int, by_row: bool) -> str:
@@ -283,6 +283,15 @@ def _columns(path: Path) -> Records:
             yield first, {"tokens": [word for word, _ in cells], "tags": [tag for _, tag in cells]}
 
 
+def _paragraphs(path: Path) -> Records:
+    """Plain text: what blank lines part is a row, numbered by its first line."""
+    for paragraph in _sentences(path):
+        bad = [(number, _not_utf8(line)) for number, line in paragraph if isinstance(line, UnicodeDecodeError)]
+        yield from bad
+        if not bad:
+            yield paragraph[0][0], {"text": "".join(str(line) for _, line in paragraph).rstrip("\r\n")}
+
+
 def _sentences(path: Path) -> Iterator[list[tuple[int, str | UnicodeDecodeError]]]:
     lines: list[tuple[int, str | UnicodeDecodeError]] = []
     for number, line in _lines(path):
@@ -322,4 +331,5 @@ _READERS: dict[str, Callable[[Path], Records]] = {
     ".conll": _columns,
     ".bio": _columns,
     ".parquet": _parquet,
+    ".txt": _paragraphs,
 }

@@ -8,7 +8,7 @@ from pathlib import Path
 from rankwise.data.files import Problem, Row, is_data_file, read_file
 from rankwise.errors import DataError, MissingDependency
 
-_HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+(@\w+)?")
+_HUB_NAME = re.compile(r"(?P<name>[\w.-]+/[\w.-]+)(:(?P<configuration>[\w.-]+))?(@(?P<split>[\w\[\]:%]+))?")
 _HELD_OUT = re.compile(r"(test|valid|validation|val|dev|eval)\b", re.IGNORECASE)
 
 
@@ -17,7 +17,7 @@ class Source:
     """One entry of --data."""
 
     name: str
-    """A file, a folder, or the name of a data set on the hub with its split: OWNER/NAME@SPLIT (train if not given)."""
+    """A file, a folder, or a data set on the hub: OWNER/NAME, OWNER/NAME:CONFIGURATION@SPLIT (train if not given)."""
     weight: float = 1.0
     """How often its rows are seen in an epoch."""
 
@@ -69,7 +69,8 @@ def _files_in(folder: Path) -> list[Path]:
 
 
 def _hub_rows(source: Source) -> Iterator[Row]:
-    name, _, split = source.name.partition("@")
+    parts = _HUB_NAME.fullmatch(source.name)
+    assert parts is not None
     try:
         from datasets import load_dataset
     except ImportError:
@@ -78,7 +79,7 @@ def _hub_rows(source: Source) -> Iterator[Row]:
             "pip install 'rankwise[data]'"
         ) from None
     try:
-        data = load_dataset(name, split=split or "train")
+        data = load_dataset(parts["name"], parts["configuration"], split=parts["split"] or "train")
     except Exception as error:
         raise DataError(
             f"there is no file or folder {source.name}, and as a data set of the Hugging Face hub it cannot be read: "

@@ -182,14 +182,20 @@ def test_without_a_network_a_hub_name_is_a_clear_error():
 def test_a_hub_data_set_gives_the_rows_of_its_split(monkeypatch):
     asked = []
 
-    def load_dataset(name, split):
-        asked.append((name, split))
+    def load_dataset(name, configuration, split):
+        asked.append((name, configuration, split))
         return datasets.Dataset.from_list(ROWS)
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
-    rows = read_rows(["someone/some-data", "someone/some-data@test:2"], "causal_lm")
-    assert fields(rows) == ROWS * 2
-    assert asked == [("someone/some-data", "train"), ("someone/some-data", "test")]
+    rows = read_rows(
+        ["someone/some-data", "someone/some-data:main@train[:10%]", "someone/some-data@test:2"], "causal_lm"
+    )
+    assert fields(rows) == ROWS * 3
+    assert asked == [
+        ("someone/some-data", None, "train"),
+        ("someone/some-data", "main", "train[:10%]"),
+        ("someone/some-data", None, "test"),
+    ]
     assert rows[-1].place == "someone/some-data@test, row 3"
 
 
@@ -440,3 +446,17 @@ def test_a_row_of_another_shape_in_a_file_is_told_where_to_go(tmp_path):
     path = write(tmp_path / "a.jsonl", *[{"prompt": str(n), "completion": "x"} for n in range(3)], {"messages": TALK})
     [problem] = scan_rows(path, "causal_lm").problems
     assert "files of their own" in str(problem)
+
+
+def test_plain_text_is_read_by_its_paragraphs_and_in_a_folder_left_alone(tmp_path):
+    path = tmp_path / "book.txt"
+    path.write_bytes(b"One line\nand another.\n\n\nA second\xc3\xa9.\r\n \nbad \xff\n")
+    first, second, bad = read_file(path)
+    assert [(row.line, row.fields["text"]) for row in (first, second)] == [
+        (1, "One line\nand another."),
+        (5, "A secondé."),
+    ]
+    assert "a.txt" not in str(bad)
+    assert "7: not UTF-8" in str(bad)
+    write(tmp_path / "rows.jsonl", {"text": "a row"})
+    assert fields(read_rows(tmp_path, "causal_lm")) == [{"text": "a row"}]
