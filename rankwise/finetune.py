@@ -20,7 +20,7 @@ from rankwise.engine.heap import return_freed_memory
 from rankwise.engine.tasks import engine_for
 from rankwise.errors import ConfigError, DataError
 from rankwise.lora.config import LoraConfig
-from rankwise.lora.inject import inject_, largest_ranks
+from rankwise.lora.inject import adapters_off, inject_, largest_ranks
 from rankwise.lora.start import FROM_DATA, start_from_data_
 from rankwise.models.load import base_sha256, load_model, load_tokenizer, longest_input, longest_input_of, pad_id
 from rankwise.models.pooling import unread_layers
@@ -120,21 +120,22 @@ def _finetune(config: TrainConfig, run: RunFolder, reporter: Reporter) -> dict[s
     predicted = forecast(plan, config, lora, len(labels), engine.packs)
     engine.recomputes = predicted["recompute"]
     _prepare(engine, plan, config, reporter)
-    start, training = _start(engine, tokenizer, data, plan, config, run, reporter)
+    start, training = _start(engine, data, plan, config, run, reporter)
     outcome = run_training(training, data.held_out, labels, config, run, reporter)
     return_freed_memory()  # What training needed at its height is not to lie beside what evaluation needs.
     steps, interrupted = outcome.steps, outcome.interrupted
     run.save_adapter(model, labels)
-    shrunk, uncut_because, after = None, config.fixed_because(len(held_out_rows)), None
+    shrunk, uncut_because = None, config.fixed_because(len(held_out_rows))
+    before = after = None
     try:
         if not interrupted:
             if not uncut_because:
                 shrunk, uncut_because = _shrink(engine, tokenizer, labels, held_out_rows, config, run, reporter)
-            after = _evaluate(engine, tokenizer, data, config, reporter, "evaluating after")
+            before, after = _evaluate_both(engine, tokenizer, data, config, reporter)
     except KeyboardInterrupt:
-        interrupted = True
+        interrupted, before = True, None
     result = {
-        **_measured(start.evaluation, after),
+        **_measured(before, after),
         "trainable_parameters": report.trainable_parameters,
         "total_parameters": report.total_parameters,
         "steps": len(steps),
@@ -185,27 +186,25 @@ def _prepare(engine: Engine[Any], plan: Plan[Any], config: TrainConfig, reporter
 
 def _start(
     engine: Engine[Any],
-    tokenizer: Any,
     data: Dataset,
     plan: Plan[Any],
     config: TrainConfig,
     run: RunFolder,
     reporter: Reporter,
 ) -> tuple[Start, Training]:
-    """Measure the base and settle the learning rate, or take both from the run to be resumed."""
+    """Settle the learning rate, or take that of the run to be resumed."""
     hashes = data.sha256, base_sha256(engine.model)
     start = run.read_start()
     if start is not None:
         start.check(*hashes)
         return start, Training(engine, data.train, replace(config, lr=start.learning_rate))
     run.write_settings()
-    before = _evaluate(engine, tokenizer, data, config, reporter, "evaluating before")
     rate = config.lr
     if rate == "auto":
         rate = best_rate(engine, data.train, data.held_out, config, reporter.say)
     training = Training(engine, data.train, replace(config, lr=rate))
     reporter.say(f"{len(plan):,} steps, learning rate {training.rate:.3g}")
-    start = Start(*hashes, training.rate, before and asdict(before))
+    start = Start(*hashes, training.rate)
     run.write_start(start)
     return start, training
 
@@ -288,13 +287,20 @@ def _shrink(
     return report, None
 
 
-def _evaluate(
-    engine: Engine[Any], tokenizer: Any, data: Dataset, config: TrainConfig, reporter: Reporter, name: str
-) -> Evaluation | None:
-    if not data.held_out:
-        return None
-    with reporter.stage(name) as stage:
+def _evaluate_both(
+    engine: Engine[Any], tokenizer: Any, data: Dataset, config: TrainConfig, reporter: Reporter
+) -> tuple[Evaluation | None, Evaluation | None]:
+    """(the base, the adapter); the base too after training, so that the first step waits for nothing."""
+
+    def measured(stage: Any) -> Evaluation:
         return evaluate(engine, tokenizer, data.held_out, data.questions, stage.update, config.metrics)
+
+    if not data.held_out:
+        return None, None
+    with reporter.stage("evaluating the base") as stage, adapters_off(engine.model):
+        before = measured(stage)
+    with reporter.stage("evaluating the adapter") as stage:
+        return before, measured(stage)
 
 
 def _measured(before: Evaluation | None, after: Evaluation | None) -> dict[str, Any]:

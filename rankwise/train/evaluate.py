@@ -52,13 +52,6 @@ class Evaluation:
     """All that was measured, by name, loss and metric included."""
     samples: tuple[Sample, ...] = ()
 
-    @classmethod
-    def from_dict(cls, plain: dict[str, Any]) -> "Evaluation":
-        """The evaluation that `dataclasses.asdict` made `plain` of."""
-        estimates = {name: Estimate(**value) for name, value in plain.get("metrics", {}).items()}
-        samples = tuple(Sample(**sample) for sample in plain.get("samples", ()))
-        return cls(**{**plain, "metrics": estimates, "samples": samples})
-
 
 @dataclass(frozen=True)
 class _Rows:

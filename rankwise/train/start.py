@@ -8,7 +8,6 @@ from typing import Any
 
 from rankwise.data.files import Row
 from rankwise.errors import ConfigError, listing
-from rankwise.train.evaluate import Evaluation
 
 
 @dataclass(frozen=True)
@@ -20,8 +19,6 @@ class Start:
     base_sha256: str
     learning_rate: float
     """The highest, as it was given, ruled or found."""
-    before: dict[str, Any] | None
-    """The evaluation of the base model; None where nothing is held out."""
 
     def check(self, data_sha256: str, base_sha256: str) -> None:
         """Raise ConfigError if a run to be resumed has other data or another base model than it began with."""
@@ -37,10 +34,6 @@ class Start:
             raise ConfigError(
                 f"this run cannot be resumed:\n{listing(problems)}\nBring back what it began with, or begin a new run"
             )
-
-    @property
-    def evaluation(self) -> Evaluation | None:
-        return Evaluation.from_dict(self.before) if self.before else None
 
 
 def data_sha256(tokenizer: Any, *sides: Sequence[Row]) -> str:

@@ -107,7 +107,7 @@ def test_lists_in_a_table_are_json_text(tmp_path):
         ("data.csv", b"prompt,\xff\na,b", "data.csv:1: not UTF-8"),
         ("data.csv", b"prompt,comp\rletion\na,b", "data.csv:1: not CSV"),
         ("data.parquet", b"PAR1 nothing", "is no readable Parquet file"),
-        ("data.jsonl.gz", gzip.compress(b'{"prompt": "a"}' * 99)[:-20], "is damaged"),
+        ("data.jsonl.gz", gzip.compress(b'{"prompt": "a"}' * 99, mtime=0)[:-20], "is damaged"),
         ("data.jsonl.gz", b'{"prompt": "a"}', "is damaged: Not a gzipped file"),
         ("data.csv", b"", "holds no row"),
     ],

@@ -1,4 +1,4 @@
-"""One of two processes of test_distributed.py: HOW FOLDER PORT RANK."""
+"""One of two processes of test_distributed.py: HOW FOLDER RANK."""
 
 import sys
 
@@ -14,8 +14,9 @@ IDS = torch.arange(3, 35).view(4, 8)
 
 
 def main() -> None:
-    how, folder, port, rank = sys.argv[1], sys.argv[2], sys.argv[3], int(sys.argv[4])
-    distributed.init_process_group("gloo", f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
+    how, folder, rank = sys.argv[1], sys.argv[2], int(sys.argv[3])
+    # They meet in a file: a port that was free may be taken by now.
+    distributed.init_process_group("gloo", f"file://{folder}-meeting", rank=rank, world_size=2)
     model = tiny("llama")
     inject_(model, LoraConfig(r=2, lora_alpha=64), generator=torch.Generator().manual_seed(0))
     if how == "ddp":

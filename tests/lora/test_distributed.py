@@ -1,6 +1,5 @@
 """Adapted models under DistributedDataParallel and FSDP2: two processes on the CPU, against one."""
 
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -17,12 +16,6 @@ WORKER = Path(__file__).with_name("distributed_worker.py")
 IDS = torch.arange(3, 35).view(4, 8)
 
 
-def free_port():
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return str(listener.getsockname()[1])
-
-
 def one_process(folder):
     """Two steps of SGD on all rows at once."""
     model = tiny("llama")
@@ -37,8 +30,8 @@ def one_process(folder):
 
 @pytest.mark.parametrize("how", ["ddp", "fsdp2"])
 def test_two_processes_train_the_adapter_that_one_does(how, tmp_path):
-    port, environment = free_port(), {"PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-W", "ignore", str(WORKER), how, str(tmp_path / how), port]
+    environment = {"PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-W", "ignore", str(WORKER), how, str(tmp_path / how)]
     workers = [
         subprocess.Popen([*command, str(rank)], env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
         for rank in range(2)

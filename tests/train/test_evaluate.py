@@ -1,9 +1,7 @@
 """What an evaluation says, against the plain model row by row, and the scores of texts against their definitions."""
 
-import json
 import math
 from collections import Counter
-from dataclasses import asdict
 from types import SimpleNamespace
 
 import pytest
@@ -19,7 +17,7 @@ from rankwise.engine.language import LanguageEngine
 from rankwise.errors import MissingDependency
 from rankwise.train import evaluate as evaluation
 from rankwise.train import text_metrics
-from rankwise.train.evaluate import SAMPLES, Evaluation, evaluate, held_out_loss
+from rankwise.train.evaluate import SAMPLES, evaluate, held_out_loss
 
 TEXTS = [
     TextExample(tuple(5 + (7 * n + m) % 60 for m in range(4 + n)), (False, False, True) + (True,) * (1 + n), f"r{n}")
@@ -107,12 +105,6 @@ def test_exact_match_forgives_blanks_at_the_ends_alone_and_leaves_out_prompts_wi
     prompts = [Prompt((5,), "7 8"), Prompt((4,), None), Prompt((6,), "7 8"), Prompt((7,), "7 8"), Prompt((8,), "7 8 ")]
     found = evaluate(LanguageEngine(tiny("llama"), 2, TEXTS), Words(), TEXTS, prompts)
     assert found.metric == found.metrics["exact_match"].value == 2 / 4
-
-
-def test_an_evaluation_comes_back_from_json_as_it_was():
-    model = adapted("bert")
-    found = evaluate(ClassifierEngine(model, 0, LABELLED), Words(), LABELLED)
-    assert Evaluation.from_dict(json.loads(json.dumps(asdict(found)))) == found
 
 
 ANSWERS = [
