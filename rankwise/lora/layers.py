@@ -248,7 +248,10 @@ class LoraLayer(Wrapper):
         return {name: weight for name, weight in self.active.items() if name not in self.merged}
 
     def change(self, update: Update, x: Tensor, plain: Tensor, weight: float = 1.0) -> Tensor:
-        """What an update adds to `plain`, the base's output for x, times `weight`."""
+        """What an update adds to `plain`, the base's output for x, times `weight`.
+
+        DoRA's gain acts on all of the base's output: dropout is in the update's path alone (PEFT drops x in both).
+        """
         change = self.product(update, x)
         if update.lora_bias is not None:
             change = change + self._along_output(update.lora_bias * update.scale)
