@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from rankwise.lora.adapters import adapter_names as adapter_names
     from rankwise.lora.adapters import adapters_by_row as adapters_by_row
     from rankwise.lora.adapters import delete_adapter_ as delete_adapter_
+    from rankwise.lora.adapters import reset_adapter_ as reset_adapter_
     from rankwise.lora.checkpoint import Adapter as Adapter
     from rankwise.lora.checkpoint import load_adapter_ as load_adapter_
     from rankwise.lora.checkpoint import read_adapter as read_adapter
@@ -42,7 +43,6 @@ if TYPE_CHECKING:
     from rankwise.lora.inject import adapters_off as adapters_off
     from rankwise.lora.inject import eject_ as eject_
     from rankwise.lora.inject import inject_ as inject_
-    from rankwise.lora.inject import reset_adapter_ as reset_adapter_
     from rankwise.lora.inject import trainable_parameters as trainable_parameters
     from rankwise.lora.kinds import register_layer as register_layer
     from rankwise.lora.low_rank import LowRank as LowRank
@@ -94,7 +94,7 @@ _HOMES = {
     "predict": "rankwise.rank.predict",
     "read_adapter": "rankwise.lora.checkpoint",
     "register_layer": "rankwise.lora.kinds",
-    "reset_adapter_": "rankwise.lora.inject",
+    "reset_adapter_": "rankwise.lora.adapters",
     "save_adapter": "rankwise.lora.checkpoint",
     "shrink_": "rankwise.rank.shrink",
     "start_from_data_": "rankwise.lora.start",

@@ -4,7 +4,7 @@ import json
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from rankwise.data.files import parse_json
+from rankwise.data.files import HALF_CHARACTER, has_half_character, parse_json
 
 Message = dict[str, Any]
 Faults = list[str]
@@ -36,9 +36,7 @@ def unreadable(text: str) -> str | None:
     """Why a string is no text: NUL characters, or halves of a surrogate pair, which no tokenizer takes."""
     if "\0" in text:
         return "holds a NUL character"
-    if not text.isascii() and any("\ud800" <= character <= "\udfff" for character in text):
-        return "holds half of a surrogate pair, which is no character"
-    return None
+    return HALF_CHARACTER if has_half_character(text) else None
 
 
 def messages_from(value: Any, faults: Faults, need_answer: bool = True) -> list[Message]:

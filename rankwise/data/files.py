@@ -42,6 +42,7 @@ class Problem:
         return f"{self.place}: {self.text}"
 
 
+HALF_CHARACTER = "holds half of a surrogate pair, which is no character"
 DEEPEST = 100
 """Levels of lists and objects in a field."""
 Fields = Mapping[str, Any]
@@ -78,8 +79,8 @@ def _unusable(fields: Mapping[str, Any]) -> str | None:
     for _ in range(DEEPEST):
         texts = [value for value in level if isinstance(value, str)]
         keys = [key for value in level if isinstance(value, dict) for key in value]
-        if any(not _is_text(text) for text in (*texts, *keys)):
-            return "holds half of a surrogate pair, which is no character"
+        if any(map(has_half_character, (*texts, *keys))):
+            return HALF_CHARACTER
         level = [
             inner
             for value in level
@@ -91,8 +92,9 @@ def _unusable(fields: Mapping[str, Any]) -> str | None:
     return f"holds values nested more than {DEEPEST} deep"
 
 
-def _is_text(text: str) -> bool:
-    return text.isascii() or not any("\ud800" <= character <= "\udfff" for character in text)
+def has_half_character(text: str) -> bool:
+    """Whether a string holds half of a surrogate pair, which no tokenizer takes and no file can hold."""
+    return not text.isascii() and any("\ud800" <= character <= "\udfff" for character in text)
 
 
 def is_data_file(path: Path) -> bool:

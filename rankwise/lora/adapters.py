@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from rankwise.errors import ConfigError, MergeError, listing, nearest
-from rankwise.lora.inject import drop_idle_, eject_, injection, set_active
+from rankwise.lora.inject import DEFAULT, biases_off, drop_idle_, eject_, injection, set_active
 from rankwise.lora.layers import ByRow, LoraLayer, refuse_dora_beside_merged
 from rankwise.lora.linear import LoraLinear
 from rankwise.lora.parts import Parts
@@ -103,6 +103,24 @@ def delete_adapter_(model: nn.Module, adapter: str) -> None:
     set_active(model, active)
 
 
+def reset_adapter_(model: nn.Module, adapter: str = DEFAULT, generator: torch.Generator | None = None) -> None:
+    """Give an adapter the start values of a new one, in place: after `model.to_empty`, or to train again.
+
+    The base must have its values. `generator` as in `inject_`. Raises ConfigError if the model carries no such adapter.
+    """
+    check_names(model, [adapter])
+    injected = injection(model)
+    for _, layer in named_lora_layers(model):
+        if adapter in layer.shares:
+            layer.reset(adapter, injected.configs[adapter], generator)
+    for _, layer in named_wrappers(model):
+        if isinstance(layer, TrainedCopy | TokenRows) and adapter in layer.shares:
+            layer.reset(adapter)
+    for bias in injected.biases:
+        if bias.adapter == adapter:
+            bias.reset()
+
+
 @contextmanager
 def adapters_by_row(model: nn.Module, adapters: Sequence[str | None]) -> Iterator[None]:
     """Let each row of a batch use its own adapter (None: the base) while the block lasts, in training too.
@@ -131,9 +149,7 @@ def adapters_by_row(model: nn.Module, adapters: Sequence[str | None]) -> Iterato
         for _, layer in named_wrappers(model):
             if not isinstance(layer, LoraLayer):
                 stack.enter_context(layer.off())
-        for bias in injection(model).biases:
-            bias.show(())
-            stack.callback(bias.show, dict(injection(model).active))
+        stack.enter_context(biases_off(model))
         for layer in layers:
             device = next(iter(layer.shares.parameters())).device
             layer.rows = ByRow(len(adapters), {name: index.to(device) for name, index in rows.items()})

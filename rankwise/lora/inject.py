@@ -284,39 +284,30 @@ def eject_(model: nn.Module) -> nn.Module:
 @contextmanager
 def adapters_off(model: nn.Module) -> Iterator[None]:
     """Let the model compute as the base alone while the block lasts, merged or not, also if the block raises."""
-    biases = getattr(model, ATTRIBUTE).biases if hasattr(model, ATTRIBUTE) else []
     with ExitStack() as stack:
         for _, layer in named_wrappers(model):
             stack.enter_context(layer.off())
         # After the layers, which put back what a merge had replaced.
-        for bias in biases:
-            bias.show(())
-            stack.callback(bias.show, dict(injection(model).active))
+        stack.enter_context(biases_off(model))
         yield
+
+
+@contextmanager
+def biases_off(model: nn.Module) -> Iterator[None]:
+    """Let the model use its own biases while the block lasts, also if the block raises."""
+    injected = getattr(model, ATTRIBUTE, None) or Injection({})
+    for bias in injected.biases:
+        bias.show(())
+    try:
+        yield
+    finally:
+        for bias in injected.biases:
+            bias.show(injected.active)
 
 
 def drop_idle_(model: nn.Module) -> None:
     """Put the base's own modules back where no adapter has a share any more."""
     replace_(model, {layer: layer.base for _, layer in named_wrappers(model) if not layer.adapters()})
-
-
-def reset_adapter_(model: nn.Module, adapter: str = DEFAULT, generator: torch.Generator | None = None) -> None:
-    """Give an adapter the start values of a new one, in place: after `model.to_empty`, or to train again.
-
-    The base must have its values. `generator` as in `inject_`. Raises ConfigError if the model carries no such adapter.
-    """
-    injected = injection(model)
-    if adapter not in injected.configs:
-        raise ConfigError(f"this model carries no adapter named {adapter!r}{nearest(adapter, injected.configs)}")
-    for _, layer in named_lora_layers(model):
-        if adapter in layer.shares:
-            layer.reset(adapter, injected.configs[adapter], generator)
-    for _, layer in named_wrappers(model):
-        if isinstance(layer, TrainedCopy | TokenRows) and adapter in layer.shares:
-            layer.reset(adapter)
-    for bias in injected.biases:
-        if bias.adapter == adapter:
-            bias.reset()
 
 
 def injection(model: nn.Module) -> Injection:

@@ -55,8 +55,8 @@ class Rows(nn.Module):
 
     def __init__(self, embedding: Any, tokens: Sequence[int], trains: bool) -> None:
         super().__init__()
-        table = embedding.weight.detach()
-        values = table[list(tokens)].to(working_dtype(table), copy=True)
+        table = embedding.weight
+        values = torch.empty(len(tokens), table.shape[1], dtype=working_dtype(table), device=table.device)
         self.values = nn.Parameter(values, requires_grad=trains)
         """[tokens, d]"""
         self.tokens = tuple(tokens)
