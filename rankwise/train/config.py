@@ -54,8 +54,8 @@ class TrainConfig:
     model: str
     """Base model: smollm2-135m, minilm-l6, a Hugging Face folder, a .gguf file or a hub id."""
     data: tuple[Path, ...]
-    """Training data: files (JSONL, JSON, CSV, TSV, Parquet, CoNLL), folders of them, or hub data sets
-    (OWNER/NAME@SPLIT). b.csv:2 counts the rows of b.csv twice."""
+    """Training data: files (JSONL, JSON, CSV, TSV, Parquet, CoNLL, .txt), folders of them, or hub data sets
+    (OWNER/NAME:CONFIGURATION@SPLIT). b.csv:2 counts the rows of b.csv twice."""
     out: Path
     """Folder of the run; it must not exist yet."""
     task: Task = "causal_lm"
