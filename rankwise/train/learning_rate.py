@@ -1,11 +1,12 @@
 """The learning rate: its default, and its course over a run."""
 
-from collections.abc import Callable
-from functools import partial
-from math import cos, pi
-
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
+from transformers import (
+    get_constant_schedule_with_warmup,
+    get_cosine_schedule_with_warmup,
+    get_linear_schedule_with_warmup,
+)
 
 from rankwise.train.config import TrainConfig
 
@@ -25,21 +26,15 @@ def default_rate(steps: int) -> float:
 
 
 def schedule_for(optimizer: Optimizer, config: TrainConfig, steps: int) -> LambdaLR:
-    """Multiplies the optimiser's rates by `factor`; step it after each optimiser step."""
+    """transformers' schedule of the name; step it after each optimiser step.
+
+    transformers begins a warm-up with a rate of zero, by which the first step would train nothing. Here a run begins at
+    transformers' second step and has as many: its first rate is the highest one divided by the warm-up's steps.
+    """
+    for group in optimizer.param_groups:
+        group["initial_lr"] = group["lr"]
     warm_up = max(1, round(config.warmup * steps))
-    return LambdaLR(optimizer, partial(factor, steps=steps, warm_up=warm_up, shape=SHAPES[config.lr_schedule]))
-
-
-def factor(step: int, steps: int, warm_up: int, shape: Callable[[float], float]) -> float:
-    """The share of the highest rate at a step (from 0): it rises evenly for `warm_up` steps, then follows `shape`."""
-    if step < warm_up:
-        return (step + 1) / warm_up
-    return shape((steps - step) / max(1, steps - warm_up + 1))
-
-
-SHAPES: dict[str, Callable[[float], float]] = {
-    "linear": lambda left: left,
-    "cosine": lambda left: (1 - cos(pi * left)) / 2,
-    "constant": lambda left: 1.0,
-}
-"""The share of the highest rate by the share of the steps after the warm-up that is left."""
+    if config.lr_schedule == "constant":
+        return get_constant_schedule_with_warmup(optimizer, warm_up, last_epoch=0)
+    decay = {"linear": get_linear_schedule_with_warmup, "cosine": get_cosine_schedule_with_warmup}
+    return decay[config.lr_schedule](optimizer, warm_up, steps + 1, last_epoch=0)
