@@ -20,7 +20,18 @@ from rankwise.lora.checkpoint import _slots
 
 CASES = 600
 IDS = torch.tensor([[3, 0, 7, 7, 1, 9], [2, 2, 5, 10, 4, 8]])
-LAYERS = ["table", "up", "down", "hf", "conv1", "conv2", "conv3"]
+LAYERS = ["table", "up", "down", "gate", "hf", "conv1", "conv2", "conv3"]
+
+
+class Experts(nn.Module):
+    """A mixture of all experts, whose weights are one parameter."""
+
+    def __init__(self):
+        super().__init__()
+        self.weights = nn.Parameter(torch.randn(3, 12, 12) / 6)
+
+    def forward(self, x):
+        return sum(x @ weight for weight in self.weights)
 
 
 class Zoo(nn.Module):
@@ -32,6 +43,9 @@ class Zoo(nn.Module):
         self.up = nn.Linear(12, 10)
         self.down = nn.Linear(10, 12, bias=False)
         self.norm = nn.LayerNorm(12)
+        self.body = nn.ModuleDict()
+        self.body["blocks"] = nn.ModuleList(nn.ModuleDict({"gate": nn.Linear(12, 12)}) for _ in range(2))
+        self.experts = Experts()
         self.hf = Conv1D(9, 12)
         self.conv1 = nn.Conv1d(9, 8, 3, stride=2, padding=1)
         self.conv2 = nn.Conv2d(8, 6, (3, 1), padding=(1, 0), bias=False)
@@ -41,6 +55,9 @@ class Zoo(nn.Module):
     def forward(self, ids):
         x = self.table(ids)
         x = self.norm(x + self.down(torch.tanh(self.up(x))))
+        for block in self.body["blocks"]:
+            x = x + torch.tanh(block["gate"](x))
+        x = x + torch.tanh(self.experts(x))
         x = self.conv1(torch.tanh(self.hf(x)).transpose(1, 2))
         x = self.conv2(torch.tanh(x)[..., None])
         x = self.conv3(torch.tanh(x)[..., None])
@@ -58,7 +75,7 @@ def draw(number):
     start = rng.choice([True] * 4 + [False, "gaussian", "orthogonal", "pissa", "olora"])
     from_base = start in ("pissa", "olora")
     # PEFT's starts from the base know fp32 and nn.Linear only.
-    layers = ["up", "down"] if isinstance(start, str) and start != "gaussian" else LAYERS
+    layers = ["up", "down", "gate"] if isinstance(start, str) and start != "gaussian" else LAYERS
     targets = rng.sample(layers, rng.randrange(1, len(layers) + 1))
     config = {"target_modules": targets, "r": rng.choice([2, 4]), "lora_alpha": rng.choice([4, 8, 32])}
     if from_base:
@@ -81,6 +98,18 @@ def draw(number):
     if len(targets) > 1 and rng.random() < 0.2:
         config["exclude_modules"] = [targets[1]]
         config.pop("alpha_pattern", None)
+    if "gate" in targets and rng.random() < 0.5:
+        # The other targets stand in no block.
+        config["layers_to_transform"] = rng.choice([1, [0], [0, 1]])
+        config["layers_pattern"] = rng.choice([None, "blocks"])
+        named = ("rank_pattern", "alpha_pattern", "exclude_modules")
+        config = {"target_modules": ["gate"]} | {k: v for k, v in config.items() if k not in (*named, "target_modules")}
+    # PEFT trains parameters beside neither DoRA, biases in the update, dropout, other starts nor a Conv1D.
+    plain = start in (True, False) and not config["use_dora"] and not config.get("lora_bias")
+    if plain and "hf" not in config["target_modules"] and rng.random() < 0.5:
+        config["target_parameters"] = ["experts.weights"]
+    config["lora_dropout"] = 0.0 if "target_parameters" in config else rng.choice([0.0, 0.1])
+    config["fan_in_fan_out"] = "target_parameters" not in config and rng.random() < 0.2
     dtype = torch.float32 if from_base or rng.random() < 0.4 else torch.float64
     return config, dtype
 
@@ -127,6 +156,10 @@ def in_double(folder):
     return our_gradients(model.double(), model.double()(IDS))
 
 
+def farthest(ours, theirs):
+    return max((ours[name] - gradient).abs().max() for name, gradient in theirs.items())
+
+
 def upstream(output):
     return (output * torch.linspace(-1, 1, output.numel(), dtype=output.dtype).view(output.shape)).sum()
 
@@ -152,15 +185,13 @@ def test_adapters_of_peft_and_ours_are_the_same(number, tmp_path):
 
     grads, expected = our_gradients(ours, ours_output), peft_gradients(theirs, output)
     assert grads.keys() == expected.keys()
-    largest = max(g.abs().max() for g in expected.values())
-    tolerance = (1e-6 if dtype == torch.float32 else 1e-12) * largest
-    for name, gradient in expected.items():
-        difference = (grads[name] - gradient).abs().max()
-        if difference > tolerance and dtype == torch.float32:
-            # On some processors PEFT's own gradient is farther than this from the one in fp64: then nothing nearer
-            # than that can be asked.
-            tolerance = (gradient - in_double(tmp_path / "theirs")[name]).abs().max()
-        assert difference <= tolerance, name
+    tolerance = (1e-6 if dtype == torch.float32 else 1e-12) * max(g.abs().max() for g in expected.values())
+    if dtype == torch.float32 and farthest(grads, expected) > tolerance:
+        # On some processors PEFT's own gradients are farther than this from those in fp64: then ours must be nearer.
+        exact = in_double(tmp_path / "theirs")
+        assert farthest(grads, exact) <= farthest(expected, exact)
+    else:
+        assert farthest(grads, expected) <= tolerance
 
     save_adapter(ours, tmp_path / "ours")
     with warnings.catch_warnings():
