@@ -289,14 +289,21 @@ def student(base: Base, task: Task, largest: int) -> Callable[[int, int, float],
     return run
 
 
-def fit(parameters: list[nn.Parameter], loss_of: Callable[[list[int]], Tensor], seed: int, rate: float) -> None:
+def fit(
+    parameters: list[nn.Parameter],
+    loss_of: Callable[[list[int]], Tensor],
+    seed: int,
+    rate: float,
+    texts: int = TEXTS,
+    steps: int = STEPS,
+) -> None:
     """AdamW with a learning rate that falls linearly; the order of the rows is decided by the seed alone."""
     optimizer = torch.optim.AdamW(parameters, lr=rate, weight_decay=0.0)
     generator = torch.Generator().manual_seed(seed)
-    for step in range(STEPS):
-        rows = torch.randint(TEXTS, (BATCH,), generator=generator).tolist()
+    for step in range(steps):
+        rows = torch.randint(texts, (BATCH,), generator=generator).tolist()
         for group in optimizer.param_groups:
-            group["lr"] = rate * min(1.0, 1.25 * (1 - step / STEPS))
+            group["lr"] = rate * min(1.0, 1.25 * (1 - step / steps))
         loss = loss_of(rows)
         optimizer.zero_grad()
         loss.backward()
@@ -352,9 +359,8 @@ def other_instruments(base: Base, task: Task, largest: int, factor: float) -> di
     model, engine = base.model, cast(Any, PlantedEngine(base, task))
     held_out = [(place, True) for place in range(HELD_OUT)]
 
-    def put_in(r: int, use_rslora: bool = False) -> None:
-        config = LoraConfig(r=r, lora_alpha=8, target_modules=base.layers, use_rslora=use_rslora)
-        inject_nested_(model, config, r, seed=0)
+    def put_in(r: int) -> None:
+        inject_nested_(model, LoraConfig(r=r, lora_alpha=8, target_modules=base.layers), r, seed=0)
 
     def train(engine: Any) -> None:
         fit(trainable_parameters(model), lambda rows: engine.loss([(row, False) for row in rows]), 0, factor * RATE)
@@ -369,7 +375,7 @@ def other_instruments(base: Base, task: Task, largest: int, factor: float) -> di
     except DataError as error:
         found["shrink"] = str(error)
     eject_(model)
-    put_in(largest, use_rslora=True)
+    put_in(largest)
     found["nested"] = round(nested(engine, train, held_out, largest).rank, 1)
     eject_(model)
     put_in(2 * largest)

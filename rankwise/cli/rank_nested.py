@@ -1,6 +1,6 @@
 """`rankwise rank nested`"""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -40,6 +40,5 @@ def estimate(runs: "PairedRuns", reporter: "Reporter") -> "Nested":
 
     seed = runs.config.seed
     engine = runs.engine(seed)
-    # lora_alpha / √r, see rankwise/rank/nested.py.
-    inject_(engine.model, replace(runs.lora(runs.largest), use_rslora=True))
+    inject_(engine.model, runs.lora(runs.largest))
     return nested(engine, lambda e: runs.fit(e, seed, 1.0), runs.held_out, runs.largest, seed, reporter.stage)

@@ -37,8 +37,8 @@ class Update(nn.Module):
     start_B: Tensor
     masks: torch.Generator | None = None
     """Draws the dropout masks; None: torch's global generator."""
-    first: int | None = None
-    """Only so many directions, the first ones, work; None: all."""
+    directions: Tensor | None = None
+    """[≤ r] How much each of the first directions counts; the others do not work. None: all count once."""
 
     def __init__(
         self, config: LoraConfig, name: str, shape_A: tuple[int, ...], shape_B: tuple[int, ...], **kind: Any
@@ -79,8 +79,9 @@ class Update(nn.Module):
         # nn.Module's search for an attribute costs as much as a quarter of a token's product.
         parameters: Any = self._parameters
         A, B = parameters["lora_A"], parameters["lora_B"]
-        if self.first is not None:
-            A, B = A[: self.first], B[:, : self.first]
+        if self.directions is not None:
+            first = len(self.directions)
+            A, B = A[:first], B[:, :first] * self.directions
         if self.has_start:
             A, B = self._with_start(A, B)
         return (A, B) if dtype is None or A.dtype == dtype else (A.to(dtype), B.to(dtype))

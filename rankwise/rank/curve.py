@@ -1,6 +1,6 @@
-"""The loss against the rank as a curve: L(r) = L∞ + c·r^-β, fitted to a few ranks."""
+"""The loss against the rank: what a few ranks say of those between them, and the curve L(r) = L∞ + c·r^-β."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -25,10 +25,19 @@ class Curve:
     def loss(self, rank: float) -> float:
         return self.limit + self.excess * rank**-self.exponent
 
-    def rank_within(self, margin: float, reference: float) -> float:
-        """The rank at which the loss is `margin` above that at the rank `reference`; 1 where all ranks are nearer."""
-        wanted = self.loss(reference) + margin - self.limit
-        return max(1.0, (self.excess / wanted) ** (1 / self.exponent)) if self.excess > 0 else 1.0
+
+def rank_within(losses: Mapping[int, float], margin: float) -> float:
+    """The rank from which on the loss is at most `margin` above that at the largest; 1 where it is at all of them.
+
+    Between two of the ranks the loss is taken as linear in log r.
+    """
+    ranks = sorted(losses)
+    most = losses[ranks[-1]] + margin
+    for below, above in zip(ranks[-2::-1], ranks[::-1], strict=False):
+        if losses[below] > most:
+            part = (losses[below] - most) / (losses[below] - losses[above])
+            return below * (above / below) ** part
+    return 1.0
 
 
 def fit_curve(losses: Mapping[int, float]) -> Curve:
@@ -54,14 +63,14 @@ def fit_curve(losses: Mapping[int, float]) -> Curve:
     return at(float(found.x))[1]
 
 
-def bootstrap_curves(losses: Mapping[int, Array], counts: Array, seed: int = 0, draws: int = DRAWS) -> list[Curve]:
-    """Curves fitted to resampled held-out examples: by rank the summed `losses` [N], over `counts` [N] predictions."""
+def resampled(
+    losses: Mapping[int, Array], counts: Array, seed: int = 0, draws: int = DRAWS
+) -> Iterator[dict[int, float]]:
+    """Mean losses by rank over resampled held-out examples, of summed `losses` [N] over `counts` [N] predictions."""
     generator = np.random.default_rng(seed)
-    curves = []
     for _ in range(draws):
         rows = generator.integers(len(counts), size=len(counts))
-        curves.append(fit_curve({rank: float(own[rows].sum() / counts[rows].sum()) for rank, own in losses.items()}))
-    return curves
+        yield {rank: float(own[rows].sum() / counts[rows].sum()) for rank, own in losses.items()}
 
 
 def interval(values: list[float]) -> tuple[float, float]:

@@ -6,8 +6,10 @@ A and B (MatryoshkaLoRA, 2026, arXiv 2605.07850) costs as little but trains the 
 none of the losses that are then read off. Steps with small k do less work than ordinary ones, so all costs one
 training and a few evaluations.
 
-The scale has to be one for all k: it is lora_alpha / √r_max, which is that of an ordinary adapter at the geometric
-middle of the ranks. The estimate errs high: the directions of a cut adapter also had to serve the other ranks.
+Adam moves every direction equally far, and an ordinary adapter's scale lora_alpha / r keeps the sum over the directions
+the same for every r. Here it has to be nearly the same for every k: direction j counts 1/2^⌈log₂ j⌉, so that each
+doubling of k adds half of what the first direction counts, and the sum is half of an ordinary adapter's at k = 1 and
+twice at k = 64. The estimate errs high: the directions of a cut adapter also had to serve the other ranks.
 """
 
 import random
@@ -26,7 +28,7 @@ from rankwise.lora.linear import LoraLinear
 from rankwise.lora.places import named_lora_layers
 from rankwise.rank.compare import SHARE
 from rankwise.rank.crossed import Array
-from rankwise.rank.curve import DRAWS, Curve, bootstrap_curves, fit_curve, interval
+from rankwise.rank.curve import DRAWS, Curve, fit_curve, interval, rank_within, resampled
 from rankwise.rank.measure import per_example
 
 ASTRAY = 0.5
@@ -54,9 +56,15 @@ class NestedEngine:
 
 
 def cut_(model: nn.Module, rank: int | None) -> None:
-    """Let only the first `rank` directions of the adapter work; None: all."""
+    """Let only the first `rank` directions of the adapter work, each with its weight; None: all, equally."""
     for _, layer in named_lora_layers(model):
-        layer.update(DEFAULT).first = rank
+        update = layer.update(DEFAULT)
+        update.directions = None if rank is None else update.lora_B.new_tensor(direction_weights(rank)) * update.r
+
+
+def direction_weights(rank: int) -> list[float]:
+    """What each of so many directions counts, as a share of lora_alpha."""
+    return [0.5 / 2 ** (j - 1).bit_length() for j in range(1, rank + 1)]
 
 
 def nested_ranks(largest: int) -> list[int]:
@@ -93,7 +101,7 @@ class Nested:
     margin: float
     """5 % of the gain of the largest rank over the base."""
     rank: float
-    """Where the curve is the margin above the largest rank."""
+    """Where the measured losses come within the margin of that of the largest rank."""
     rank_interval: tuple[float, float]
 
     def as_dict(self) -> dict[str, Any]:
@@ -109,7 +117,7 @@ class Nested:
             f"L(r) = {self.curve.limit:.4f} + {self.curve.excess:.4f}·r^-{self.curve.exponent:.2f}; 90 % intervals: "
             f"limit {self.limit[0]:.4f} to {self.limit[1]:.4f}, exponent {self.exponent[0]:.2f} to "
             f"{self.exponent[1]:.2f}.\n"
-            f"The curve comes within δ = {self.margin:.4f} nats of r = {max(self.losses)} at {between}.\n"
+            f"The loss comes within δ = {self.margin:.4f} nats of r = {max(self.losses)} at {between}.\n"
             "This errs high: an adapter trained for one rank alone is usually better than the nested one cut to it. "
             "It is one run with one seed; confirm the rank with rankwise rank sweep."
         )
@@ -126,7 +134,7 @@ def nested(
     """Train the adapter of rank `largest` that the engine's model carries at all ranks at once, and measure each.
 
     `train(engine)` does the training: every loss that it asks for is that of a rank drawn anew. The adapter's scale
-    should be lora_alpha / √r. `stage(name)` is entered around each of the two parts.
+    should be lora_alpha / r; afterwards it is of no use. `stage(name)` is entered around each of the two parts.
     Raises ConfigError for an adapter on other than linear layers, or for losses that say nothing (`nested_estimate`).
     """
     ranks = nested_ranks(largest)
@@ -161,16 +169,17 @@ def nested_estimate(losses: Mapping[int, Array], counts: Array, seed: int = 0, d
             f"the nested run went astray at its larger ranks: held-out loss {means[best]:.4f} at r = {best}, but "
             f"{means[largest]:.4f} at r = {largest}, which holds the same directions and more; lower --lr or --r"
         )
-    curve = fit_curve({rank: means[rank] for rank in cut})
-    curves = bootstrap_curves(cut, counts, seed, draws)
+    samples = list(resampled(cut, counts, seed, draws))
+    curves = [fit_curve(sample) for sample in samples]
+    by_rank = {rank: means[rank] for rank in cut}
     return Nested(
         means,
-        curve,
+        fit_curve(by_rank),
         interval([drawn.limit for drawn in curves]),
         interval([drawn.exponent for drawn in curves]),
         margin,
-        curve.rank_within(margin, largest),
-        interval([drawn.rank_within(margin, largest) for drawn in curves]),
+        rank_within(by_rank, margin),
+        interval([rank_within(sample, margin) for sample in samples]),
     )
 
 

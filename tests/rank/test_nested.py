@@ -14,8 +14,8 @@ from rankwise.engine.language import LanguageEngine
 from rankwise.errors import ConfigError
 from rankwise.lora.inject import DEFAULT
 from rankwise.lora.places import named_lora_layers
-from rankwise.rank.curve import Curve, bootstrap_curves, fit_curve, interval
-from rankwise.rank.nested import NestedEngine, cut_, losses_by_rank, nested_estimate, nested_ranks
+from rankwise.rank.curve import Curve, fit_curve, interval, rank_within, resampled
+from rankwise.rank.nested import NestedEngine, cut_, direction_weights, losses_by_rank, nested_estimate, nested_ranks
 
 RANKS = [1, 2, 4, 8]
 EXAMPLES = [TextExample((5, 6, 7 + n, 8 + n), (False, False, True, True), "here") for n in range(6)]
@@ -27,14 +27,24 @@ def test_a_curve_is_recovered_from_its_own_points(curve):
     assert (found.limit, found.excess, found.exponent) == pytest.approx(
         (curve.limit, curve.excess, curve.exponent), rel=1e-3, abs=1e-4
     )
-    rank = found.rank_within(0.02, reference=32)
-    assert rank == 1 or found.loss(rank) == pytest.approx(found.loss(32) + 0.02)
 
 
 def test_a_loss_that_rises_with_the_rank_is_a_flat_curve():
-    found = fit_curve({1: 1.0, 2: 1.1, 4: 1.2})
-    assert found.excess == 0
-    assert found.rank_within(0.01, 4) == 1
+    assert fit_curve({1: 1.0, 2: 1.1, 4: 1.2}).excess == 0
+
+
+@pytest.mark.parametrize(
+    ("losses", "margin", "rank"),
+    [
+        ({1: 1.0, 2: 1.1, 4: 1.2}, 0.01, 1),
+        ({1: 0.9, 2: 0.5, 4: 0.1, 8: 0.1}, 0.1, 2 * 2**0.75),
+        ({1: 0.1, 2: 0.5, 4: 0.1, 8: 0.1}, 0.2, 2 * 2**0.5),
+        ({1: 0.9, 4: 0.5, 16: 0.1}, 0.1, 4 * 4**0.75),
+        ({1: 0.9, 2: 0.8, 4: 0.7}, 0.1, 2),
+    ],
+)
+def test_the_rank_within_the_margin_is_read_between_the_measured_ones_from_the_largest_down(losses, margin, rank):
+    assert rank_within(losses, margin) == pytest.approx(rank)
 
 
 def test_bootstrap_intervals_cover_the_truth_and_shrink_with_more_examples():
@@ -43,7 +53,7 @@ def test_bootstrap_intervals_cover_the_truth_and_shrink_with_more_examples():
     def limits(examples):
         hard = rng.normal(0, 0.5, examples)
         losses = {rank: truth.loss(rank) + hard + rng.normal(0, 0.05, examples) for rank in RANKS}
-        return interval([curve.limit for curve in bootstrap_curves(losses, np.ones(examples), draws=60)])
+        return interval([fit_curve(sample).limit for sample in resampled(losses, np.ones(examples), draws=60)])
 
     small, large = limits(100), limits(1600)
     assert large[1] - large[0] < small[1] - small[0]
@@ -67,10 +77,10 @@ def test_a_cut_adapter_is_the_adapter_of_its_first_directions():
         cut_(whole.model, rank)
         nested = whole.logits(EXAMPLES)[0]
         own = tiny("llama", torch.float64)
-        inject_(own, LoraConfig(r=rank, lora_alpha=32 * rank / 8))
+        inject_(own, LoraConfig(r=rank, lora_alpha=rank))
         for name, layer in named_lora_layers(own):
             A, B = factors[name]
-            layer.update(DEFAULT).set(A[:rank], B[:, :rank])
+            layer.update(DEFAULT).set(A[:rank], B[:, :rank] * B.new_tensor(direction_weights(rank)) * 32)
         torch.testing.assert_close(nested, LanguageEngine(own, 2, EXAMPLES).logits(EXAMPLES)[0])
 
 
@@ -105,9 +115,16 @@ def test_measuring_the_ranks_leaves_the_adapter_whole_and_agrees_with_base_and_w
     before = whole.logits(EXAMPLES)[0]
     losses, counts = losses_by_rank(whole, EXAMPLES, RANKS)
     torch.testing.assert_close(whole.logits(EXAMPLES)[0], before)
+    cut_(whole.model, 8)
     assert losses[8].sum() / counts.sum() == pytest.approx(whole.loss(EXAMPLES).item())
+    cut_(whole.model, None)
     eject_(whole.model)
     assert losses[0].sum() / counts.sum() == pytest.approx(whole.loss(EXAMPLES).item())
+
+
+def test_a_doubling_of_the_rank_adds_half_of_what_the_first_direction_counts():
+    assert direction_weights(8) == [1 / 2, 1 / 4, 1 / 8, 1 / 8, *[1 / 16] * 4]
+    assert [sum(direction_weights(2**n)) for n in range(7)] == [1 / 2 + n / 4 for n in range(7)]
 
 
 def test_the_ranks_double_up_to_the_largest():
