@@ -172,7 +172,7 @@ def shrunk(runs: Any, reporter: Any, factor: float) -> dict[str, Any]:
 def main() -> None:
     options = _options()
     from rankwise.cli.paired_runs import PairedRuns, rows_sha256
-    from rankwise.rank.page import page
+    from rankwise.rank.page import page, picture
     from rankwise.rank.report import as_dict, table
     from rankwise.rank.sweep import sweep
     from rankwise.rank.verdict import notes, verdict
@@ -213,6 +213,7 @@ def main() -> None:
         say=reporter.say,
     )
     atomic.write_text(out / "sweep" / "sweep.html", page(found, config.as_dict()))
+    atomic.write_text(out / "sweep" / "sweep.svg", picture(found))
     atomic.write_text(out / "sweep" / "sweep.json", json.dumps(as_dict(found)) + "\n")
     found_by["shrink"] = once(out / "shrink.json", lambda: shrunk(fresh(largest), reporter, found.factors[largest]))
     print(table(found), verdict(found), *(f"- {note}" for note in notes(found)), sep="\n\n", end="\n\n")

@@ -103,7 +103,7 @@ def main(options: list[str]) -> int:
     config = parse(SweepConfig, options, "rank sweep")
     from rankwise import atomic
     from rankwise.cli.paired_runs import PairedRuns
-    from rankwise.rank.page import page
+    from rankwise.rank.page import page, picture
     from rankwise.rank.report import as_dict, table
     from rankwise.rank.runs import Runs
     from rankwise.rank.verdict import notes, verdict
@@ -120,6 +120,7 @@ def main(options: list[str]) -> int:
         illustrations = _illustrations(found, runs)
     content = as_dict(found) | {"illustrations": asdict(illustrations)}
     atomic.write_text(config.out / "sweep.html", page(found, config.as_dict(), illustrations))
+    atomic.write_text(config.out / "sweep.svg", picture(found))
     atomic.write_text(config.out / "sweep.json", json.dumps(content) + "\n")
     print(table(found), verdict(found), *(f"- {note}" for note in notes(found)), sep="\n\n", end="\n\n")
     print(f"page: {config.out / 'sweep.html'}")

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
-from jinja2 import Environment, PackageLoader
+from jinja2 import Environment, PackageLoader, Template
 
 from rankwise.rank.illustrate import Illustrations
 from rankwise.rank.report import interval_name, lines
@@ -18,24 +18,38 @@ MOST_SETTING = 500
 
 def page(sweep: Sweep, settings: dict[str, Any], illustrations: Illustrations | None = None) -> str:
     """The HTML page: verdict, plot, table, illustrations, settings."""
-    template = Environment(loader=PackageLoader("rankwise.rank", "."), autoescape=True).get_template("sweep.html.j2")
     headline, _, reasons = verdict(sweep).partition(":")
-    c = sweep.comparisons
-    return template.render(
+    return _template("sweep.html.j2").render(
         headline=headline,
         reasons=reasons.strip(),
         clear=learned(sweep) and headline.startswith(("Take", "Stay")),
         notes=notes(sweep),
         lines=lines(sweep),
-        axis="rank" if sweep.ordered else sweep.axis,
-        ordered=sweep.ordered,
-        reference=sweep.name(c.reference),
-        interval=interval_name(sweep),
         settings={name: str(value)[:MOST_SETTING] for name, value in settings.items()},
-        plot=_plot(sweep),
         illustrations=illustrations or Illustrations(),
         shade=shade,
+        **_drawn(sweep),
     )
+
+
+def picture(sweep: Sweep) -> str:
+    """The page's plot alone, as an SVG file."""
+    return _template("curve.svg.j2").render(_drawn(sweep), alone=True)
+
+
+def _template(name: str) -> Template:
+    return Environment(loader=PackageLoader("rankwise.rank", "."), autoescape=True).get_template(name)
+
+
+def _drawn(sweep: Sweep) -> dict[str, Any]:
+    """What the plot shows."""
+    return {
+        "axis": "rank" if sweep.ordered else sweep.axis,
+        "ordered": sweep.ordered,
+        "reference": sweep.name(sweep.comparisons.reference),
+        "interval": interval_name(sweep),
+        "plot": _plot(sweep),
+    }
 
 
 def shade(value: float, values: Sequence[float | None]) -> str:

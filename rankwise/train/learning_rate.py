@@ -1,12 +1,7 @@
 """The learning rate: its default, and its course over a run."""
 
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LambdaLR
-from transformers import (
-    get_constant_schedule_with_warmup,
-    get_cosine_schedule_with_warmup,
-    get_linear_schedule_with_warmup,
-)
+from torch.optim.lr_scheduler import ConstantLR, CosineAnnealingLR, LinearLR, LRScheduler, SequentialLR
 
 from rankwise.train.config import TrainConfig
 
@@ -25,16 +20,19 @@ def default_rate(steps: int) -> float:
     return FULL_FINE_TUNING * (10 if steps >= SHORT_RUN else 15)
 
 
-def schedule_for(optimizer: Optimizer, config: TrainConfig, steps: int) -> LambdaLR:
-    """transformers' schedule of the name; step it after each optimiser step.
+def schedule_for(optimizer: Optimizer, config: TrainConfig, steps: int) -> LRScheduler:
+    """An even rise to the highest rate, then `config.lr_schedule`; step it after each optimiser step.
 
-    transformers begins a warm-up with a rate of zero, by which the first step would train nothing. Here a run begins at
-    transformers' second step and has as many: its first rate is the highest one divided by the warm-up's steps.
+    The first rate of w steps of warm-up is a w-th of the highest, so that no step trains at a rate of zero.
     """
-    for group in optimizer.param_groups:
-        group["initial_lr"] = group["lr"]
     warm_up = max(1, round(config.warmup * steps))
-    if config.lr_schedule == "constant":
-        return get_constant_schedule_with_warmup(optimizer, warm_up, last_epoch=0)
-    decay = {"linear": get_linear_schedule_with_warmup, "cosine": get_cosine_schedule_with_warmup}
-    return decay[config.lr_schedule](optimizer, warm_up, steps + 1, last_epoch=0)
+    rise = LinearLR(optimizer, 1 / warm_up, total_iters=warm_up - 1)
+    decay = steps - warm_up + 1
+    match config.lr_schedule:
+        case "linear":
+            after = LinearLR(optimizer, 1.0, 0.0, decay)
+        case "cosine":
+            after = CosineAnnealingLR(optimizer, decay)
+        case "constant":
+            after = ConstantLR(optimizer, 1.0)
+    return SequentialLR(optimizer, [rise, after], milestones=[warm_up - 1])

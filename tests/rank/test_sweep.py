@@ -3,6 +3,7 @@
 import json
 import re
 from pathlib import Path
+from xml.etree import ElementTree
 
 import numpy as np
 import pytest
@@ -238,6 +239,11 @@ def test_the_command_leaves_table_page_and_all_differences_and_goes_on_in_its_fo
     assert found["ranks"][3]["loss"] < found["ranks"][0]["loss"]
     assert np.array(found["differences"]["1"]).shape == (2, 6)
     html = (out / "sweep.html").read_text()
+    drawing = ElementTree.parse(out / "sweep.svg").getroot()
+    assert [text.text for text in drawing.iter("{http://www.w3.org/2000/svg}text") if text.text in ("1", "2")] == [
+        "1",
+        "2",
+    ]
     kept = {f"rank{rank}-seed{seed}-rate1" for rank in (1, 2) for seed in (0, 1)}
     assert {path.name for path in (out / "adapters").iterdir()} == kept
     for line in found["ranks"][1:3]:
