@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor, nn
 
 import rankwise
 from rankwise.data.rows import read_rows
@@ -48,7 +49,11 @@ VARIANTS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "LoRA+ (ratio 8)": ({}, {"lora_plus_ratio": 8}),
     "weight decay 0.1": ({}, {"weight_decay": 0.1}),
     "preconditioned": ({}, {"preconditioned": True}),
+    "3-bit base": ({}, {}),
+    "LoftQ, 3-bit base": ({}, {}),
 }
+BITS, GROUP = 3, 64
+"""Of a weight of the base whose name says so, and how many of them share a scale; products stay in fp32."""
 
 
 def data(count: int, tokenizer: Any) -> tuple[list[str], list[Any], list[Any]]:
@@ -61,6 +66,19 @@ def data(count: int, tokenizer: Any) -> tuple[list[str], list[Any], list[Any]]:
     return labels, train[:count], test
 
 
+@torch.no_grad()
+def quantise_(model: nn.Module) -> dict[str, Tensor]:
+    """Round the encoder's matrices to BITS bits in place; returns them as they were."""
+    original = {}
+    for name, weight in model.named_parameters():
+        if weight.dim() == 2 and "layer." in name:
+            original[name] = weight.clone()
+            groups = weight.view(-1, GROUP)
+            scale = groups.abs().amax(1, keepdim=True) / (2 ** (BITS - 1) - 1)
+            groups.copy_((groups / scale).round() * scale)
+    return original
+
+
 def run(
     name: str, seed: int, lr: float, examples: Sequence[Any], test: Sequence[Any], labels: list[str]
 ) -> list[float]:
@@ -68,6 +86,7 @@ def run(
     settings, optimiser = VARIANTS[name]
     torch.manual_seed(seed)
     tokenizer, model = load_tokenizer("minilm-l6"), load_model("minilm-l6", "seq_cls", labels)
+    original = quantise_(model) if name.endswith("base") else {}
     config = rankwise.LoraConfig(task_type="SEQ_CLS", r=8, lora_alpha=16, **settings)
     begin = time.perf_counter()
     report = rankwise.inject_(model, config)
@@ -76,6 +95,8 @@ def run(
     batches = [batch for step in planned_steps(examples, plan) for batch in step]
     if config.init_lora_weights in ("eva", "corda", "lora_ga"):
         rankwise.start_from_data_(model, batches[:8], engine.loss)
+    if name.startswith("LoftQ"):
+        rankwise.start_from_original_(model, original)
     started = time.perf_counter() - begin
     optimizer = rankwise.lora_optimizer(model, lr, **optimiser)
     schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, len(batches))

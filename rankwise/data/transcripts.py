@@ -8,6 +8,7 @@ the conversation up to it ends. Both must be the beginning of the whole conversa
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import takewhile
 from typing import Any, Literal
 
 from rankwise.data.conversations import Message, with_text_arguments
@@ -15,6 +16,9 @@ from rankwise.errors import DataError
 
 Tokenizer = Any
 """A transformers tokenizer (PreTrainedTokenizerBase); transformers is not imported here."""
+
+QUESTION: list[Message] = [{"role": "user", "content": "a"}]
+"""The shortest conversation that asks for an answer."""
 
 TrainOn = Literal["completion", "last", "all"]
 
@@ -97,7 +101,10 @@ def _turn(
     messages: list[Message], index: int, whole: str, done: int, tools: Sequence[Any] | None, tokenizer: Tokenizer
 ) -> tuple[int, int]:
     """[start, end) of an assistant's turn in the whole conversation; `done` characters belong to turns before it."""
-    before = _render(messages[:index], tools, tokenizer, ask=True)
+    if index:
+        before = _render(messages[:index], tools, tokenizer, ask=True)
+    else:
+        before = _before_opening(messages, tools, tokenizer)
     after = (whole if index == len(messages) - 1 else _render(messages[: index + 1], tools, tokenizer)).rstrip()
     end = tokenizer.eos_token
     if not whole.startswith(after) and after.endswith(end):
@@ -115,6 +122,26 @@ def _turn(
             "so its tokens cannot be told apart" + _advice(messages, index)
         )
     return len(before), len(after)
+
+
+def _before_opening(messages: list[Message], tools: Sequence[Any] | None, tokenizer: Tokenizer) -> str:
+    """What stands before a first turn, up to what the template asks any other turn with; its words come after that."""
+    asking = _render(QUESTION, None, tokenizer, ask=True)
+    asked = asking.removeprefix(_same_beginning(asking, _render(QUESTION, None, tokenizer))).lstrip()
+    words = "b" if messages[0]["content"].lstrip().startswith("a") else "a"
+    openings = (_render([opening], tools, tokenizer) for opening in (messages[0], {**messages[0], "content": words}))
+    before, found, _ = _same_beginning(*openings).rpartition(asked)
+    if not found:
+        raise DataError(
+            f"turn 1 is an assistant's, before which the template does not write {asked!r} as before others, so where "
+            "it begins cannot be told; put a user's turn before it"
+        )
+    return before + asked
+
+
+def _same_beginning(one: str, other: str) -> str:
+    same = takewhile(lambda pair: pair[0] == pair[1], zip(one, other, strict=False))
+    return "".join(character for character, _ in same)
 
 
 def _advice(messages: list[Message], index: int) -> str:
@@ -160,7 +187,7 @@ def _squeezed(text: str) -> str:
 def _lacks_end(message: Message, answer: str, tokenizer: Tokenizer) -> bool:
     if message.get("tool_calls"):
         # What a call looks like is the template's affair, so an ordinary turn tells whether it writes ends.
-        probe = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+        probe = [*QUESTION, {"role": "assistant", "content": "b"}]
         return _render(probe, None, tokenizer).rstrip().endswith("b")
     return _squeezed(answer).endswith(_squeezed(message["content"]))
 

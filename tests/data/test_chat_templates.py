@@ -47,6 +47,8 @@ TURNS = {
 """What the template writes of an assistant's turn after it has asked for it: the group of the pattern."""
 WITHOUT_END = ("metharme", "glm-4.6")
 """Templates that write nothing after a turn."""
+ASKED_FIRST = ("mistral-v1", "mistral-nemo", "mistral-small-3.2", "deepseek-v3.1")
+"""Templates that know no assistant's turn without a question before it."""
 WITH_TOOLS = (
     "qwen2.5",
     "qwen2-5-generation",
@@ -147,6 +149,7 @@ def marked_turns(name, one, tokenizer):
 CASES = [
     *[(name, row(TALK)) for name in TURNS],
     *[(name, row([{"role": "system", "content": "Be terse."}, *TALK])) for name in TURNS if name != "mistral-nemo"],
+    *[(name, row([{"role": "assistant", "content": "Ask me."}, *TALK])) for name in TURNS if name not in ASKED_FIRST],
     # Mistral's templates write the tools before the last question, so that an earlier question changes with each turn.
     *[(name, row(TOOL_TALK[: 4 if "mistral" in name else 6], tools=[WEATHER])) for name in WITH_TOOLS],
 ]
@@ -271,6 +274,12 @@ def test_turns_of_weight_0_are_not_trained(speaking):
     tokenizer = speaking("chatml")
     [example] = text_examples([row([*TALK[:3], {**TALK[3], "weight": 0}, *TALK[4:]])], tokenizer, 1000, "error")
     assert trained_turns(example, tokenizer) == [f"Say it once{END}", f"x{END}"]
+
+
+@pytest.mark.parametrize("name", ASKED_FIRST)
+def test_an_opening_that_a_template_does_not_know_is_an_error(name, speaking):
+    with pytest.raises(DataError, match=r"put a user's turn before it|the chat template refuses it"):
+        text_examples([row([{"role": "assistant", "content": "Ask me."}, *TALK])], speaking(name), 10_000, "error")
 
 
 def test_all_trains_every_token(speaking):
