@@ -72,7 +72,7 @@ class LoraConfig:
     lora_bias: bool = False
     """Give B a bias: h = W0·x + scale·(B·A·x + b)."""
     trainable_token_indices: Sequence[int] | Mapping[str, Sequence[int]] | None = None
-    """Tokens whose rows of the embedding train, as indices, or by the name of an embedding."""
+    """Tokens whose rows of the embedding train, as indices, or by the name of an embedding or output head."""
     init_lora_weights: bool | str = True
     """How A and B start: True (A Kaiming-uniform, B zero), "gaussian", "orthogonal", "pissa", "pissa_niter_<n>",
     "olora", "eva", "lora_ga", "corda"; False: both random, so that the adapter changes the model from the start."""

@@ -17,7 +17,7 @@ from rankwise.lora.parameters import ParametersWrapper, parameter_dimensions
 from rankwise.lora.places import has_merged, named_base_modules, named_lora_layers, named_wrappers, replace_
 from rankwise.lora.report import AdaptedMatrix, InjectReport
 from rankwise.lora.targets import is_inside, select_heads, select_parameters, select_targets, select_tokens
-from rankwise.lora.trained import TokenRows, TrainedBias, TrainedCopy, tied_to
+from rankwise.lora.trained import TokenHead, TokenRows, TrainedBias, TrainedCopy, tied_to
 from rankwise.lora.weight_reads import weight_is_read
 
 ATTRIBUTE = "_rankwise_injection"
@@ -140,10 +140,10 @@ def _extra(
     matrices: tuple[AdaptedMatrix, ...],
     heads: list[str],
     tokens: dict[str, tuple[int, ...]],
-    modules: dict[str, nn.Module],
+    modules: dict[str, Any],
     config: LoraConfig,
 ) -> dict[str, int]:
-    rows = {f"{name}: {len(ids):,} rows": len(ids) * dimensions(modules[name])[0] for name, ids in tokens.items()}
+    rows = {f"{name}: {len(ids):,} rows": len(ids) * modules[name].weight.shape[1] for name, ids in tokens.items()}
     per_row = sum(m.d for m in matrices)
     biases = sum(bias.numel() for bias in _bias_parameters(matrices, heads, modules, config).values())
     return {
@@ -228,7 +228,8 @@ def _put_in(
             grown[name] = layer = _wrapper(name, modules, wrappers, TrainedCopy)
             layer.add(adapter, config)
         for name, indices in tokens.items():
-            grown[name] = layer = _wrapper(name, modules, wrappers, TokenRows)
+            kind = TokenHead if isinstance(modules[name], nn.Linear) else TokenRows
+            grown[name] = layer = _wrapper(name, modules, wrappers, kind)
             layer.add(adapter, config, indices)
             for tied, kind in tied_to(modules[name], modules).items():
                 wrappers.setdefault(tied, kind(modules[tied], layer))

@@ -104,7 +104,10 @@ def select_parameters(modules: Mapping[str, nn.Module], config: LoraConfig, kind
 def select_tokens(
     model: nn.Module, modules: Mapping[str, nn.Module], config: LoraConfig, taken: Iterable[str]
 ) -> dict[str, tuple[int, ...]]:
-    """The tokens whose rows train, by the name of their embedding. Raises TargetError for what cannot be."""
+    """The tokens whose rows train, by the name of their embedding or output head.
+
+    Raises TargetError for what cannot be.
+    """
     wanted = config.trainable_token_indices
     if not wanted:
         return {}
@@ -119,9 +122,17 @@ def select_tokens(
     for pattern, indices in wanted.items():
         for name in _matching("trainable_token_indices", [pattern], modules, problems):
             module = modules[name]
-            if not isinstance(module, nn.Embedding):
-                problems.append(f"trainable_token_indices {name}: a {type(module).__name__} is no embedding")
-            elif wrong := [index for index in indices if not 0 <= index < module.num_embeddings]:
+            shared = [other for other in chosen if modules[other].weight is getattr(module, "weight", None)]
+            if not isinstance(module, nn.Embedding | nn.Linear):
+                kind = type(module).__name__
+                problems.append(f"trainable_token_indices {name}: a {kind} is neither an embedding nor an output head")
+            elif shared and chosen[shared[0]] == tuple(dict.fromkeys(indices)):
+                continue  # They are the same rows.
+            elif shared:
+                problems.append(
+                    f"trainable_token_indices {name}: it shares its table with {shared[0]}; give both the same"
+                )
+            elif wrong := [index for index in indices if not 0 <= index < len(module.weight)]:
                 problems.append(f"trainable_token_indices {name}: there are no rows {wrong[:5]}")
             elif name in set(taken):
                 problems.append(f"trainable_token_indices {name}: it is adapted or trained in full already")

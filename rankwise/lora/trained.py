@@ -48,25 +48,25 @@ class TrainedCopy(Wrapper):
 
 
 class Rows(nn.Module):
-    """Copies of some rows of an embedding [vocabulary, d]."""
+    """Copies of some rows of an embedding, or of an output head, [vocabulary, d]."""
 
     place: Tensor
     """[vocabulary], where in `values` a token's row stands, or -1"""
 
-    def __init__(self, embedding: Any, tokens: Sequence[int], trains: bool) -> None:
+    def __init__(self, base: Any, tokens: Sequence[int], trains: bool) -> None:
         super().__init__()
-        table = embedding.weight
+        table = base.weight
         values = torch.empty(len(tokens), table.shape[1], dtype=working_dtype(table), device=table.device)
         self.values = nn.Parameter(values, requires_grad=trains)
         """[tokens, d]"""
         self.tokens = tuple(tokens)
-        self.register_buffer("place", torch.empty(embedding.num_embeddings, dtype=torch.long), persistent=False)
-        self.reset(embedding)
+        self.register_buffer("place", torch.empty(len(table), dtype=torch.long), persistent=False)
+        self.reset(base)
 
     @torch.no_grad()
-    def reset(self, embedding: Any) -> None:
-        """Take the rows as they stand in the embedding."""
-        table, tokens = embedding.weight, list(self.tokens)
+    def reset(self, base: Any) -> None:
+        """Take the rows as they stand in the table."""
+        table, tokens = base.weight, list(self.tokens)
         self.values.copy_(table[tokens])
         self.place = torch.full((len(table),), -1, device=table.device)
         self.place[tokens] = torch.arange(len(tokens), device=table.device)
@@ -118,6 +118,20 @@ class TokenRows(Wrapper):
         return table
 
 
+class TokenHead(TokenRows):
+    """An output head of which some tokens' rows train."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x: hidden states [..., k] → logits [..., vocabulary]"""
+        result = self.base(x)
+        for rows in map(self.rows, self.active):
+            tokens = torch.tensor(rows.tokens, device=x.device)
+            bias = None if self.base.bias is None else self.base.bias[tokens]
+            own = F.linear(x, rows.values.to(x.dtype), bias)
+            result = result.index_copy(-1, tokens, own.to(result.dtype))
+        return result
+
+
 class TiedTokenRows(TokenRows):
     """Another embedding on the table of one with trained rows (T5 has two such): it uses them too."""
 
@@ -137,18 +151,8 @@ class TiedTokenRows(TokenRows):
         return self.owner.rows(adapter)
 
 
-class TiedTokenHead(TiedTokenRows):
+class TiedTokenHead(TiedTokenRows, TokenHead):
     """An output head on the table of an embedding with trained rows: those tokens' logits use the rows too."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        """x: hidden states [..., k] → logits [..., vocabulary]"""
-        result = self.base(x)
-        for rows in map(self.rows, self.active):
-            tokens = torch.tensor(rows.tokens, device=x.device)
-            bias = None if self.base.bias is None else self.base.bias[tokens]
-            own = F.linear(x, rows.values.to(x.dtype), bias)
-            result = result.index_copy(-1, tokens, own.to(result.dtype))
-        return result
 
 
 def tied_to(embedding: nn.Module, modules: Mapping[str, nn.Module]) -> dict[str, type[TiedTokenRows]]:

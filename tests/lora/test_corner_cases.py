@@ -23,12 +23,14 @@ from rankwise import (
     inject_,
     load_adapter_,
     merge_,
+    merge_and_remove_,
     reset_adapter_,
     save_adapter,
     swap_adapter_,
+    trainable_parameters,
     unmerge_,
 )
-from rankwise.errors import CheckpointError, ConfigError, MergeError
+from rankwise.errors import CheckpointError, ConfigError, MergeError, TargetError
 from rankwise.lora.inject import adapters_off
 
 X = torch.randn(3, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
@@ -113,6 +115,46 @@ def test_trained_rows_work_in_every_module_that_shares_their_table(kind, tmp_pat
             if "lora" in name:
                 parameter.copy_(dict(model.named_parameters())[name])
     near(model(**tokens).logits, plain(**tokens).logits)
+
+
+@pytest.mark.parametrize("indices", [{"embed_tokens": [3, 5], "lm_head": [5, 7, 1]}, {"lm_head": [2]}])
+def test_rows_of_an_output_head_train_as_in_peft(indices, tmp_path):
+    config = {"r": 2, "target_modules": ["q_proj"], "trainable_token_indices": indices}
+    ids = torch.tensor([[3, 4, 5, 7]])
+    ours = tiny("llama", torch.float64)
+    plain = ours(ids).logits
+    report = inject_(ours, LoraConfig(**config))
+    assert report.extra == {
+        f"{'model.' if name == 'embed_tokens' else ''}{name}: {len(rows)} rows": len(rows) * 32
+        for name, rows in indices.items()
+    }
+    near(ours(ids).logits, plain)
+    randomise_adapter(ours)
+    save_adapter(ours, tmp_path / "ours")
+    in_peft = peft.PeftModel.from_pretrained(tiny("llama", torch.float64), tmp_path / "ours").eval()
+    near(in_peft(ids).logits, ours(ids).logits)
+    in_peft.save_pretrained(tmp_path / "theirs")
+    again = tiny("llama", torch.float64)
+    load_adapter_(again, tmp_path / "theirs", trainable=True)
+    near(again(ids).logits, ours(ids).logits)
+    gradients = torch.autograd.grad(again(ids).logits.sum(), trainable_parameters(again))
+    assert all(gradient.abs().max() > 0 for gradient in gradients)
+    merge_and_remove_(again)
+    near(again(ids).logits, ours(ids).logits)
+    eject_(ours)
+    assert torch.equal(ours(ids).logits, plain)
+
+
+def test_a_head_on_the_embeddings_table_trains_the_same_rows_or_is_told(tmp_path):
+    both = {"embed_tokens": [3, 5], "lm_head": [3, 5]}
+    tied = tiny("llama-tied")
+    report = inject_(tied, LoraConfig(r=2, target_modules=["q_proj"], trainable_token_indices=both))
+    assert report.extra == {"model.embed_tokens: 2 rows": 64}
+    with pytest.raises(TargetError, match=r"lm_head: it shares its table with model\.embed_tokens; give both the same"):
+        inject_(
+            tiny("llama-tied"),
+            LoraConfig(r=2, target_modules=["q_proj"], trainable_token_indices=both | {"lm_head": [3]}),
+        )
 
 
 def test_a_file_of_experts_does_not_depend_on_the_other_adapters(tmp_path):
