@@ -68,10 +68,10 @@ def data(count: int, tokenizer: Any) -> tuple[list[str], list[Any], list[Any]]:
 
 @torch.no_grad()
 def quantise_(model: nn.Module) -> dict[str, Tensor]:
-    """Round the encoder's matrices to BITS bits in place; returns them as they were."""
+    """Round the adapted matrices to BITS bits in place; returns them as they were."""
     original = {}
     for name, weight in model.named_parameters():
-        if weight.dim() == 2 and "layer." in name:
+        if weight.dim() == 2 and "embeddings" not in name and "classifier" not in name:
             original[name] = weight.clone()
             groups = weight.view(-1, GROUP)
             scale = groups.abs().amax(1, keepdim=True) / (2 ** (BITS - 1) - 1)
