@@ -118,8 +118,20 @@ class Nested:
             f"limit {self.limit[0]:.4f} to {self.limit[1]:.4f}, exponent {self.exponent[0]:.2f} to "
             f"{self.exponent[1]:.2f}.\n"
             f"The loss comes within δ = {self.margin:.4f} nats of r = {max(self.losses)} at {between}.\n"
-            "This errs high: an adapter trained for one rank alone is usually better than the nested one cut to it. "
-            "It is one run with one seed; confirm the rank with rankwise rank sweep."
+            "This errs high: an adapter trained for one rank alone is usually better than the nested one cut to it "
+            "(ranks planted in a small model were read up to 1.6 times too high). "
+            f"{self._rise()}It is one run with one seed; confirm the rank with rankwise rank sweep."
+        )
+
+    def _rise(self) -> str:
+        """A warning where the largest ranks, against which all are measured, are not the best."""
+        largest = max(self.losses)
+        best = min(self.losses, key=self.losses.__getitem__)
+        if self.losses[largest] - self.losses[best] <= self.margin / 2:
+            return ""
+        return (
+            f"But here the loss rises again above r = {best}: the larger ranks trained worse than they would alone, "
+            "and the rank may be read too low; a lower --lr or --r tells. "
         )
 
 

@@ -138,6 +138,9 @@ def test_an_estimate_says_that_it_errs_high_and_a_run_that_learned_nothing_gives
     losses = {rank: hard + 0.3 / rank + rng.normal(0, 0.02, 200) for rank in RANKS} | {0: hard + 1.5}
     found = nested_estimate(losses, np.ones(200), draws=40)
     assert "errs high" in str(found)
+    assert "too low" not in str(found)
+    risen = nested_estimate(losses | {max(RANKS): losses[1]}, np.ones(200), draws=40)
+    assert "the loss rises again above r = 4" in str(risen)
     assert found.rank_interval[0] <= found.rank <= found.rank_interval[1]
     with pytest.raises(ConfigError, match="did not lower"):
         nested_estimate(losses | {0: hard}, np.ones(200))
