@@ -231,8 +231,8 @@ def _put_in(
             kind = TokenHead if isinstance(modules[name], nn.Linear) else TokenRows
             grown[name] = layer = _wrapper(name, modules, wrappers, kind)
             layer.add(adapter, config, indices)
-            for tied, kind in tied_to(modules[name], modules).items():
-                wrappers.setdefault(tied, kind(modules[tied], layer))
+            for tied, tied_kind in tied_to(modules[name], modules).items():
+                wrappers.setdefault(tied, tied_kind(modules[tied], layer))
                 grown[tied] = wrappers[tied]
     except Exception:
         for layer in grown.values():
