@@ -13,7 +13,7 @@ twice at k = 64. The estimate errs high: the directions of a cut adapter also ha
 """
 
 import random
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -150,6 +150,7 @@ def nested(
     Raises ConfigError for an adapter on other than linear layers, or for losses that say nothing (`nested_estimate`).
     """
     ranks = nested_ranks(largest)
+    _check_number(ranks)
     with stage(f"training the ranks {', '.join(map(str, ranks))} at once"):
         train(NestedEngine(engine, ranks, seed))
     with stage("measuring every rank"):
@@ -163,10 +164,7 @@ def nested_estimate(losses: Mapping[int, Array], counts: Array, seed: int = 0, d
     Raises ConfigError with fewer than three ranks, if nothing was learned, or if the largest rank loses it again.
     """
     cut = {rank: own for rank, own in losses.items() if rank > 0}
-    if len(cut) < 3:
-        raise ConfigError(
-            f"the curve needs three ranks, so --r of at least 3; found the ranks {', '.join(map(str, cut))}"
-        )
+    _check_number(cut)
     means = {rank: float(own.sum() / counts.sum()) for rank, own in sorted(losses.items())}
     largest = max(cut)
     margin = SHARE * (means[0] - means[largest])
@@ -193,6 +191,12 @@ def nested_estimate(losses: Mapping[int, Array], counts: Array, seed: int = 0, d
         rank_within(by_rank, margin),
         interval([rank_within(sample, margin) for sample in samples]),
     )
+
+
+def _check_number(ranks: Collection[int]) -> None:
+    if len(ranks) < 3:
+        found = ", ".join(map(str, ranks))
+        raise ConfigError(f"the curve needs three ranks, so --r of at least 3; found the ranks {found}")
 
 
 def up_to_power_of_two(rank: float) -> int:

@@ -15,7 +15,15 @@ from rankwise.errors import ConfigError
 from rankwise.lora.inject import DEFAULT
 from rankwise.lora.places import named_lora_layers
 from rankwise.rank.curve import Curve, fit_curve, interval, rank_within, resampled
-from rankwise.rank.nested import NestedEngine, cut_, direction_weights, losses_by_rank, nested_estimate, nested_ranks
+from rankwise.rank.nested import (
+    NestedEngine,
+    cut_,
+    direction_weights,
+    losses_by_rank,
+    nested,
+    nested_estimate,
+    nested_ranks,
+)
 
 RANKS = [1, 2, 4, 8]
 EXAMPLES = [TextExample((5, 6, 7 + n, 8 + n), (False, False, True, True), "here") for n in range(6)]
@@ -148,6 +156,14 @@ def test_an_estimate_says_that_it_errs_high_and_a_run_that_learned_nothing_gives
         nested_estimate(losses | {max(RANKS): hard + 1.4}, np.ones(200))
     with pytest.raises(ConfigError, match="three ranks"):
         nested_estimate({0: hard, 1: hard, 2: hard}, np.ones(200))
+
+
+def test_too_few_ranks_are_told_before_anything_trains():
+    def never(_engine):
+        raise AssertionError("it trained")
+
+    with pytest.raises(ConfigError, match="--r of at least 3; found the ranks 1, 2"):
+        nested(engine(rank=2), never, EXAMPLES, largest=2)
 
 
 def test_the_command_prints_a_loss_for_every_rank_and_keeps_the_result(tiny_llama_folder, tmp_path, capsys):
