@@ -19,22 +19,19 @@ import argparse
 import json
 import math
 import platform
-import time
 from collections.abc import Callable
 from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
-from rank_planted import LENGTH, MARGIN, RATE, Base, fit, load_base, plant, student
+from rank_planted import LENGTH, MARGIN, Base, load_base, plant, runs_of, student
 from torch import Tensor
 from torch.nn import functional as F
 
-from rankwise import LoraConfig, eject_, trainable_parameters
 from rankwise.rank.compare import compare
 from rankwise.rank.predict import BITS_PER_NUMBER
 from rankwise.rank.runs import RunResult
-from rankwise.rank.start import inject_nested_
 from rankwise.rank.sweep import sweep
 from rankwise.rank.verdict import verdict
 
@@ -54,27 +51,12 @@ def random_labels(base: Base, texts: int, generator: torch.Generator) -> tuple[T
 def memoriser(base: Base, inputs: Tensor, labels: Tensor, largest: int) -> Callable[[int, int, float], RunResult]:
     """run(rank, seed, factor) for the sweep; the losses are those of the texts that train."""
 
-    def losses(rows: Tensor) -> Tensor:
+    def losses(rows: list[int]) -> Tensor:
         logits = base.logits(inputs[rows]).flatten(0, 1)
-        return F.cross_entropy(logits, labels[rows].flatten(), reduction="none").view(len(rows), LENGTH).sum(-1)
+        return F.cross_entropy(logits, labels[rows].flatten(), reduction="none").view(len(rows), LENGTH).mean(-1)
 
-    def run(rank: int, seed: int, factor: float) -> RunResult:
-        begin = time.perf_counter()
-        inject_nested_(base.model, LoraConfig(r=max(rank, 1), lora_alpha=8, target_modules=base.layers), largest, seed)
-        parameters = trainable_parameters(base.model) if rank else []
-        if parameters:
-
-            def loss(rows: list[int]) -> Tensor:
-                return losses(torch.tensor(rows)).mean() / LENGTH
-
-            fit(parameters, loss, seed, RATE * factor, texts=len(inputs), steps=MEMORISING)
-        with torch.no_grad():
-            found = losses(torch.arange(len(inputs))).double().numpy()
-        eject_(base.model)
-        trained = sum(parameter.numel() for parameter in parameters)
-        return RunResult(found, np.full(len(found), float(LENGTH)), time.perf_counter() - begin, trained)
-
-    return run
+    every = list(range(len(inputs)))
+    return runs_of(base, lambda rows: losses(rows).mean(), lambda: losses(every), largest, len(inputs), MEMORISING)
 
 
 def no_saturation(base: Base, texts: int, ranks: list[int], seeds: int) -> dict[str, Any]:

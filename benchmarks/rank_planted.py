@@ -267,6 +267,24 @@ def divergence(targets: Tensor, logits: Tensor) -> Tensor:
 def student(base: Base, task: Task, largest: int) -> Callable[[int, int, float], RunResult]:
     """run(rank, seed, factor) for the sweep."""
 
+    def loss(rows: list[int]) -> Tensor:
+        return divergence(task.targets[rows], base.logits(task.inputs[rows])).mean()
+
+    return runs_of(base, loss, lambda: divergence(task.held_out_targets, base.logits(task.held_out)), largest)
+
+
+def runs_of(
+    base: Base,
+    loss: Callable[[list[int]], Tensor],
+    measured: Callable[[], Tensor],
+    largest: int,
+    texts: int = TEXTS,
+    steps: int = STEPS,
+) -> Callable[[int, int, float], RunResult]:
+    """run(rank, seed, factor): an adapter is trained on `loss` of rows of `texts`, and taken out again.
+
+    `measured()` gives its loss on each held-out text [n], nats, the mean over its tokens.
+    """
     model = base.model
 
     def run(rank: int, seed: int, factor: float) -> RunResult:
@@ -275,13 +293,9 @@ def student(base: Base, task: Task, largest: int) -> Callable[[int, int, float],
         inject_nested_(model, config, largest, seed)
         parameters = trainable_parameters(model) if rank else []
         if parameters:
-
-            def loss(rows: list[int]) -> Tensor:
-                return divergence(task.targets[rows], base.logits(task.inputs[rows])).mean()
-
-            fit(parameters, loss, seed, RATE * factor)
+            fit(parameters, loss, seed, RATE * factor, texts, steps)
         with torch.no_grad():
-            losses = divergence(task.held_out_targets, base.logits(task.held_out)).double().numpy()
+            losses = measured().double().numpy()
         eject_(model)
         trained = sum(parameter.numel() for parameter in parameters)
         return RunResult(losses * LENGTH, np.full(len(losses), float(LENGTH)), time.perf_counter() - begin, trained)
