@@ -55,6 +55,7 @@ WITHOUT: dict[str, tuple[str, Any]] = {
     "chunked-head": ("rankwise.engine.language.head_that_gives", lambda _logits, _hidden, _model: None),
     "cut-last-block": ("rankwise.engine.engine.Engine._why_not_cut", lambda _engine, _sample: OFF),
     "own-backward": ("rankwise.lora.linear.LoraLinear._frozen_matrix", lambda _layer, _x: None),
+    "elementwise": ("rankwise.train.loop.elementwise_by_hand", lambda _model: nullcontext()),
     "shared-inputs": ("rankwise.train.loop.shared_inputs", lambda _model, _run: nullcontext()),
     "prepared-weights": ("rankwise.train.loop.most_bytes_of_copies", lambda: 0.0),
     "kept-memory": ("rankwise.train.loop.keep_freed_memory", lambda: None),

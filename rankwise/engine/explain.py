@@ -8,6 +8,7 @@ import torch
 
 from rankwise.engine.batch import Stream
 from rankwise.engine.blocks import is_watched
+from rankwise.engine.elementwise import GatedMlp, RmsNorm, stand_ins
 from rankwise.engine.engine import Engine
 from rankwise.engine.language import LanguageEngine
 from rankwise.engine.last_block import PAYS_UP_TO
@@ -96,7 +97,16 @@ def _of_layers(engine: Engine[Any]) -> list[str]:
     line = f"backward pass written by hand: {by_hand} of {len(layers)} adapted layers"
     if by_hand < len(layers):
         line += " (not with dropout, DoRA, a bias of B, and for quantised or other than linear layers)"
-    return [line, f"the backward pass ends at the lowest adapter: {layers[0][0]}"] if layers else []
+    lines = [line, f"the backward pass ends at the lowest adapter: {layers[0][0]}"] if layers else []
+    return [*lines, _of_elementwise(engine)]
+
+
+def _of_elementwise(engine: Engine[Any]) -> str:
+    found = stand_ins(engine.model)
+    kinds = {"RMS norms": found.count(RmsNorm), "gated MLPs": found.count(GatedMlp)}
+    parts = [f"{count} {kind}" for kind, count in kinds.items() if count] + ["rotary positions"] * bool(found.files)
+    reason = "no, because the model has no RMS norm, gated MLP or rotary positions of the kind that is known"
+    return f"element-wise work without temporaries: {'yes, ' + ', '.join(parts) if parts else reason}"
 
 
 def _of_states(engine: Engine[Any], examples: Sequence[Any], most_bytes: float) -> str:

@@ -87,7 +87,8 @@ def _kept(variant: Variant, d: int, q: int, kv: int, f: int, heads: int, groups:
         "values": q + 2 * kv if variant.fused else kv,
         "attended": q,
         "log-sums": heads,
-        "gate, up, activated": 3 * f,
+        # What stands in for a gated MLP computes the activated gate once more (engine/elementwise.py).
+        "gate, up": (3 if variant.fused else 2) * f,
     }
     if variant.query_norm != "none":
         kept["before query norm"] = q + kv

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import AdamW
 
+from rankwise.engine.elementwise import elementwise_by_hand
 from rankwise.engine.engine import Engine
 from rankwise.engine.heap import keep_few_programs, keep_freed_memory
 from rankwise.engine.state_cache import states_kept
@@ -151,6 +152,7 @@ def steps_of(
     set_adapter_training(model, False)
     with (
         _states_kept(trainings),
+        elementwise_by_hand(model),
         prepared_weights(model, most_bytes_of_copies()),
         shared_inputs(model, lambda: _run_once(trainings[0])),
     ):

