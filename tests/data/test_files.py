@@ -219,6 +219,7 @@ TOOL = {"type": "function", "function": {"name": "f", "parameters": {}}}
         ({"conversations": SHARED}, "sharegpt", {"messages": TALK}),
         ({"conversations": TALK}, "sharegpt", {"messages": TALK}),
         ({"conversations": SHARED, "system": "Be terse."}, "sharegpt", {"messages": [SYSTEM, *TALK]}),
+        ({"conversations": [SYSTEM, *TALK], "system": "Be terse."}, "sharegpt", {"messages": [SYSTEM, *TALK]}),
         (
             {
                 "conversations": [
@@ -260,6 +261,12 @@ def test_every_shape_is_found_and_brought_to_standard_fields(tmp_path, row, shap
     assert scan.found.shape is not None
     assert scan.found.shape.name == shape
     assert fields(scan.rows) == [standard]
+
+
+def test_a_conversation_with_two_system_messages_says_so(tmp_path):
+    (tmp_path / "data.jsonl").write_text(json.dumps({"conversations": [SYSTEM, *TALK], "system": "Be friendly."}))
+    [problem] = scan_rows(tmp_path / "data.jsonl", "causal_lm").problems
+    assert "two system messages; keep one of them" in str(problem)
 
 
 def write(path, *rows):
