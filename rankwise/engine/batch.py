@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from itertools import accumulate
+from itertools import accumulate, islice
 from typing import Any
 
 import torch
@@ -33,6 +33,10 @@ class Stream:
     """All that stands in it."""
     own: tuple[int, ...]
     """For each text the segment that it ends with."""
+    filler: int
+    """How many of the T tokens are there for the length alone (`rounded_up`)."""
+    spare: Tensor
+    """Some places that nothing reads: with them the number of read ones is a round one too."""
 
     @property
     def tokens(self) -> int:
@@ -70,6 +74,8 @@ def join(streams: Sequence[Stream]) -> Stream:
         torch.cat([stream.targets for stream in streams]),
         tuple(text for stream in streams for text in stream.texts),
         own,
+        sum(stream.filler for stream in streams),
+        torch.cat([stream.spare + start for stream, start in zip(streams, starts, strict=False)]),
     )
 
 
@@ -85,10 +91,8 @@ def pack(examples: Sequence[TextExample], device: torch.device) -> Stream:
         places = [place for place in range(1, len(example.ids)) if example.trained[place]]
         predictors += [shift + place for place in places]
         targets += [example.ids[place] for place in places]
-    tensors = [torch.tensor(values, device=device) for values in (layout.ids, layout.positions, predictors, targets)]
-    packing = Packing(tuple(layout.lengths), tuple(layout.before))
-    texts, own = tuple(example.ids for example in examples), tuple(layout.own)
-    return Stream(tensors[0][None], tensors[1][None], packing, tensors[2], tensors[3], texts, own)
+    texts = [example.ids for example in examples]
+    return _stream(layout.ids, layout.positions, layout.packing, predictors, targets, texts, layout.own, device)
 
 
 class _Layout:
@@ -102,6 +106,10 @@ class _Layout:
         self.before: list[int | None] = []
         self.own = [0] * len(examples)
         """For each example the segment that it shares with no other."""
+
+    @property
+    def packing(self) -> Packing:
+        return Packing(tuple(self.lengths), tuple(self.before))
 
     def place(self, group: Sequence[int], start: int, before: int | None) -> None:
         """Write the examples of `group`, which agree up to `start`, from there on; segment `before` holds the rest."""
@@ -164,9 +172,52 @@ def pack_whole(
     predictors = [start + place for start, places in zip(starts, read, strict=True) for place in places]
     ids = [token for text in texts for token in text]
     positions = [place for length in lengths for place in range(length)]
-    tensors = [torch.tensor(values, device=device) for values in (ids, positions, predictors, targets)]
-    packing, own = Packing.of_whole_examples(lengths), tuple(range(len(lengths)))
-    return Stream(tensors[0][None], tensors[1][None], packing, tensors[2], tensors[3], tuple(texts), own)
+    packing = Packing.of_whole_examples(lengths)
+    return _stream(ids, positions, packing, predictors, targets, texts, range(len(lengths)), device)
+
+
+def _stream(
+    ids: list[int],
+    positions: list[int],
+    packing: Packing,
+    predictors: list[int],
+    targets: Sequence[Any],
+    texts: Sequence[Ids],
+    own: Sequence[int],
+    device: torch.device,
+) -> Stream:
+    """The stream of these tokens, rounded up by a segment that nothing reads."""
+    filler = rounded_up(len(ids)) - len(ids)
+    if filler:
+        packing = Packing((*packing.lengths, filler), (*packing.before, None))
+    tokens, positions = [*ids, *[0] * filler], [*positions, *range(filler)]
+    # Some heads read the ends of texts and not what the predictors are.
+    read = {*predictors, *(end - 1 for end in accumulate(packing.lengths))}
+    unread = (place for place in range(len(tokens)) if place not in read)
+    spare = list(islice(unread, rounded_up(len(predictors)) - len(predictors)))
+    return Stream(
+        torch.tensor(tokens, device=device)[None],
+        torch.tensor(positions, device=device)[None],
+        packing,
+        torch.tensor(predictors, device=device),
+        torch.tensor(targets, device=device),
+        tuple(texts),
+        tuple(own),
+        filler,
+        torch.tensor(spare, dtype=torch.long, device=device),
+    )
+
+
+def rounded_up(tokens: int) -> int:
+    """The next multiple of 8, from 512 tokens on of 16, from 1,024 on of 32, and so on: at most a 32nd more then.
+
+    oneDNN makes a program for each number of rows that a product has, and keeps parts of it for good (torch 2.13).
+    With streams of any length a run would fill up with them and with the gaps between them; so there are few lengths.
+    """
+    step = 8
+    while tokens >= 64 * step:
+        step *= 2
+    return -(-tokens // step) * step
 
 
 _PACKERS: dict[type, Callable[[Any, torch.device], Stream]] = {

@@ -52,7 +52,7 @@ class _TextEngine(_HeadedEngine[C]):
         """The last token of each text, as decoders' `score` does, or the first one."""
         if not self._is_decoder:
             return stream.predictors
-        return stream.predictors + torch.tensor(stream.packing.lengths, device=self._device) - 1
+        return stream.predictors + torch.tensor([len(text) for text in stream.texts], device=self._device) - 1
 
     def _classify(self, hidden: Tensor) -> Tensor:
         if self._is_decoder:

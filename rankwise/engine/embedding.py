@@ -79,7 +79,7 @@ class EmbeddingEngine(WholeTextEngine[PairExample]):
         if self.pooling != "mean":
             return hidden
         sums = hidden.new_zeros(len(texts), hidden.shape[1]).index_add(0, stream.targets, hidden)
-        return sums / torch.tensor(stream.packing.lengths, device=self._device)[:, None]
+        return sums / torch.tensor([len(text) for text in texts], device=self._device)[:, None]
 
     def _padded_texts(self, texts: Sequence[Ids]) -> Tensor:
         ids, mask = pad(texts, self.pad_id, self._device)

@@ -85,7 +85,8 @@ class Engine(ABC, Generic[E]):
             )
         streams = [self.stream(batch) for batch in batches.values()]
         tokens, counts = ([x.tokens for x in streams], [len(x.targets) for x in streams])
-        sizes = {sum(parts): tuple(parts) for parts in (tokens, counts)}
+        cut = [count + len(x.spare) for count, x in zip(counts, streams, strict=True)]
+        sizes = {sum(parts): tuple(parts) for parts in (tokens, cut, counts)}
         with adapters_by_part(self.model, list(batches), sizes):
             losses = self._losses_in(join(streams), label_smoothing)
         return [part.mean() for part in losses.split(counts)]
@@ -159,11 +160,13 @@ class Engine(ABC, Generic[E]):
     def _packed_pass(self, stream: Stream, read: Tensor) -> Iterator[None]:
         """Let the model run a stream; of what it puts out, only the tokens at `read` [n] may be used."""
         packing = stream.packing
-        block = self._last_block if self.cuts_last_block(len(read), sum(packing.lengths)) else None
+        block = self._last_block if self.cuts_last_block(len(read), stream.tokens) else None
+        # Sorted, so that in a pass that adapters share each one's rows stand together.
+        rows = torch.cat([read, stream.spare]).sort().values
         flagged = self._recomputed_by_transformers()
         with (
             self._exchanged(flagged),
-            only_at(read, block, packing) if block else nullcontext(),
+            only_at(rows, block, packing) if block else nullcontext(),
             self._from_states(stream),
             self._recomputing(lambda: self._exchanged(flagged), also=bool(flagged)),
         ):

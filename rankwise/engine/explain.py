@@ -29,11 +29,13 @@ def explain(
     useful = sum(len(row.ids) for row in rows)
     padded = sum(map(_padded_tokens, batches))
     lines = [f"on the first {len(batches)} batches ({len(rows)} rows, {useful:,} tokens):"]
+    streams = [engine.stream(batch) for batch in batches] if engine.packs else []
     if not engine.packs:
         lines.append(f"packed streams: no, because {engine.padded_because}; {padded - useful:,} tokens of padding")
     else:
-        lines.append(f"packed streams: yes, {padded - useful:,} tokens of padding saved ({1 - useful / padded:.0%})")
-    streams = [engine.stream(batch) for batch in batches] if engine.packs else []
+        saved = f"{padded - useful:,} tokens of padding saved ({1 - useful / padded:.0%})"
+        filler = sum(stream.filler for stream in streams)
+        lines.append(f"packed streams: yes, {saved}; {filler:,} tokens of filler, so that there are few lengths")
     if isinstance(engine, LanguageEngine):
         lines += [*_of_text(engine, streams, useful, sum(sum(row.trained) for row in rows)), _of_head(engine)]
     if isinstance(engine, Seq2SeqEngine):
@@ -60,7 +62,7 @@ def _of_text(engine: LanguageEngine, streams: Sequence[Stream], useful: int, tra
     if not engine.packs:
         at = "yes" if engine.head_unchunked_because is None else "no, it needs packed streams, or chunks"
         return ["shared beginnings: no, they need packed streams", f"output head at trained tokens only: {at}"]
-    computed = sum(stream.tokens for stream in streams)
+    computed = sum(stream.tokens - stream.filler for stream in streams)
     segments = sum(len(stream.packing.lengths) for stream in streams)
     shared = f"yes, {useful - computed:,} tokens computed once instead of again ({1 - computed / useful:.0%})"
     if computed == useful:

@@ -43,9 +43,9 @@ class FrozenStates:
             yield
 
     def _states_of(self, stream: Stream) -> Tensor:
-        """[1, T, d]; of what texts share, the states of the last one."""
+        """[1, T, d]; of what texts share, the states of the last one, and zeros where no text is."""
         first = self._known[stream.texts[0]][0]
-        result = np.empty((stream.tokens, first.shape[1]), first.dtype)
+        result = np.zeros((stream.tokens, first.shape[1]), first.dtype)
         for index, text in enumerate(stream.texts):
             states, places = self._known[text]
             result[stream.places(index).numpy()] = states[places]

@@ -13,7 +13,7 @@ from torch.optim import AdamW
 
 from rankwise.engine.elementwise import elementwise_by_hand
 from rankwise.engine.engine import Engine
-from rankwise.engine.heap import keep_few_programs, keep_freed_memory
+from rankwise.engine.heap import keep_freed_memory
 from rankwise.engine.state_cache import states_kept
 from rankwise.errors import ConfigError, RankwiseError
 from rankwise.lora.inject import injection, set_adapter_training, trainable_parameters
@@ -146,7 +146,6 @@ def steps_of(
     """The steps of trainings of one model that go on side by side, each to its own end."""
     begin = time.perf_counter()
     keep_freed_memory()
-    keep_few_programs()
     model = trainings[0].engine.model
     # What runs before the first step must draw no random numbers for dropout, which a resumed run would draw again.
     set_adapter_training(model, False)

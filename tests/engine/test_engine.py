@@ -13,7 +13,8 @@ from rankwise import LoraConfig, inject_, trainable_parameters
 from rankwise.data.examples import TextExample, text_examples
 from rankwise.data.files import Row
 from rankwise.data.labelled import LabelExample
-from rankwise.engine.batch import pack
+from rankwise.engine.attention import Packing
+from rankwise.engine.batch import pack, rounded_up
 from rankwise.engine.classifiers import ClassifierEngine
 from rankwise.engine.language import LanguageEngine
 
@@ -152,13 +153,24 @@ def test_the_path_to_an_examples_last_segment_holds_its_tokens_in_order(seed):
     stream = pack(examples, torch.device("cpu"))
     segments = stream.ids[0].split(stream.packing.lengths)
     positions = stream.positions[0].split(stream.packing.lengths)
-    leaves = set(range(len(segments))) - set(stream.packing.before)
+    leaves = set(range(len(segments) - bool(stream.filler))) - set(stream.packing.before)
     paths = [stream.packing.path(leaf) for leaf in leaves]
     spelled = [tuple(torch.cat([segments[part] for part in path]).tolist()) for path in paths]
     assert sorted(spelled) == sorted(example.ids for example in examples)
     for path in paths:
         place = torch.cat([positions[part] for part in path])
         assert torch.equal(place, torch.arange(len(place)))
+
+
+def test_streams_and_what_is_read_of_them_have_few_lengths():
+    assert [rounded_up(tokens) for tokens in (1, 8, 9, 510, 513, 1023, 1025, 5000)] == [
+        8, 8, 16, 512, 528, 1024, 1056, 5120
+    ]  # fmt: skip
+    for seed in range(8):
+        stream = pack(a_tree_of_conversations(seed), torch.device("cpu"))
+        assert stream.tokens == rounded_up(stream.tokens - stream.filler) == stream.ids.shape[1]
+        read = torch.cat([stream.predictors, stream.spare])
+        assert len(read) == len(set(read.tolist())) == rounded_up(len(stream.predictors))
 
 
 def test_a_beginning_stands_once_in_the_stream():
@@ -168,17 +180,18 @@ def test_a_beginning_stands_once_in_the_stream():
     stream = pack(examples, torch.device("cpu"))
     assert stream.packing.lengths == (20, 20, 2, 2, 2, 20, 2, 2, 2)
     assert stream.packing.before == (None, 0, 1, 1, 1, 0, 5, 5, 5)
+    assert stream.filler == 0
 
 
 def test_a_short_common_beginning_is_not_cut_off():
     examples = [TextExample((5, 6, end, 9), (False, False, False, True), "here") for end in (7, 8)]
-    assert pack(examples, torch.device("cpu")).packing.before == (None, None)
+    assert pack(examples, torch.device("cpu")).packing == Packing.of_whole_examples((4, 4))
 
 
 def test_a_shared_segment_never_holds_a_predictor_even_if_all_rows_are_equal():
     example = TextExample((*range(5, 25), 7, 8), (False,) * 20 + (True, True), "here")
     stream = pack([example, example], torch.device("cpu"))
-    assert stream.packing.lengths == (19, 3, 3)
+    assert stream.packing.lengths == (19, 3, 3, stream.filler)
     assert stream.targets.tolist() == [7, 8, 7, 8]
     assert stream.ids[0, stream.predictors].tolist() == [24, 7, 24, 7]
 

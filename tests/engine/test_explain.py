@@ -13,10 +13,10 @@ from rankwise.engine.language import LanguageEngine
 
 
 def rows():
-    """Two batches: three rows that share 20 tokens, and one alone; the last two tokens of each train."""
+    """Two batches: three rows that share 20 tokens, whose last two train, and one of which all but the first does."""
     start = tuple(range(3, 23))
     batch = [TextExample((*start, 30 + i, 40 + i, 50 + i, 60 + i), (*[False] * 22, True, True), "") for i in range(3)]
-    return [batch, [TextExample((3, 4, 5), (False, True, True), "")]]
+    return [batch, [TextExample(tuple(range(3, 11)), (False, *[True] * 7), "")]]
 
 
 def engine(**config):
@@ -27,13 +27,13 @@ def engine(**config):
 
 def test_the_counts_are_those_of_the_batches():
     text = explain(engine(), rows())
-    assert "2 batches (4 rows, 75 tokens)" in text
+    assert "2 batches (4 rows, 80 tokens)" in text
     assert "0 tokens of padding saved" in text
     assert "40 tokens computed once instead of again" in text
-    assert "8 of 35 positions" in text
+    assert "0 tokens of filler" in text
     assert "output head in chunks: yes, of 81,920 tokens" in text
-    assert "head at trained tokens only: yes, 8 of 35 positions" in text
-    # Of the row that stands alone, two of three tokens predict.
+    assert "head at trained tokens only: yes, 13 of 40 positions" in text
+    # Of the row that stands alone, seven of eight tokens predict.
     assert "last block at trained tokens only: yes, in 1 of 2 batches, 6 of 32 positions (19%)" in text
     assert re.search(r"by hand: 14 of 14 adapted layers\n", text)
     assert "lowest adapter: model.layers.0.self_attn.q_proj" in text
@@ -60,4 +60,5 @@ def test_a_classifier_has_no_head_at_tokens():
     text = explain(ClassifierEngine(model, 0, batch), [batch])
     assert "1 tokens of padding saved (17%)" in text
     assert "head" not in text
-    assert "last block at trained tokens only: yes, in 1 of 1 batches, 2 of 5 positions" in text
+    assert "3 tokens of filler" in text
+    assert "last block at trained tokens only: yes, in 1 of 1 batches, 2 of 8 positions" in text

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 from rankwise.data.examples import TextExample
 from rankwise.data.labelled import LabelExample
-from rankwise.engine.batch import pack
+from rankwise.engine.batch import pack, rounded_up
 from rankwise.engine.blocks import blocks_of
 from rankwise.engine.classifiers import ClassifierEngine
 from rankwise.engine.language import LanguageEngine
@@ -112,8 +112,9 @@ def test_no_layer_behind_attention_sees_a_token_that_is_not_read():
     read, tokens = len(stream.targets), stream.ids.shape[1]
     with linear_inputs(blocks_of(model)[-1]) as seen:
         engine.loss(examples)
-    projections = {f"self_attn.{name}_proj": [tokens, read] for name in "qkv"}
-    behind = {name: [read] for name in ("self_attn.o_proj", "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")}
+    computed = rounded_up(read)
+    projections = {f"self_attn.{name}_proj": [tokens, computed] for name in "qkv"}
+    behind = {name: [computed] for name in ("self_attn.o_proj", "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")}
     assert seen == projections | behind
 
 
@@ -123,7 +124,9 @@ def test_no_layer_behind_attention_sees_more_than_the_first_token_of_a_text():
     with linear_inputs(blocks_of(model)[-1]) as seen:
         engine.loss(examples)
     behind = {name: counts for name, counts in seen.items() if "self" not in name}
-    assert behind == {name: [6] for name in ("attention.output.dense", "intermediate.dense", "output.dense")}
+    assert behind == {
+        name: [rounded_up(6)] for name in ("attention.output.dense", "intermediate.dense", "output.dense")
+    }
 
 
 def test_the_block_runs_whole_where_most_tokens_are_read():
@@ -132,7 +135,7 @@ def test_the_block_runs_whole_where_most_tokens_are_read():
     engine = LanguageEngine(model, 0, examples)
     with linear_inputs(blocks_of(model)[-1]) as seen:
         engine.loss(examples)
-    assert seen["self_attn.k_proj"] == seen["mlp.up_proj"] == [21]
+    assert seen["self_attn.k_proj"] == seen["mlp.up_proj"] == [rounded_up(21)]
     assert_same(engine, examples, reference_loss(model, examples))
 
 
@@ -145,7 +148,7 @@ def test_who_watches_the_block_sees_each_layer_run_once_on_all_tokens():
             lambda _, inputs, __: seen.append(inputs[0].shape[1])
         )
     engine.loss(examples)
-    assert seen == [tokens, tokens]
+    assert seen == [rounded_up(tokens)] * 2
     assert LanguageEngine(model, 0, examples).whole_last_block_because == "there are hooks in it"
 
 
