@@ -12,9 +12,12 @@ from rankwise.data.examples import Ids
 from rankwise.data.pairs import PairExample
 from rankwise.engine.batch import Stream, pack_whole, pad
 from rankwise.engine.contrast import Contrast
-from rankwise.engine.engine import EVALUATED_AT_ONCE, WholeTextEngine
+from rankwise.engine.engine import WholeTextEngine
 from rankwise.errors import ConfigError
 from rankwise.models.pooling import pooling_of
+
+ROWS_TOGETHER = 16
+"""Rows that an evaluation contrasts with each other."""
 
 
 class EmbeddingEngine(WholeTextEngine[PairExample]):
@@ -36,10 +39,10 @@ class EmbeddingEngine(WholeTextEngine[PairExample]):
         return F.normalize(hidden.to(torch.promote_types(hidden.dtype, torch.float32)), dim=1)
 
     def evaluation_batches(self, examples: Sequence[PairExample]) -> list[list[int]]:
-        """At least 16 rows each (where there are so many), drawn once and for all: an example's loss depends on the
-        rows beside it, so the same ones stand beside it at every evaluation of the same rows."""
+        """At least ROWS_TOGETHER rows each (where there are so many), drawn once and for all: an example's loss depends
+        on the rows beside it, so the same ones stand beside it at every evaluation of the same rows."""
         order = random.Random(0).sample(range(len(examples)), len(examples))
-        count = max(1, len(order) // EVALUATED_AT_ONCE)
+        count = max(1, len(order) // ROWS_TOGETHER)
         return [order[start::count] for start in range(count)]
 
     def losses(self, batches: Mapping[str, Sequence[PairExample]], label_smoothing: float = 0.0) -> list[Tensor]:

@@ -22,8 +22,8 @@ from rankwise.lora.adapters import adapters_by_part
 
 # Packing changes the order of sums and nothing else; fp32 logits of real models then differ by less than this share.
 _SAME = 1e-3
-EVALUATED_AT_ONCE = 16
-"""Examples in one forward pass of an evaluation."""
+EVALUATED_AT_ONCE = 1024
+"""Tokens in one forward pass of an evaluation, padding included; a single longer example is one too."""
 # What a model raises whose parts do not work as the engine expects.
 FAILURES = (TypeError, ValueError, RuntimeError, AttributeError, IndexError)
 
@@ -101,7 +101,16 @@ class Engine(ABC, Generic[E]):
         """The places of the examples of each forward pass of an evaluation."""
         # Packed rows share what they begin with; padded ones should be equally long.
         order = sorted(range(len(examples)), key=lambda i: examples[i].ids if self.packs else (len(examples[i].ids),))
-        return [order[start : start + EVALUATED_AT_ONCE] for start in range(0, len(order), EVALUATED_AT_ONCE)]
+        batches: list[list[int]] = []
+        lengths: list[int] = []
+        for place in order:
+            lengths.append(len(examples[place].ids))
+            tokens = sum(lengths) if self.packs else max(lengths) * len(lengths)
+            if not batches or tokens > EVALUATED_AT_ONCE:
+                batches.append([])
+                del lengths[:-1]
+            batches[-1].append(place)
+        return batches
 
     def _losses(self, examples: Sequence[E], label_smoothing: float = 0.0) -> Tensor:
         """[n] cross-entropies in nats, in the order of `logits`."""

@@ -1,6 +1,7 @@
 """The packed path against the plain padded one, loss and gradients."""
 
 import random
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -240,3 +241,21 @@ def test_the_attention_of_the_model_is_put_back_also_after_an_error():
     with pytest.raises(IndexError):
         engine.loss([TextExample((1, 1000), (False, True), "here")])
     assert model.config._attn_implementation == before
+
+
+@pytest.mark.parametrize("packs", [True, False])
+def test_an_evaluation_takes_each_example_once_and_few_tokens_at_a_time(packs, monkeypatch):
+    monkeypatch.setattr("rankwise.engine.engine.EVALUATED_AT_ONCE", 40)
+    examples = [*conversations(30, 3), TextExample((5,) * 50, (False,) * 49 + (True,), "here")]
+    engine = LanguageEngine(tiny("llama"), 2, examples)
+    engine.packs = packs
+    batches = engine.evaluation_batches(examples)
+    assert sorted(place for batch in batches for place in batch) == list(range(31))
+    for batch in batches:
+        lengths = [len(examples[place].ids) for place in batch]
+        assert len(batch) == 1 or (sum(lengths) if packs else max(lengths) * len(lengths)) <= 40
+    # None could take the next one in.
+    lengths = [[len(examples[place].ids) for place in batch] for batch in batches]
+    for own, after in pairwise(lengths):
+        more = [*own, after[0]]
+        assert (sum(more) if packs else max(more) * len(more)) > 40
