@@ -25,7 +25,7 @@ PROCESS = 360e6
 """Python with torch and transformers (torch 2.13 for the CPU on Linux), where this machine was not measured."""
 VOCABULARY_ENTRY = 1000
 """A tokenizer holds about so many bytes for each entry of its vocabulary (0.8 and 1.1 kB in two of them)."""
-SLACK = 0.55
+SLACK = 0.45
 """Share of what comes and goes with each step that glibc's allocator holds beside it, in gaps that no tensor fits."""
 LOGITS_BYTES = 30 * 2**20
 """Logits and their gradient share one chunk of at most this size (engine/head.py)."""
