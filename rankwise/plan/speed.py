@@ -13,8 +13,8 @@ from rankwise.plan.workload import Batch
 ACCESSES = 6
 """Each kept number stands for one element-wise operation: two read and one written, forward and backward."""
 OPTIMISER = 40
-"""Bytes that a step reads and writes for each number that trains: AdamW reads it, its gradient and both means and writes
-three; before that the gradient's length is taken, and it is shortened."""
+"""Bytes that a step reads and writes for each number that trains: AdamW reads it, its gradient and both means and
+writes three; before that the gradient's length is taken, and it is shortened."""
 OPERATIONS = 1100
 """Operations that a block starts, forward and backward, views included: about 900 in BERT, 1,300 in Llama beside its
 attention's calls, counted with torch.profiler."""
