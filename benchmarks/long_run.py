@@ -1,7 +1,8 @@
 """What a long run holds and takes, with streams of few lengths (engine/batch.py) and with streams of any length.
 
-Each run is a process of its own, in turns, through the real training path: SmolLM2-135M on text to SQL or MiniLM on the
-intents, r = 8 on all linear layers. Prints the peak memory and the seconds of training after some of its steps.
+Each run is a process of its own, in turns, through the real training path, r = 8: the upper 20 blocks of SmolLM2-135M
+on text to SQL, as in the demo, or all linear layers of MiniLM on the intents. Prints the peak memory and the seconds of
+training after some of its steps.
 
     python benchmarks/long_run.py [--model minilm-l6] [--steps 150] [--batch-size 2] [--repeats 2]
 
@@ -19,35 +20,36 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
-EXAMPLES = Path(__file__).parents[1] / "examples"
+UPPER_BLOCKS = r"model\.layers\.(1[0-9]|2[0-9])\..*_proj"
+"""As the demo adapts SmolLM2-135M."""
 KINDS = ("few", "any")
 
 
 def run(lengths: str, model_name: str, steps: int, batch_size: int) -> None:
     """One run in this process; prints (steps, peak bytes, seconds) at ten places as JSON."""
+    from engine import Task
+
     from rankwise import LoraConfig, inject_
-    from rankwise.data.rows import read_rows
-    from rankwise.data.tasks import examples_for
     from rankwise.engine.tasks import engine_for
-    from rankwise.models.load import load_model, load_tokenizer, pad_id
+    from rankwise.models.load import pad_id
     from rankwise.train.config import TrainConfig
     from rankwise.train.loop import training_steps
     from rankwise.train.progress import peak_memory_bytes
 
-    task: Any = "causal_lm" if model_name == "smollm2-135m" else "seq_cls"
-    folder = "text_to_sql" if task == "causal_lm" else "intents"
-    rows = read_rows(EXAMPLES / folder / "train.jsonl", task)
-    labels = sorted({str(row.fields["label"]) for row in rows}) if task == "seq_cls" else []
-    tokenizer, model = load_tokenizer(model_name), load_model(model_name, task, labels)
-    examples = examples_for(task, rows, tokenizer, labels, 1024, "drop")
-    inject_(model, LoraConfig(r=8, task_type="CAUSAL_LM" if task == "causal_lm" else "SEQ_CLS"))
+    task = Task("sql" if model_name == "smollm2-135m" else "classify", None)
+    model = task.model()
+    lora = LoraConfig(r=8, task_type="SEQ_CLS")
+    if task.kind == "causal_lm":
+        lora = LoraConfig(r=8, task_type="CAUSAL_LM", target_modules=UPPER_BLOCKS)
+    inject_(model, lora)
     config = TrainConfig(
-        model="", data=(Path(),), out=Path(), task=task, batch_size=batch_size, lr=1e-3, max_steps=steps
+        model="", data=(Path(),), out=Path(), task=task.kind, batch_size=batch_size, lr=1e-3, max_steps=steps
     )
+    engine = engine_for(task.kind, model, pad_id(task.tokenizer), task.train)
     found = []
     as_they_come = patch("rankwise.engine.batch.rounded_up", lambda tokens: tokens)
     with as_they_come if lengths == "any" else nullcontext():
-        for step in training_steps(engine_for(task, model, pad_id(tokenizer), examples), examples, config):
+        for step in training_steps(engine, task.train, config):
             if step.number % max(1, steps // 10) == 0:
                 found.append((step.number, peak_memory_bytes(), step.seconds))
     print(json.dumps(found))

@@ -129,9 +129,10 @@ def _sharegpt(fields: Fields, faults: Faults, need_answer: bool = True) -> dict[
     if fields.get("system"):
         _check_text("system", fields["system"], faults)
         system = {"role": "system", "content": fields["system"]}
-        if messages and messages[0]["role"] == "system" and messages[0] != system:
-            faults.append("system and the first turn of conversations are two system messages; keep one of them")
-        messages = messages if messages[:1] == [system] else [system, *messages]
+        if messages[:1] != [system]:
+            if messages and messages[0]["role"] == "system":
+                faults.append("system and the first turn of conversations are two system messages; keep one of them")
+            messages = [system, *messages]
     return {"messages": messages, **({"tools": tools} if tools else {})}
 
 

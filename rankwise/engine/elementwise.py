@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
+from rankwise.engine.blocks import does_more_than_its_class
 from rankwise.lora.places import named_places, replace_
 
 _ROTATION = "apply_rotary_pos_emb"
@@ -256,9 +257,8 @@ def _alike(module: nn.Module, kinds: Sequence[nn.Module], x: Tensor) -> nn.Modul
 
 def _is_free(module: nn.Module) -> bool:
     """Whether nobody watches a module, and nothing of its own trains."""
-    hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
-    own = module.parameters(recurse=False)
-    return not any(hooks) and "forward" not in vars(module) and not any(p.requires_grad for p in own)
+    trains = any(parameter.requires_grad for parameter in module.parameters(recurse=False))
+    return not trains and not does_more_than_its_class(module)
 
 
 def _numbers(*shape: int) -> Tensor:

@@ -168,14 +168,12 @@ class Engine(ABC, Generic[E]):
     @contextmanager
     def _packed_pass(self, stream: Stream, read: Tensor) -> Iterator[None]:
         """Let the model run a stream; of what it puts out, only the tokens at `read` [n] may be used."""
-        packing = stream.packing
         block = self._last_block if self.cuts_last_block(len(read), stream.tokens) else None
-        # Sorted, so that in a pass that adapters share each one's rows stand together.
-        rows = torch.cat([read, stream.spare]).sort().values
         flagged = self._recomputed_by_transformers()
         with (
             self._exchanged(flagged),
-            only_at(rows, block, packing) if block else nullcontext(),
+            # Sorted, so that in a pass that adapters share each one's rows stand together.
+            only_at(torch.cat([read, stream.spare]).sort().values, block, stream.packing) if block else nullcontext(),
             self._from_states(stream),
             self._recomputing(lambda: self._exchanged(flagged), also=bool(flagged)),
         ):

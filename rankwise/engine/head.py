@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from rankwise.engine.blocks import does_more_than_its_class
 from rankwise.lora.frozen_product import frozen_linear, frozen_product
 from rankwise.lora.narrow import is_plain_linear
 
@@ -127,12 +128,8 @@ def why_not_plain(model: Any) -> str | None:
     if torch.is_grad_enabled() and any(parameter.requires_grad for parameter in head.parameters()):
         return "the output head is trained"
     attached = {"the model": model, "the output head": head}
-    return next((f"{name} carries hooks or another forward" for name, m in attached.items() if _is_watched(m)), None)
-
-
-def _is_watched(module: nn.Module) -> bool:
-    hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
-    return any(hooks) or "forward" in vars(module)
+    found = (name for name, module in attached.items() if does_more_than_its_class(module))
+    return next((f"{name} carries hooks or another forward" for name in found), None)
 
 
 def head_that_gives(logits: Tensor, hidden: Tensor, model: Any) -> OutputHead | None:
