@@ -33,6 +33,8 @@ def main() -> None:
         optimizer.step()
         optimizer.zero_grad()
     save_adapter(model, folder if rank == 0 else f"{folder}-{rank}")
+    # If the wrapper dies after its group, its reducer joins gloo's threads and holds the GIL that they may wait for.
+    del wrapped
     distributed.destroy_process_group()
 
 
