@@ -39,7 +39,16 @@ _OFF: dict[str, Any] = {
     "velora_config": None,
 }
 # These say where an adapter came from or how it was started; they do not change what it computes.
-_NOTES = ("auto_mapping", "eva_config", "peft_type", "peft_version", "revision")
+_NOTES = (
+    "auto_mapping",
+    "corda_config",
+    "eva_config",
+    "loftq_config",
+    "lora_ga_config",
+    "peft_type",
+    "peft_version",
+    "revision",
+)
 _OURS = tuple(f.name for f in fields(LoraConfig))
 _PLAIN_STARTS = (True, False, "gaussian", "orthogonal", "eva", "mica")
 _STARTS_FROM_WEIGHT = ("pissa", "olora")
@@ -161,7 +170,12 @@ def from_settings(settings: Mapping[str, Any], trainable: bool) -> LoraConfig:
             problems.append(f"{name} is missing")
     for name, value in settings.items():
         if name == "init_lora_weights":
-            if value not in (*_PLAIN_STARTS, *_STARTS_FROM_WEIGHT):
+            if value == "loftq":
+                problems.append(
+                    f"{name} = {value!r} goes with the quantised base that it was made for; to load it there, set "
+                    f"{name} to true in the file"
+                )
+            elif value not in (*_PLAIN_STARTS, *_STARTS_FROM_WEIGHT):
                 problems.append(
                     f"{name} = {value!r} starts from a changed base, which the file does not hold; save it again as "
                     "plain LoRA (PEFT: save_pretrained with path_initial_model_for_weight_conversion)"

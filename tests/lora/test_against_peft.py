@@ -11,6 +11,9 @@ from copy import deepcopy
 import peft
 import pytest
 import torch
+from peft.tuners.lora.config import CordaConfig
+from peft.tuners.lora.corda import preprocess_corda
+from peft.tuners.lora.loraga import preprocess_loraga
 from safetensors.torch import load_file
 from torch import nn
 from transformers.pytorch_utils import Conv1D
@@ -18,7 +21,7 @@ from transformers.pytorch_utils import Conv1D
 from rankwise import eject_, load_adapter_, merge_, save_adapter, unmerge_
 from rankwise.lora.checkpoint import _slots
 
-CASES = 600
+CASES, CASES_FROM_DATA = 600, 100
 IDS = torch.tensor([[3, 0, 7, 7, 1, 9], [2, 2, 5, 10, 4, 8]])
 LAYERS = ["table", "up", "down", "gate", "hf", "conv1", "conv2", "conv3"]
 
@@ -114,17 +117,80 @@ def draw(number):
     return config, dtype
 
 
+def draw_from_data(number):
+    """The same for starts that need data, or a conversion when they are saved."""
+    rng = random.Random(number)
+    start = rng.choice(["eva", "corda", "lora_ga", "pissa", "olora"])
+    targets = rng.sample(["up", "down", "gate"], rng.randrange(1, 4))
+    config = {"target_modules": targets, "r": rng.choice([2, 4]), "init_lora_weights": start}
+    config["lora_alpha"] = config["r"]
+    config["use_rslora"] = rng.random() < 0.3
+    if start == "eva":
+        config["eva_config"] = peft.EvaConfig(rho=rng.choice([1.0, 2.0]))
+        config["use_dora"] = rng.random() < 0.35
+        config["bias"] = rng.choice(["none", "all", "lora_only"])
+        if rng.random() < 0.3:
+            config["modules_to_save"] = ["score"]
+        return config, rng.choice([torch.float32, torch.float64])
+    # PEFT's conversion keeps A and B alone, and no patterns beside rsLoRA.
+    if not config["use_rslora"] and rng.random() < 0.5:
+        config["rank_pattern"] = {targets[0]: 3}
+        config["alpha_pattern"] = {targets[-1]: 3}
+    if start == "corda":
+        config["corda_config"] = CordaConfig(corda_method=rng.choice(["ipm", "kpm"]))
+    if start == "lora_ga":
+        directions = ["ArBr", "A2rBr", "ArB2r", "random"]
+        config["lora_ga_config"] = peft.LoraGAConfig(direction=rng.choice(directions), scale="gd_scale")
+    return config, torch.float32
+
+
 def in_peft(config, dtype):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         torch.manual_seed(3)
         model = peft.get_peft_model(zoo(dtype), peft.LoraConfig(**config)).eval()
+    return trained(model, dtype)
+
+
+def trained(model, dtype):
     generator = torch.Generator().manual_seed(5)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             # bias="all" unfreezes the original of a head too, which nothing uses.
             if parameter.requires_grad and "original_module" not in name:
                 parameter += torch.randn(parameter.shape, generator=generator).to(dtype) * 0.05
+    return model
+
+
+def in_peft_from_data(config, dtype, folder):
+    """Started, saved as it started where that has to be known later, trained, and saved as "theirs"."""
+    start, base = config["init_lora_weights"], zoo(dtype)
+    settings = peft.LoraConfig(**config)
+    rows = torch.arange(88).view(8, 11).remainder(11)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.manual_seed(3)
+        if start == "corda":
+            preprocess_corda(base, settings, run_model=lambda: [base(row[None]) for row in rows])
+        if start == "lora_ga":
+            preprocess_loraga(base, settings, lambda: upstream(base(rows)).backward())
+        model = peft.get_peft_model(base.eval(), settings).eval()
+        if start == "eva":
+            peft.initialize_lora_eva_weights(
+                model,
+                [{"ids": rows}] * 4,
+                prepare_model_inputs_fn=None,
+                prepare_layer_inputs_fn=lambda x, *_: (x[0] if isinstance(x, tuple) else x).flatten(0, -2),
+                show_progress_bar=False,
+            )
+            trained(model, dtype).save_pretrained(folder / "theirs", save_embedding_layers=False)
+            return model
+        # Else PEFT would take the start out of the base once more when it loads it for the conversion.
+        settings.init_lora_weights = True
+        model.save_pretrained(folder / "start")
+        settings.init_lora_weights = start
+        converted = {"path_initial_model_for_weight_conversion": str(folder / "start")}
+        trained(model, dtype).save_pretrained(folder / "theirs", **converted)
     return model
 
 
@@ -170,6 +236,47 @@ def assert_same(ours, theirs, dtype):
     assert (ours - theirs).abs().max() <= tolerance * theirs.abs().max().clamp_min(1e-3)
 
 
+def assert_same_gradients(grads, theirs, dtype, folder):
+    """`grads` are those of PEFT's model, whose adapter the folder holds."""
+    expected = peft_gradients(theirs, theirs(IDS))
+    assert grads.keys() == expected.keys()
+    tolerance = (1e-6 if dtype == torch.float32 else 1e-12) * max(g.abs().max() for g in expected.values())
+    if dtype == torch.float32 and farthest(grads, expected) > tolerance:
+        # Where rounding alone moves PEFT's own gradients farther than this on some processors: the same in fp64, and
+        # from there about as far in fp32.
+        exact = in_double(folder)
+        theirs_exact = peft_gradients(theirs.double(), theirs(IDS))
+        assert farthest(exact, theirs_exact) <= 1e-12 * max(g.abs().max() for g in theirs_exact.values())
+        assert farthest(grads, exact) <= 4 * farthest(expected, exact)
+    else:
+        assert farthest(grads, expected) <= tolerance
+
+
+def assert_same_file(folder):
+    ours_file = load_file(folder / "ours" / "adapter_model.safetensors")
+    their_file = load_file(folder / "theirs" / "adapter_model.safetensors")
+    twice = {name for name in their_file if "original_module" in name or "modules_to_save" in name}
+    assert ours_file.keys() == their_file.keys() - twice
+    assert all(torch.equal(tensor, their_file[name]) for name, tensor in ours_file.items())
+
+
+def assert_works_in_peft_merges_and_leaves(ours, output, dtype, folder, merges):
+    """`ours`, saved as "ours" in the folder, is the same in PEFT; it merges, unmerges and leaves the base as it was."""
+    before = ours(IDS)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        back = peft.PeftModel.from_pretrained(zoo(dtype), folder / "ours").eval()
+    assert_same(back(IDS), output, dtype)
+    if merges:
+        merged = deepcopy(ours)
+        merge_(merged)
+        assert_same(merged(IDS), output, dtype)
+        unmerge_(merged)
+        assert torch.equal(merged(IDS), before)
+    eject_(ours)
+    assert all(torch.equal(t, zoo(dtype).state_dict()[name]) for name, t in ours.state_dict().items())
+
+
 @pytest.mark.parametrize("number", range(CASES))
 def test_adapters_of_peft_and_ours_are_the_same(number, tmp_path):
     config, dtype = draw(number)
@@ -183,36 +290,31 @@ def test_adapters_of_peft_and_ours_are_the_same(number, tmp_path):
     ours_output = ours(IDS)
     assert_same(ours_output, output, dtype)
 
-    grads, expected = our_gradients(ours, ours_output), peft_gradients(theirs, output)
-    assert grads.keys() == expected.keys()
-    tolerance = (1e-6 if dtype == torch.float32 else 1e-12) * max(g.abs().max() for g in expected.values())
-    if dtype == torch.float32 and farthest(grads, expected) > tolerance:
-        # Where rounding alone moves PEFT's own gradients farther than this on some processors: the same in fp64, and
-        # from there about as far in fp32.
-        exact = in_double(tmp_path / "theirs")
-        theirs_exact = peft_gradients(theirs.double(), theirs(IDS))
-        assert farthest(exact, theirs_exact) <= 1e-12 * max(g.abs().max() for g in theirs_exact.values())
-        assert farthest(grads, exact) <= 4 * farthest(expected, exact)
-    else:
-        assert farthest(grads, expected) <= tolerance
+    assert_same_gradients(our_gradients(ours, ours_output), theirs, dtype, tmp_path / "theirs")
 
     save_adapter(ours, tmp_path / "ours")
+    if config["init_lora_weights"] not in ("pissa", "olora"):
+        assert_same_file(tmp_path)
+    biased = config.get("lora_bias") and "down" in config["target_modules"]  # a layer that has no bias to merge into
+    assert_works_in_peft_merges_and_leaves(ours, output, dtype, tmp_path, merges=not biased)
+
+
+@pytest.mark.parametrize("number", range(CASES_FROM_DATA))
+def test_adapters_that_peft_starts_from_data_are_the_same(number, tmp_path):
+    """Those that change the base PEFT saves as plain LoRA of twice the rank: what was trained, less the start."""
+    config, dtype = draw_from_data(number)
+    theirs = in_peft_from_data(config, dtype, tmp_path)
+    output = theirs(IDS)
+    ours = zoo(dtype)
+    load_adapter_(ours, tmp_path / "theirs", trainable=True)
+    ours_output = ours(IDS)
+    assert_same(ours_output, output, dtype)
+
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        back = peft.PeftModel.from_pretrained(zoo(dtype), tmp_path / "ours").eval()
-    assert_same(back(IDS), output, dtype)
-    if config["init_lora_weights"] not in ("pissa", "olora"):
-        ours_file = load_file(tmp_path / "ours" / "adapter_model.safetensors")
-        their_file = load_file(tmp_path / "theirs" / "adapter_model.safetensors")
-        twice = {name for name in their_file if "original_module" in name or "modules_to_save" in name}
-        assert ours_file.keys() == their_file.keys() - twice
-        assert all(torch.equal(tensor, their_file[name]) for name, tensor in ours_file.items())
+        loaded = peft.PeftModel.from_pretrained(zoo(dtype), tmp_path / "theirs", is_trainable=True).eval()
+    assert_same_gradients(our_gradients(ours, ours_output), loaded, dtype, tmp_path / "theirs")
 
-    if "lora_bias" not in config or not config["lora_bias"] or "down" not in config["target_modules"]:
-        merged = deepcopy(ours)
-        merge_(merged)
-        assert_same(merged(IDS), output, dtype)
-        unmerge_(merged)
-        assert torch.equal(merged(IDS), ours_output)
-    eject_(ours)
-    assert all(torch.equal(t, zoo(dtype).state_dict()[name]) for name, t in ours.state_dict().items())
+    save_adapter(ours, tmp_path / "ours")
+    assert_same_file(tmp_path)
+    assert_works_in_peft_merges_and_leaves(ours, output, dtype, tmp_path, merges=True)

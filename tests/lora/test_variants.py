@@ -1,5 +1,7 @@
 """Starts, trained rows and biases, bare parameters, patterns: each against its definition."""
 
+import json
+
 import peft
 import pytest
 import torch
@@ -264,12 +266,19 @@ def test_settings_that_contradict_each_other_are_all_named():
         assert part in str(error.value)
 
 
-def test_a_start_that_the_file_cannot_hold_is_refused(tmp_path):
-    theirs = peft.get_peft_model(
-        tiny("llama"), peft.LoraConfig(target_modules=["q_proj"], init_lora_weights="pissa_niter_4")
-    )
-    theirs.save_pretrained(tmp_path)
-    with pytest.raises(CheckpointError, match="path_initial_model_for_weight_conversion"):
+@pytest.mark.parametrize(
+    ("start", "advice"),
+    [
+        ("pissa_niter_4", "path_initial_model_for_weight_conversion"),
+        ("corda", "path_initial_model_for_weight_conversion"),
+        ("loftq", "set init_lora_weights to true"),
+    ],
+)
+def test_a_start_that_the_file_cannot_hold_is_refused(start, advice, tmp_path):
+    peft.get_peft_model(tiny("llama"), peft.LoraConfig(target_modules=["q_proj"])).save_pretrained(tmp_path)
+    config = tmp_path / "adapter_config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"init_lora_weights": start}))
+    with pytest.raises(CheckpointError, match=advice):
         load_adapter_(tiny("llama"), tmp_path)
 
 
