@@ -1,5 +1,7 @@
 """Adapters on embeddings."""
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -19,10 +21,36 @@ class LoraEmbedding(LoraLayer):
     def product(self, update: Update, x: Tensor) -> Tensor:
         """x: token indices [...] → [..., d]"""
         A, B = update.factors()
-        # Dense also over a sparse base: the gradient of A has a transposed view of its own, which no sparse one takes.
-        rows = F.embedding(x, A.T)
+        rows = self._columns(A, x)
         if update.training and update.dropout:
             # x is one-hot: dropping entries of x drops the whole row of a token or nothing of it.
             rows = rows * F.dropout(torch.ones_like(rows[..., :1]), update.dropout)
         # Gemma's embeddings multiply what they look up; ΔW is part of that table.
         return (rows @ B.T) * (update.scale * getattr(self.base, "embed_scale", 1.0))
+
+    def _columns(self, A: Tensor, x: Tensor) -> Tensor:
+        """A [r, k] at the tokens x [...] → [..., r], with the gradient that the base's own table would have: none at
+        its padding_idx, and a sparse one if it has that."""
+        if getattr(self.base, "sparse", False) and A.is_leaf and A.requires_grad:
+            return _SparseColumns.apply(A, x, self.base.padding_idx)
+        return F.embedding(x, A.T, getattr(self.base, "padding_idx", None))
+
+
+class _SparseColumns(torch.autograd.Function):
+    """What F.embedding(x, A.T, padding, sparse=True) means; torch has no backward pass of it through the transpose."""
+
+    @staticmethod
+    def forward(ctx: Any, A: Tensor, x: Tensor, padding: int | None) -> Tensor:
+        ctx.save_for_backward(x)
+        ctx.shape, ctx.padding = A.shape, padding
+        return F.embedding(x, A.T)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
+        r, (columns, values) = ctx.shape[0], (ctx.saved_tensors[0].flatten(), gradients[0].flatten(0, -2))
+        if ctx.padding is not None:
+            trained = columns != ctx.padding
+            columns, values = columns[trained], values[trained]
+        rows = torch.arange(r, device=columns.device).repeat(len(columns))
+        places = torch.stack([rows, columns.repeat_interleave(r)])
+        return torch.sparse_coo_tensor(places, values.flatten(), ctx.shape, check_invariants=False), None, None

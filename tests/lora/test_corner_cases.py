@@ -375,18 +375,35 @@ def test_a_bias_of_an_embedding_is_told_before_anything_is_changed():
     assert not any("base" in name for name in model.state_dict())
 
 
-def test_a_sparse_embedding_trains():
-    model = nn.Sequential(nn.Embedding(10, 4, sparse=True))
+@pytest.mark.parametrize("padding", [None, 3])
+@pytest.mark.parametrize("sparse", [False, True])
+def test_an_embedding_gives_its_adapter_the_kind_of_gradient_that_its_table_has(sparse, padding):
+    model = nn.Sequential(nn.Embedding(10, 4, padding_idx=padding, sparse=sparse))
     inject_(model, LoraConfig(r=2, target_modules=["0"]))
     randomise_adapter(model)
-    ids = torch.tensor([1, 3, 3])
+    ids = torch.tensor([[1, 3, 3], [1, 7, 0]])
     model(ids).square().sum().backward()
     update = model[0].update("default")
     A, B = (factor.detach().clone().requires_grad_() for factor in (update.lora_A, update.lora_B))
-    dense = model[0].base.weight.detach() + update.scale * (B @ A).T
-    F.embedding(ids, dense).square().sum().backward()
-    torch.testing.assert_close(update.lora_A.grad, A.grad)
+    # A's own gradient is that of a table of r numbers a token.
+    rows = F.embedding(ids, model[0].base.weight) + update.scale * F.embedding(ids, A.T, padding) @ B.T
+    rows.square().sum().backward()
+    assert update.lora_A.grad.is_sparse == sparse
+    torch.testing.assert_close(update.lora_A.grad.to_dense(), A.grad)
     torch.testing.assert_close(update.lora_B.grad, B.grad)
+    if padding is not None:
+        assert not A.grad[:, padding].any()
+
+
+def test_a_sparse_embedding_trains_only_the_tokens_that_it_sees():
+    model = nn.Sequential(nn.Embedding(10, 4, sparse=True))
+    inject_(model, LoraConfig(r=2, target_modules=["0"]))
+    randomise_adapter(model)
+    A = model[0].update("default").lora_A
+    before, optimizer = A.detach().clone(), torch.optim.SparseAdam([A], lr=0.1)
+    model(torch.tensor([1, 3, 3])).square().sum().backward()
+    optimizer.step()
+    assert torch.equal((before != A).all(0), torch.isin(torch.arange(10), torch.tensor([1, 3])))
 
 
 def test_a_model_without_values_takes_no_file_and_a_reset_starts_anew(tmp_path):
