@@ -3,6 +3,7 @@
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import zip_longest
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -78,7 +79,7 @@ def finetune(config: TrainConfig, reporter: Reporter | None = None, resume: bool
     trackers.check_installed(config.tracker)
     if config.metrics:
         text_metrics.check_installed()
-    with RunFolder(config, resume) as run:
+    with RunFolder(config, resume) as run, run.where_it_began():
         return _finetune(config, run, reporter or Reporter())
 
 
@@ -204,7 +205,7 @@ def _start(
         rate = best_rate(engine, data.train, data.held_out, config, reporter.say)
     training = Training(engine, data.train, replace(config, lr=rate))
     reporter.say(f"{len(plan):,} steps, learning rate {training.rate:.3g}")
-    start = Start(*hashes, training.rate)
+    start = Start(*hashes, training.rate, str(Path.cwd()))
     run.write_start(start)
     return start, training
 

@@ -2,7 +2,8 @@
 
 import json
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import chdir, contextmanager, nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -33,7 +34,8 @@ class RunFolder:
     """
 
     def __init__(self, config: TrainConfig, resume: bool = False) -> None:
-        self.path = config.out
+        # A resumed run works in the directory in which it began, perhaps another than this one.
+        self.path = config.out.absolute() if resume else config.out
         self.config = config
         self.resume = resume
         self.checkpoints = Checkpoints(self.path / "checkpoints")
@@ -133,6 +135,13 @@ class RunFolder:
             return Start(**found) if found else None
         except TypeError:  # Other fields: damaged too.
             return None
+
+    @contextmanager
+    def where_it_began(self) -> Iterator[None]:
+        """Work in the directory in which the run began, if it still exists: relative paths are seen from there."""
+        start = self.read_start()
+        with chdir(start.directory) if start and Path(start.directory).is_dir() else nullcontext():
+            yield
 
     def add_step(self, step: Step) -> None:
         """Add a line to metrics.jsonl."""

@@ -19,6 +19,8 @@ class Start:
     base_sha256: str
     learning_rate: float
     """The highest, as it was given, ruled or found."""
+    directory: str
+    """The working directory, from which the settings' relative paths are seen."""
 
     def check(self, data_sha256: str, base_sha256: str) -> None:
         """Raise ConfigError if a run to be resumed has other data or another base model than it began with."""

@@ -1,6 +1,7 @@
 """`rankwise train` that is interrupted, terminated, killed or out of room, and `rankwise train --resume`."""
 
 import json
+import os
 import random
 import resource
 import shutil
@@ -65,9 +66,13 @@ def training_at(line_start, *options):
 
 @pytest.fixture(scope="module")
 def terminated(options, tmp_path_factory):
-    """A run that SIGTERM ended; (its folder, its exit code, what it still said). Copy the folder before changing it."""
+    """A run that SIGTERM ended; (its folder, its exit code, what it still said). Copy the folder before changing it.
+
+    It began in ROOT, with a relative path to its data.
+    """
     run = tmp_path_factory.mktemp("terminated") / "run"
-    with training_at("step 4/", *options, "--out", run) as process:
+    data = os.path.relpath(options[1], ROOT)
+    with training_at("step 4/", options[0], data, *options[2:], "--out", run) as process:
         process.send_signal(signal.SIGTERM)
         rest = process.stderr.read()
     return run, process.returncode, rest
@@ -86,9 +91,12 @@ def test_sigterm_saves_a_checkpoint_and_the_adapter_and_exits_with_143(terminate
         load_adapter_(AutoModelForCausalLM.from_pretrained(inputs[1]), folder)
 
 
-def test_a_terminated_run_is_resumed_to_the_same_bytes_and_losses(terminated, whole, tmp_path, capsys):
+def test_a_terminated_run_is_resumed_elsewhere_to_the_same_bytes_and_losses(
+    terminated, whole, tmp_path, capsys, monkeypatch
+):
     run = shutil.copytree(terminated[0], tmp_path / "moved")
-    assert main(["train", "--resume", str(run)]) == 0
+    monkeypatch.chdir(tmp_path)
+    assert main(["train", "--resume", "moved"]) == 0
     assert outcome(run) == whole
     assert "resuming after step" in capsys.readouterr().err
     before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}

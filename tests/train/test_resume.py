@@ -225,7 +225,7 @@ def test_a_full_disk_is_one_error_that_says_how_to_go_on(run, tmp_path, monkeypa
 
 
 def test_changed_data_and_a_changed_base_are_both_named():
-    start = Start("data", "base", 0.1)
+    start = Start("data", "base", 0.1, "/")
     start.check("data", "base")
     with pytest.raises(ConfigError) as error:
         start.check("other", "another")
