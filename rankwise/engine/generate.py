@@ -5,6 +5,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from transformers import StoppingCriteria, StoppingCriteriaList
 
 from rankwise.data.examples import Prompt
 from rankwise.engine.batch import pad
@@ -22,6 +23,8 @@ _PLAIN: dict[str, Any] = {
     "forced_eos_token_id": None,
 }
 """Against the settings of summarisers such as BART's, which would not take the most likely token."""
+_REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
+"""What tokenizers decode a part of a character to."""
 
 
 def generate(
@@ -31,15 +34,18 @@ def generate(
     max_new_tokens: int,
     batch_size: int = 32,
     on_batch: Callable[[int], None] = lambda done: None,
+    references: Sequence[str] | None = None,
 ) -> list[str]:
     """The most likely answer to each prompt, token by token, until its end-of-turn token or `max_new_tokens`.
 
+    With `references`, an answer also ends once it can no longer become its reference, blanks aside: so much less is
+    computed where nothing but matches are counted.
     An adapter in the model is merged meanwhile, so that its tokens cost no more than the base model's; not into weights
     that are stored in a narrower type than the model computes in, which would round it.
     Returns the answers in the order of `prompts`, without special tokens. `on_batch` is told how many are done.
     """
     with _merged(model):
-        return _generate(model, tokenizer, prompts, max_new_tokens, batch_size, on_batch)
+        return _generate(model, tokenizer, prompts, max_new_tokens, batch_size, on_batch, references)
 
 
 @contextmanager
@@ -62,6 +68,7 @@ def _generate(
     max_new_tokens: int,
     batch_size: int,
     on_batch: Callable[[int], None],
+    references: Sequence[str] | None,
 ) -> list[str]:
     order = sorted(range(len(prompts)), key=lambda index: len(prompts[index].ids))
     answers = [""] * len(prompts)
@@ -70,6 +77,8 @@ def _generate(
         batch = order[start : start + batch_size]
         # A decoder goes on where its prompt ends; an encoder's positions begin with its first token.
         ids, mask = pad([prompts[index].ids for index in batch], filler, model.device, left=not encodes)
+        first = 0 if encodes else ids.shape[1]
+        astray = [Astray(tokenizer, first, [references[index] for index in batch])] if references else []
         with torch.no_grad():
             output = model.generate(
                 input_ids=ids,
@@ -82,13 +91,36 @@ def _generate(
                 top_k=None,
                 pad_token_id=filler,
                 eos_token_id=_end_tokens(model, tokenizer),
+                stopping_criteria=StoppingCriteriaList(astray),
                 **(_PLAIN if encodes else {}),
             )
-        texts = tokenizer.batch_decode(output[:, 0 if encodes else ids.shape[1] :], skip_special_tokens=True)
+        texts = tokenizer.batch_decode(output[:, first:], skip_special_tokens=True)
         for index, text in zip(batch, texts, strict=True):
             answers[index] = text
         on_batch(start + len(batch))
     return answers
+
+
+class Astray(StoppingCriteria):
+    """Ends the answers that are no longer the beginning of their reference, blanks aside."""
+
+    def __init__(self, tokenizer: Any, first: int, references: Sequence[str]) -> None:
+        """`first`: the place of the first token of the answers."""
+        self._tokenizer, self._first = tokenizer, first
+        self._references = [_without_blanks(reference) for reference in references]
+        self._ended = [False] * len(references)
+
+    def __call__(self, input_ids: torch.Tensor, scores: Any, **_: Any) -> Any:
+        texts = self._tokenizer.batch_decode(input_ids[:, self._first :], skip_special_tokens=True)
+        for row, text in enumerate(texts):
+            # A character of several tokens may have begun only.
+            so_far = _without_blanks(text).rstrip(_REPLACEMENT)
+            self._ended[row] |= not self._references[row].startswith(so_far)
+        return torch.tensor(self._ended, device=input_ids.device)
+
+
+def _without_blanks(text: str) -> str:
+    return "".join(text.split())
 
 
 def _end_tokens(model: Any, tokenizer: Any) -> list[int]:

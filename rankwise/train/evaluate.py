@@ -92,7 +92,7 @@ def evaluate(
     right = [(answer == example.answer).sum() for answer, example in zip(rows.answers, examples, strict=True)]
     accuracy = metrics.ratio(np.array(right, dtype=float), rows.counted)
     found = {"loss": loss, "perplexity": metrics.perplexity(loss), "token_accuracy": accuracy}
-    samples = _answers(engine, tokenizer, prompts, on_progress)
+    samples = _answers(engine, tokenizer, prompts, on_progress, whole=text_metrics)
     if samples:
         matches = [sample.answer.strip() == sample.reference.strip() for sample in samples]
         found["exact_match"] = metrics.mean(np.array(matches, dtype=float))
@@ -159,9 +159,12 @@ def _measure(engine: Engine[E], examples: Sequence[E], on_progress: Progress) ->
 
 
 def _answers(
-    engine: Engine[Any], tokenizer: Any, prompts: Sequence[Prompt], on_progress: Progress
+    engine: Engine[Any], tokenizer: Any, prompts: Sequence[Prompt], on_progress: Progress, whole: bool
 ) -> tuple[Sample, ...]:
-    """The model's answer to each prompt that has a reference."""
+    """The model's answer to each prompt that has a reference.
+
+    Unless `whole`, those after the first SAMPLES answers end where they can no longer match.
+    """
     prompts = [prompt for prompt in prompts if prompt.answer is not None]
     references = [prompt.answer or "" for prompt in prompts]
     if not prompts:
@@ -169,12 +172,16 @@ def _answers(
     # A decoder of its own also writes what the tokenizer puts around a text.
     special = engine.model.config.is_encoder_decoder
     longest = max(len(ids) for ids in tokenizer(references, add_special_tokens=special).input_ids)
-    answers = generate(
-        engine.model,
-        tokenizer,
-        prompts,
-        longest + 1,
-        on_batch=lambda done: on_progress(f"answers {done}/{len(prompts)}"),
-    )
+
+    def answers(part: slice, until: Sequence[str] | None) -> list[str]:
+        def say(done: int) -> None:
+            on_progress(f"answers {(part.start or 0) + done}/{len(prompts)}")
+
+        return generate(engine.model, tokenizer, prompts[part], longest + 1, on_batch=say, references=until)
+
+    shown = slice(None) if whole else slice(SAMPLES)
+    found = answers(shown, None)
+    if len(found) < len(prompts):
+        found += answers(slice(SAMPLES, None), references[SAMPLES:])
     questions = [tokenizer.decode(prompt.ids, skip_special_tokens=True) for prompt in prompts]
-    return tuple(map(Sample, questions, references, answers))
+    return tuple(map(Sample, questions, references, found))

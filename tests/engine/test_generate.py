@@ -1,0 +1,68 @@
+"""Answers that end early, where only matches count, match as often as whole ones."""
+
+import json
+
+import pytest
+import torch
+from conftest import ROOT
+
+from rankwise.data.examples import user_prompt
+from rankwise.engine.generate import Astray, generate
+from rankwise.models.load import load_model
+
+TEXTS = [
+    "SELECT COUNT Notes FROM 1-10 WHERE Slogan = 'a  b'",
+    "naïve Ünïcode: 日本語, 🤗🏳️‍🌈 and é",  # characters of several tokens
+    " leading and trailing blanks \n",
+    "don't , stop . here !",
+]
+QUESTIONS = [
+    json.loads(line)["prompt"] for line in (ROOT / "examples/text_to_sql/test.jsonl").read_text().splitlines()[:6]
+]
+
+
+def ended(tokenizer, text, ids):
+    """Of each beginning of an answer, whether it ends there for good, of two that are watched side by side."""
+    astray = Astray(tokenizer, 1, [text, "something else"])
+    return [bool(astray(torch.tensor([[0, *ids[:n]]] * 2), None)[0]) for n in range(1, len(ids) + 1)]
+
+
+@pytest.mark.parametrize("text", TEXTS)
+def test_no_beginning_of_the_reference_ends_and_what_leaves_it_does_at_once(text, tokenizer):
+    ids = tokenizer(text, add_special_tokens=False).input_ids
+    assert not any(ended(tokenizer, text, [*ids, tokenizer.eos_token_id]))
+    other = tokenizer("XYZ", add_special_tokens=False).input_ids
+    for place in range(len(ids)):
+        found = ended(tokenizer, text, [*ids[:place], *other, *ids[place:]])
+        assert not any(found[:place])
+        assert all(found[place + len(other) - 1 :])
+
+
+@pytest.fixture(scope="module")
+def model(smollm2):
+    return load_model(str(smollm2), "causal_lm").eval()
+
+
+def test_matches_are_the_same_as_of_whole_answers_for_less_work(model, tokenizer):
+    """The model's own answers, some of them changed, are the references."""
+    prompts = [user_prompt(question, tokenizer) for question in QUESTIONS]
+    whole = generate(model, tokenizer, prompts, 24)
+    references = [whole[0], whole[1] + "x", " " + whole[2], whole[3][:-8] + "##", whole[4][:5], "no"]
+    steps = 0
+
+    def count(*_):
+        nonlocal steps
+        steps += 1
+
+    watch = model.register_forward_hook(count)
+    found = generate(model, tokenizer, prompts, 24, references=references)
+    both = steps
+    generate(model, tokenizer, prompts[4:], 24, references=references[4:])
+    watch.remove()
+    assert found[0] == whole[0]
+    assert found[2] == whole[2]
+    for cut, answer, reference in zip(found, whole, references, strict=True):
+        assert answer.startswith(cut)
+        assert (cut.strip() == reference.strip()) == (answer.strip() == reference.strip())
+    assert both > 12
+    assert steps - both < 12, "the answers that match nothing were written to their end"
