@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import chdir, contextmanager, nullcontext
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 import yaml
 from filelock import FileLock, Timeout
@@ -131,10 +131,10 @@ class RunFolder:
     def read_start(self) -> Start | None:
         """What `write_start` wrote, or None if the run never came so far or it is damaged: it is then made anew."""
         found = _json(self.path / START_FILE)
-        try:
-            return Start(**found) if found else None
-        except TypeError:  # Other fields: damaged too.
+        kinds = get_type_hints(Start)
+        if found is None or found.keys() != kinds.keys():
             return None
+        return Start(**found) if all(isinstance(found[name], kind) for name, kind in kinds.items()) else None
 
     @contextmanager
     def where_it_began(self) -> Iterator[None]:
