@@ -152,13 +152,13 @@ def _advice(messages: list[Message], index: int) -> str:
 
 def _check_instructions(messages: list[Message], tools: Sequence[Any] | None, whole: str) -> None:
     """Templates can leave out what they have no place for, without a word: a system message, tools, their results."""
-    squeezed = _squeezed(whole)
+    rendered = squeezed(whole)
     for index, message in enumerate(messages):
         forms = [message["content"]] if message["role"] != "assistant" else [""]
         if message["role"] == "tool":
             # It may stand there as JSON text, with its quotes escaped.
             forms += [json.dumps(forms[0], ensure_ascii=ascii)[1:-1] for ascii in (False, True)]
-        if not any(_squeezed(form) in squeezed for form in forms):
+        if not any(squeezed(form) in rendered for form in forms):
             raise DataError(f"the chat template leaves out or changes what turn {index + 1} ({message['role']}) says")
     lost = [tool["function"]["name"] for tool in tools or () if tool["function"]["name"] not in whole]
     if lost:
@@ -169,7 +169,7 @@ def _check_instructions(messages: list[Message], tools: Sequence[Any] | None, wh
 
 
 def _check_answer(message: Message, index: int, answer: str) -> None:
-    if _squeezed(message["content"]) not in _squeezed(answer):
+    if squeezed(message["content"]) not in squeezed(answer):
         raise DataError(f"the chat template leaves out or changes what turn {index + 1} (assistant) says")
     lost = [call["function"]["name"] for call in message.get("tool_calls", ())]
     lost = [name for name in lost if name not in answer]
@@ -179,8 +179,8 @@ def _check_answer(message: Message, index: int, answer: str) -> None:
         )
 
 
-def _squeezed(text: str) -> str:
-    """Without white space, which templates strip and add."""
+def squeezed(text: str) -> str:
+    """Without white space, which templates and tokenizers strip and add."""
     return "".join(text.split())
 
 
@@ -189,7 +189,7 @@ def _lacks_end(message: Message, answer: str, tokenizer: Tokenizer) -> bool:
         # What a call looks like is the template's affair, so an ordinary turn tells whether it writes ends.
         probe = [*QUESTION, {"role": "assistant", "content": "b"}]
         return _render(probe, None, tokenizer).rstrip().endswith("b")
-    return _squeezed(answer).endswith(_squeezed(message["content"]))
+    return squeezed(answer).endswith(squeezed(message["content"]))
 
 
 def _render(messages: list[Message], tools: Sequence[Any] | None, tokenizer: Tokenizer, ask: bool = False) -> str:

@@ -8,6 +8,7 @@ import torch
 from transformers import StoppingCriteria, StoppingCriteriaList
 
 from rankwise.data.examples import Prompt
+from rankwise.data.transcripts import squeezed
 from rankwise.engine.batch import pad
 from rankwise.lora.merge import merge_, unmerge_
 from rankwise.lora.narrow import is_narrow
@@ -107,20 +108,16 @@ class Astray(StoppingCriteria):
     def __init__(self, tokenizer: Any, first: int, references: Sequence[str]) -> None:
         """`first`: the place of the first token of the answers."""
         self._tokenizer, self._first = tokenizer, first
-        self._references = [_without_blanks(reference) for reference in references]
+        self._references = [squeezed(reference) for reference in references]
         self._ended = [False] * len(references)
 
     def __call__(self, input_ids: torch.Tensor, scores: Any, **_: Any) -> Any:
         texts = self._tokenizer.batch_decode(input_ids[:, self._first :], skip_special_tokens=True)
         for row, text in enumerate(texts):
             # A character of several tokens may have begun only.
-            so_far = _without_blanks(text).rstrip(_REPLACEMENT)
+            so_far = squeezed(text).rstrip(_REPLACEMENT)
             self._ended[row] |= not self._references[row].startswith(so_far)
         return torch.tensor(self._ended, device=input_ids.device)
-
-
-def _without_blanks(text: str) -> str:
-    return "".join(text.split())
 
 
 def _end_tokens(model: Any, tokenizer: Any) -> list[int]:

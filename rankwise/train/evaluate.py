@@ -179,6 +179,7 @@ def _answers(
 
         return generate(engine.model, tokenizer, prompts[part], longest + 1, on_batch=say, references=until)
 
+    # The whole ones in batches of their own: a batch goes on until the last of its answers ends.
     shown = slice(None) if whole else slice(SAMPLES)
     found = answers(shown, None)
     if len(found) < len(prompts):
