@@ -37,9 +37,10 @@ from rankwise import LoraConfig
 Measured = dict[str, list[float]]
 
 
-def seconds(action: Callable[[], Any]) -> float:
-    # What earlier models left is not to be collected on this one's time.
-    gc.collect()
+def seconds(action: Callable[[], Any], collect: bool = True) -> float:
+    if collect:
+        # What earlier models left is not to be collected on this one's time.
+        gc.collect()
     start = time.perf_counter()
     action()
     return time.perf_counter() - start
@@ -67,14 +68,21 @@ def overhead(repeats: int) -> Measured:
     theirs = in_peft(theirs, r=8)
     modules = len(rankwise.inject_(ours, LoraConfig(r=8)).matrices)
     ids = torch.tensor([[5]])
-    times: Measured = {"plain": [], "peft": [], "rankwise": []}
-    with torch.no_grad():
-        for _ in range(4 * repeats):
-            for name, model in (("plain", plain), ("peft", theirs), ("rankwise", ours)):
-                model(ids)
-                times[name].append(seconds(lambda m=model: [m(ids) for _ in range(10)]) / 10)
-    base = statistics.median(times["plain"])
-    return {name: [(value - base) / modules for value in times[name]] for name in ("peft", "rankwise")}
+    models = {"plain": plain, "peft": theirs, "rankwise": ours}
+    extra: Measured = {"peft": [], "rankwise": []}
+    # One thread, and one token of each model after the other: a second one wakes too late to help with so little, and
+    # a machine's clock drifts by more in a second than a module adds.
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        with torch.no_grad():
+            for _ in range(40 * repeats):
+                times = {name: seconds(lambda m=model: m(ids), collect=False) for name, model in models.items()}
+                for name in extra:
+                    extra[name].append((times[name] - times["plain"]) / modules)
+    finally:
+        torch.set_num_threads(threads)
+    return extra
 
 
 def injection(repeats: int) -> tuple[Measured, Measured]:

@@ -139,8 +139,8 @@ def load_adapter_(
     except RankwiseError as error:
         reason = f"it was made for another model: {error}"
         raise CheckpointError(_message([*problems, reason], folder)) from error
-    slots = _slots(model, adapter)
     problems += _separate_groups(model, adapter, tensors)
+    slots = _slots(model, adapter)
     problems += _mismatches(slots, tensors, model)
     if problems:
         delete_adapter_(model, adapter)
@@ -225,7 +225,7 @@ def _separate_groups(model: nn.Module, adapter: str, tensors: dict[str, Tensor])
         key = f"{name}.lora_A.weight"
         if isinstance(layer, LoraConv) and layer.groups > 1 and adapter in layer.shares and key in tensors:
             try:
-                tensors[key] = layer.from_stored(tensors[key])
+                tensors[key] = layer.take_stored(layer.update(adapter), tensors[key])
             except CheckpointError as error:
                 problems.append(f"{key}: {error}")
     return problems

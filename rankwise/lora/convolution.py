@@ -6,17 +6,21 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from rankwise.errors import CheckpointError
+from rankwise.errors import CheckpointError, MergeError
 from rankwise.lora.layers import LoraLayer
 from rankwise.lora.update import Update
 
 _CONVOLVE: dict[type, Any] = {nn.Conv1d: F.conv1d, nn.Conv2d: F.conv2d, nn.Conv3d: F.conv3d}
+
+_MIXES = "lora_A reads the channels of other groups than its own, so no weight of this convolution's shape can hold it"
 
 
 class LoraConv(LoraLayer):
     """A convolution: A convolves as the base does, with its stride, padding, dilation and groups; B is 1 × … × 1.
 
     d = out_channels and k = (in_channels / groups)·kernel; each group has its own r / groups of the rank.
+    An A that PEFT trained may read all channels for every group. It works and trains as it does there; no weight of the
+    base's shape holds such a change, so it cannot be merged.
     """
 
     def __init__(self, base: Any) -> None:
@@ -33,8 +37,18 @@ class LoraConv(LoraLayer):
     def product(self, update: Update, x: Tensor) -> Tensor:
         """x: [batch, in_channels, *size] → [batch, out_channels, *size], the batch may be missing"""
         A, B = self._factors(update, x.dtype)
-        hidden = self.base._conv_forward(F.dropout(x, update.dropout, update.training), A, None)
+        hidden = self._read(F.dropout(x, update.dropout, update.training), A)
         return self._convolve(hidden * update.scale, B, groups=self.base.groups)
+
+    def _read(self, x: Tensor, A: Tensor) -> Tensor:
+        """What the base makes of x with A in the place of its weight; the shape of A tells its groups."""
+        base, padding = self.base, self.base.padding
+        if base.padding_mode != "zeros":
+            x, padding = F.pad(x, base._reversed_padding_repeated_twice, mode=base.padding_mode), 0
+        return self._convolve(x, A, None, base.stride, padding, base.dilation, base.in_channels // A.shape[1])
+
+    def _mixes_groups(self, A: Tensor) -> bool:
+        return A.shape[1] * self.groups != self.base.in_channels
 
     def _factors(self, update: Update, dtype: Any) -> tuple[Tensor, Tensor]:
         return self._by_group(update, *update.factors(dtype))
@@ -51,22 +65,28 @@ class LoraConv(LoraLayer):
     def stored_factors(self, update: Update) -> tuple[Tensor, Tensor]:
         """A as the format has it: for all channels, here with zeros for those of the other groups."""
         A, B = self._by_group(update, *update.whole_factors())
-        if self.groups == 1:
+        if self.groups == 1 or self._mixes_groups(A):
             return A, B
         stored = A.new_zeros(len(A), self.base.in_channels, *A.shape[2:])
         for own, place in zip(A.chunk(self.groups), self._places_of_groups(stored), strict=True):
             place.copy_(own)
         return stored, B
 
-    def from_stored(self, stored: Tensor) -> Tensor:
-        """The A that `stored_factors` made so. Raises CheckpointError for one that reads other groups' channels."""
-        A = torch.cat([*self._places_of_groups(stored)])
-        if A.count_nonzero() != stored.count_nonzero():
-            raise CheckpointError(
-                f"lora_A reads the channels of other groups than its own, which no change of this convolution's "
-                f"weight (groups={self.groups}) can do; PEFT computes it, and cannot merge it"
-            )
-        return A
+    def take_stored(self, update: Update, stored: Tensor) -> Tensor:
+        """The A that `stored_factors` made so; where a group reads others' channels, the whole, for which room is made.
+
+        One of another shape is given back as it is. Raises CheckpointError where the groups are mixed and there is
+        DoRA, which needs the rows of the changed weight.
+        """
+        if stored.shape != (update.r, self.base.in_channels, *self.base.kernel_size):
+            return stored
+        A = torch.cat(self._places_of_groups(stored))
+        if A.count_nonzero() == stored.count_nonzero():
+            return A
+        if update.magnitude is not None:
+            raise CheckpointError(f"{_MIXES}, and DoRA needs the lengths of its rows")
+        update.lora_A = nn.Parameter(update.lora_A.new_empty(stored.shape), update.lora_A.requires_grad)
+        return stored
 
     def _places_of_groups(self, stored: Tensor) -> list[Tensor]:
         """For each group its rows and channels of a stored A."""
@@ -74,7 +94,12 @@ class LoraConv(LoraLayer):
         return [rows[:, i * channels : (i + 1) * channels] for i, rows in enumerate(stored.chunk(self.groups))]
 
     def row_factors(self, update: Update) -> tuple[Tensor, Tensor]:
-        """A as [groups, r / groups, k] and B as [groups, d / groups, r / groups], where there are groups."""
+        """A as [groups, r / groups, k] and B as [groups, d / groups, r / groups], where there are groups.
+
+        Raises MergeError where A mixes the groups.
+        """
+        if self._mixes_groups(update.lora_A):
+            raise MergeError(f"{_MIXES}; use the adapter beside its base")
         A, B = (factor.flatten(1) for factor in self._factors(update, update.lora_A.dtype))
         if self.groups == 1:
             return A, B

@@ -8,7 +8,7 @@ import peft
 import pytest
 import torch
 from conftest import randomise_adapter, tiny
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.nn import functional as F
 from transformers import BartConfig, BartForConditionalGeneration, T5Config, T5ForConditionalGeneration
@@ -218,14 +218,60 @@ def test_a_convolution_with_groups_goes_to_peft_and_back(start, tmp_path):
     near(again(x), expected)
 
 
-def test_a_convolution_of_peft_that_mixes_groups_is_told(tmp_path):
+@pytest.mark.parametrize(("padding_mode", "mode"), [("zeros", "constant"), ("circular", "circular")])
+def test_a_convolution_of_peft_that_mixes_groups_works_and_trains_as_there(padding_mode, mode, tmp_path):
+    def model():
+        torch.manual_seed(0)
+        return nn.Sequential(nn.Conv2d(8, 12, 3, padding=1, groups=2, padding_mode=padding_mode)).double()
+
+    x = torch.randn(2, 8, 5, 5, dtype=torch.float64)
+    theirs = mixed_groups(model(), tmp_path / "theirs")
+    ours = model()
+    load_adapter_(ours, tmp_path / "theirs", trainable=True)
+    conv, lora = theirs.base_model.model[0].base_layer, theirs.base_model.model[0]
+    A, B = lora.lora_A["default"].weight, lora.lora_B["default"].weight
+    wide = F.pad(x, conv._reversed_padding_repeated_twice, mode=mode)
+    expected = conv(x) + lora.scaling["default"] * F.conv2d(F.conv2d(wide, A), B, groups=2)
+    near(ours(x), expected)
+    if padding_mode == "zeros":  # PEFT pads with zeros whatever the base does.
+        near(ours(x), theirs(x))
+    ours(x).square().sum().backward()
+    of_A, of_B = torch.autograd.grad(expected.square().sum(), (A, B))
+    update = ours[0].update("default")
+    near(update.lora_A.grad, of_A)
+    near(update.lora_B.grad, of_B)
+    save_adapter(ours, tmp_path / "ours")
+    files = [load_file(tmp_path / who / "adapter_model.safetensors") for who in ("ours", "theirs")]
+    assert files[0].keys() == files[1].keys()
+    assert all(torch.equal(tensor, files[1][name]) for name, tensor in files[0].items())
+    before = ours(x)
+    with pytest.raises(MergeError, match="other groups"):
+        merge_(ours)
+    assert torch.equal(ours(x), before)
+
+
+def test_a_convolution_of_peft_that_mixes_groups_cannot_have_dora(tmp_path):
+    def model():
+        return nn.Sequential(nn.Conv2d(8, 12, 3, groups=2))
+
+    mixed_groups(model(), tmp_path)
+    file, settings = tmp_path / "adapter_model.safetensors", tmp_path / "adapter_config.json"
+    tensors = load_file(file) | {"base_model.model.0.lora_magnitude_vector": torch.ones(1, 12, 1, 1)}
+    save_file(tensors, file)
+    settings.write_text(json.dumps(json.loads(settings.read_text()) | {"use_dora": True}))
+    base = model()
+    before = dict(base.named_modules())
+    with pytest.raises(CheckpointError, match=r"other groups.*DoRA"):
+        load_adapter_(base, tmp_path)
+    assert dict(base.named_modules()) == before
+
+
+def mixed_groups(model, folder):
+    """PEFT's adapter on a convolution with groups, saved; its A reads all channels for each group."""
     with pytest.warns(UserWarning, match="groups"):
-        theirs = peft.get_peft_model(
-            nn.Sequential(nn.Conv2d(8, 12, 3, groups=2)), peft.LoraConfig(r=4, target_modules=["0"])
-        )
-    theirs.save_pretrained(tmp_path)
-    with pytest.raises(CheckpointError, match="other groups"):
-        load_adapter_(nn.Sequential(nn.Conv2d(8, 12, 3, groups=2)), tmp_path)
+        theirs = peft.get_peft_model(model, peft.LoraConfig(r=4, target_modules=["0"], init_lora_weights=False))
+    theirs.save_pretrained(folder)
+    return theirs
 
 
 @pytest.mark.parametrize("bias", ["lora_only", "all"])
