@@ -15,7 +15,7 @@ from rankwise.errors import ModelError
 from rankwise.lora.inject import adapters_off
 from rankwise.lora.narrow import compute_in_
 from rankwise.lora.places import named_base_modules
-from rankwise.models.locate import local_path
+from rankwise.models.locate import local_path, settings_path
 from rankwise.models.quiet import quiet
 
 _AUTO_CLASSES = {
@@ -87,7 +87,7 @@ def load_tokenizer(name: str) -> Any:
     """The base model's tokenizer. Raises ModelError."""
     from transformers import AutoTokenizer
 
-    folder = local_path(name)
+    folder = settings_path(name)
     with quiet():
         try:
             tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
@@ -110,7 +110,7 @@ def longest_input_of(name: str) -> int:
     """The same for a base model that is not loaded. Raises ModelError."""
     from transformers import AutoConfig
 
-    folder = local_path(name)
+    folder = settings_path(name)
     with quiet():
         try:
             config = AutoConfig.from_pretrained(folder, local_files_only=True)
