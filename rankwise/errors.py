@@ -53,9 +53,9 @@ class MissingDependency(RankwiseError, ImportError):
     """An optional package that is not installed."""
 
 
-def nearest(name: str, names: Iterable[str], most: int = 3) -> str:
+def nearest(name: str, names: Iterable[str], most: int = 3, least: float = 0.5) -> str:
     """ " (nearest: 'q_proj', 'k_proj')" for a misspelt name, or "" where nothing is near."""
-    found = get_close_matches(name, list(dict.fromkeys(names)), n=most, cutoff=0.5)
+    found = get_close_matches(name, list(dict.fromkeys(names)), n=most, cutoff=least)
     return f" (nearest: {', '.join(map(repr, found))})" if found else ""
 
 

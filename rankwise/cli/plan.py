@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from rankwise.cli.arguments import parse
+from rankwise.data.examples import TextExample
 from rankwise.data.shapes import TASK_TYPES
 from rankwise.errors import ConfigError
 from rankwise.lora.config import LoraConfig
@@ -16,7 +17,8 @@ from rankwise.plan.plan import make_plan
 from rankwise.plan.report import plan_text
 from rankwise.plan.settings import PUBLISHED
 from rankwise.plan.shape import ModelShape
-from rankwise.plan.workload import Batch, even_batches
+from rankwise.plan.workload import Batch, even_batch
+from rankwise.train.batches import planned_steps
 from rankwise.train.config import TrainConfig
 
 
@@ -71,30 +73,39 @@ def main(options: list[str]) -> int:
     config = parse(PlanConfig, _with_model(options), "plan")
     examples, labels, held_out = _examples(config) if config.data else ([], config.labels, None)
     shape = read_shape(_source(config.model), config.task, labels)
-    batches = _batches(config, shape, examples)
+    batches, steps = _work(config, shape, examples)
     lora = LoraConfig(
         task_type=TASK_TYPES[config.task],
         r=config.trained_rank(held_out),
         target_modules=config.targets,
         layers_to_transform=config.layers_to_transform or None,
+        use_dora=config.use_dora,
     )
     if config.r == "auto":
         print(config.rank_rule(held_out), file=sys.stderr)
         lora = lora.lowered_to(shape.largest_ranks(lora))
     machine = _machine(config) if config.time and batches else None
-    plan = make_plan(shape, lora, batches, machine, config.choices)
+    plan = make_plan(shape, lora, batches, steps, machine, config.choices)
     print(json.dumps(plan.as_dict()) if config.json else plan_text(plan))
     return 0
 
 
 def _with_model(options: list[str]) -> list[str]:
-    """--config with a .json file or a published name stands for --model; a YAML file stays."""
-    result = list(options)
+    """--config with a .json file or a published name stands for --model; a YAML file stays.
+
+    Raises ConfigError for more than one model.
+    """
+    result, models = list(options), []
     for place, (option, value) in enumerate(zip(options, [*options[1:], ""], strict=True)):
         name, equals, joined = option.partition("=")
         value = joined if equals else value
-        if name == "--config" and (value.endswith(".json") or value in PUBLISHED):
+        stands_for_it = name == "--config" and (value.endswith(".json") or value in PUBLISHED)
+        if stands_for_it:
             result[place] = f"--model={joined}" if equals else "--model"
+        if stands_for_it or name == "--model":
+            models.append(f"{name} {value}")
+    if len(models) > 1:
+        raise ConfigError(f"a plan is of one model, found {' and '.join(models)}; give one of them")
     return result
 
 
@@ -127,19 +138,31 @@ def _examples(config: PlanConfig) -> tuple[list[Any], int, int]:
     return examples, len(labels), len(held_out)
 
 
-def _batches(config: PlanConfig, shape: ModelShape, examples: list[Any]) -> list[Batch]:
+def _work(config: PlanConfig, shape: ModelShape, examples: list[Any]) -> tuple[list[Batch], int]:
+    """The run's batches, and how many optimiser steps they make; none where nothing says how much data there is.
+
+    Raises ConfigError for rows that the model or a batch cannot hold.
+    """
     packs = shape.attention == "packed"
     if examples:
-        from rankwise.train.batches import planned_steps
         from rankwise.train.forecast import counted_batches
 
-        return counted_batches(planned_steps(examples, config), packs)
-    if config.rows is None or config.tokens_per_row is None:
-        return []
-    counted = 1 if config.task == "seq_cls" else config.trained_per_row or config.tokens_per_row - 1
-    return even_batches(
-        config.rows, config.tokens_per_row, counted, config.batch_size, config.epochs, config.max_steps, packs
-    )
+        steps = planned_steps(examples, config)
+        return counted_batches(steps, packs), len(steps)
+    tokens = config.tokens_per_row
+    if config.rows is None or tokens is None:
+        return [], 0
+    if tokens > shape.positions:
+        raise ConfigError(
+            f"{config.model} has positions for rows of at most {shape.positions:,} tokens (max_position_embeddings), "
+            f"found --tokens-per-row {tokens}; give at most {shape.positions}, to which train cuts longer rows with "
+            "--long-rows cut, or choose another model"
+        )
+    row = TextExample((0,) * tokens, (True,) * tokens, place="--tokens-per-row")
+    steps = planned_steps([row] * config.rows, config)
+    counted = 1 if config.task == "seq_cls" else config.trained_per_row or tokens - 1
+    sizes = [len(batch) for step in steps.places for batch in step]
+    return [even_batch(size, tokens, counted, packs) for size in sizes], len(steps)
 
 
 def _machine(config: PlanConfig) -> Machine | None:

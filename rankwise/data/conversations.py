@@ -25,6 +25,8 @@ SHAREGPT_ROLES = {
     "tool_call": "assistant",
 }
 _CALLS = ("function_call", "tool_call")
+_OTHER_WEIGHTS = ("loss", "train", "trainable")
+"""What other tools call a message's weight."""
 
 
 def kind(value: Any) -> str:
@@ -76,6 +78,8 @@ def messages_from_sharegpt(value: Any, faults: Faults, need_answer: bool = True)
             messages.append({"role": "assistant", "content": "", "tool_calls": calls})
         else:
             messages.append({"role": SHAREGPT_ROLES[turn["from"]], "content": turn["value"]})
+        if isinstance(turn, dict) and messages:
+            messages[-1] |= {key: turn[key] for key in ("weight", *_OTHER_WEIGHTS) if key in turn}
     return messages if faults else messages_from(messages, faults, need_answer)
 
 
@@ -110,6 +114,10 @@ def _message(name: str, entry: Any, faults: Faults) -> Message:
     # Parquet gives every message the fields of all messages, empty ones as null.
     message = {key: value for key, value in entry.items() if value is not None}
     role = message.get("role")
+    if role == "function":  # OpenAI's older form, as is function_call.
+        message["role"] = role = "tool"
+    if "function_call" in message:
+        message["tool_calls"] = [message.pop("function_call")]
     if role not in ROLES:
         faults.append(f"{name}.role must be one of {', '.join(ROLES)}, found {role!r}")
         return message
@@ -125,6 +133,9 @@ def _message(name: str, entry: Any, faults: Faults) -> Message:
         faults.append(f"{name} is an assistant message without content, so nothing of it could be trained")
     if message.get("weight", 1) not in (0, 1):
         faults.append(f"{name}.weight must be 0 (not trained) or 1, found {message['weight']!r}")
+    for other in _OTHER_WEIGHTS:
+        if message.pop(other, True) in (False, 0):
+            faults.append(f'{name}.{other} is not read; a message that is not to be trained has "weight": 0')
     return message
 
 

@@ -1,15 +1,16 @@
 """Data files → numbered rows: JSONL, JSON, CSV, TSV and CoNLL (also gzipped) and Parquet. A bad row hides no other."""
 
-import csv
 import gzip
 import json
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from itertools import chain
+from itertools import dropwhile
 from pathlib import Path
 from typing import Any
 
+from rankwise.data.lines import not_utf8, numbered_lines, opened
+from rankwise.data.tables import read_table
 from rankwise.errors import DataError, MissingDependency
 
 
@@ -56,8 +57,9 @@ def read_file(path: Path, weight: float = 1.0) -> Iterator[Row | Problem]:
     The name's ending says how to read it; a file with another ending is read as JSONL. Raises DataError if the file as
     a whole cannot be read, MissingDependency for Parquet without pyarrow.
     """
-    reader, by_row = _reader(path)
     try:
+        _check_kind(path)
+        reader, by_row = _reader(path)
         for number, content in reader(path):
             fault = content if isinstance(content, str) else _unusable(content)
             if fault or isinstance(content, str):
@@ -71,6 +73,36 @@ def read_file(path: Path, weight: float = 1.0) -> Iterator[Row | Problem]:
         raise DataError(f"{path} is damaged: {error}") from None
     except OSError as error:
         raise DataError(f"{path} cannot be read: {error.strerror or error}") from None
+
+
+_KINDS = {
+    b"\x1f\x8b": "is gzipped; give its name the ending .gz",
+    b"PK\x03\x04": "is a zip archive or a spreadsheet; unpack it, or save the sheet as CSV",
+    b"PAR1": "is a Parquet file; give its name the ending .parquet",
+    b"ARROW1": "is an Arrow file; write it as Parquet",
+}
+"""How files begin that their name does not tell."""
+
+
+def _check_kind(path: Path) -> None:
+    if path.suffix.lower() in (".gz", ".parquet") or not path.is_file():
+        return
+    with path.open("rb") as file:
+        begin = file.read(max(map(len, _KINDS)))
+    for magic, advice in _KINDS.items():
+        if begin.startswith(magic):
+            raise DataError(f"{path} {advice}")
+
+
+def without_nulls(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """A row without the nulls inside its columns: a table gives every object there the fields of all of them."""
+
+    def inner(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {name: inner(own) for name, own in value.items() if own is not None}
+        return [inner(own) for own in value] if isinstance(value, list) else value
+
+    return {name: inner(value) for name, value in fields.items()}
 
 
 def _unusable(fields: Mapping[str, Any]) -> str | None:
@@ -117,28 +149,19 @@ def _reader(path: Path) -> tuple[Callable[[Path], Records], bool]:
     return _READERS.get(ending, _json_lines), ending in (".json", ".parquet")
 
 
-def _open(path: Path) -> Any:
-    return gzip.open(path, "rb") if path.name.lower().endswith(".gz") else path.open("rb")
-
-
-def _lines(path: Path) -> Iterator[tuple[int, str | UnicodeDecodeError]]:
-    """Numbered lines, decoded one by one so that a wrong byte spoils its own line alone. A BOM is passed over."""
-    with _open(path) as file:
-        for number, raw in enumerate(file, start=1):
-            if number == 1:
-                raw = raw.removeprefix(b"\xef\xbb\xbf")
-            try:
-                yield number, raw.decode("utf-8")
-            except UnicodeDecodeError as error:
-                yield number, error
-
-
 def _json_lines(path: Path) -> Records:
-    for number, line in _lines(path):
+    first = True
+    for number, line in numbered_lines(path):
         if isinstance(line, UnicodeDecodeError):
-            yield number, _not_utf8(line)
+            yield number, not_utf8(line)
         elif line.strip():
-            yield number, _json_object(line)
+            content = _json_object(line)
+            opens = first and line.strip() in ("[", "{", "[{")
+            yield (
+                number,
+                f"{content} (a file that is one JSON value of many lines is named .json)" if opens else content,
+            )
+            first = False
 
 
 def _json_object(text: str) -> Fields | str:
@@ -148,6 +171,8 @@ def _json_object(text: str) -> Fields | str:
         return f"not JSON: {error.msg} at column {error.colno}"
     except (ValueError, RecursionError) as error:
         return f"not JSON: {error}"
+    if isinstance(value, list):
+        return "a row must be a JSON object, found a list (a file that is one list of rows is named .json)"
     return value if isinstance(value, dict) else f"a row must be a JSON object, found {type(value).__name__}"
 
 
@@ -172,14 +197,10 @@ def _no_constant(name: str) -> Any:
 _DECODER = json.JSONDecoder(object_pairs_hook=_unique, parse_constant=_no_constant)
 
 
-def _not_utf8(error: UnicodeDecodeError) -> str:
-    return f"not UTF-8 text (byte {error.start + 1} of the line); convert the file first"
-
-
 def _holds_one_object_a_line(path: Path) -> bool:
     """Whether a .json file is JSON lines: its first line is an object by itself, and something follows."""
     try:
-        lines = (line for _, line in _lines(path) if isinstance(line, UnicodeDecodeError) or line.strip())
+        lines = (line for _, line in numbered_lines(path) if isinstance(line, UnicodeDecodeError) or line.strip())
         first, second = next(lines, ""), next(lines, None)
     except (OSError, EOFError, zlib.error):
         return False
@@ -191,9 +212,13 @@ def _holds_one_object_a_line(path: Path) -> bool:
         return False
 
 
+_LISTS_OF_A_ROW = {"messages", "conversations", "tokens", "labels"}
+"""Fields of a row that are lists."""
+
+
 def _json(path: Path) -> Records:
-    """The rows of a JSON list, or of the only list in a JSON object."""
-    with _open(path) as file:
+    """The rows of a JSON list, or of the only list in a JSON object; an object that is a row by itself is one row."""
+    with opened(path) as file:
         raw = file.read()
     try:
         value = parse_json(raw.decode("utf-8-sig"))
@@ -207,6 +232,8 @@ def _json(path: Path) -> Records:
     lists = [value] if isinstance(value, list) else []
     if isinstance(value, dict):
         lists = [entry for entry in value.values() if isinstance(entry, list)]
+        if not lists or value.keys() & _LISTS_OF_A_ROW:
+            lists = [[value]]
     if len(lists) != 1:
         found = f"an object with {len(lists)} lists" if isinstance(value, dict) else type(value).__name__
         raise DataError(f"{path} must hold a list of rows, or an object with one list; found {found}")
@@ -214,81 +241,35 @@ def _json(path: Path) -> Records:
         yield number, entry if isinstance(entry, dict) else f"a row must be an object, found {type(entry).__name__}"
 
 
-def _table(path: Path) -> Records:
-    """CSV or TSV with a header. A row's number is that of its first line; quoted cells may hold line ends."""
-    undecodable: dict[int, str] = {}
-    last_line = 0
-    read: list[str] = []  # Lines since the last row.
-
-    def text() -> Iterator[str]:
-        nonlocal last_line
-        for last_line, line in _lines(path):
-            if isinstance(line, UnicodeDecodeError):
-                undecodable[last_line] = _not_utf8(line)
-                line = line.object.decode("utf-8", errors="replace")
-            read.append(line)
-            yield line
-
-    lines = text()
-    header_line = next(lines, "")
-    delimiter = "\t" if _ending(path) == ".tsv" else max(",;\t|", key=header_line.count)
-    table = csv.reader(chain([header_line], lines), delimiter=delimiter, strict=True)
-    old_limit = csv.field_size_limit(2**31 - 1)
-    try:
-        try:
-            header = next(table, [])
-        except csv.Error as error:
-            raise DataError(f"{path}:1: not CSV: {error}") from None
-        if undecodable:
-            raise DataError(f"{path}:1: {undecodable[1]}")
-        twice = sorted({name for name in header if header.count(name) > 1})
-        if twice:
-            raise DataError(f"{path}:1: the header names a column twice: {', '.join(map(repr, twice))}")
-        before = 0
-        while True:
-            first = before + table.line_num + 1
-            read.clear()
-            try:
-                cells = next(table)
-            except StopIteration:
-                return
-            except csv.Error as error:
-                yield first, f"not CSV: {error}"
-                # A quote that never closes takes all that follows into its cell: go on below the line that it is in.
-                before, again = first, read[1:]
-                table = csv.reader(chain(again, lines), delimiter=delimiter, strict=True)
-                continue
-            bad = next((undecodable.pop(line) for line in range(first, last_line + 1) if line in undecodable), None)
-            if bad:
-                yield first, bad
-            elif len(cells) not in (0, len(header)):
-                yield first, f"{len(cells)} cells, but the header names {len(header)} columns"
-            elif cells:
-                yield first, dict(zip(header, cells, strict=True))
-    finally:
-        csv.field_size_limit(old_limit)
-
-
 def _columns(path: Path) -> Records:
     """CoNLL's columns: a word first and its tag last on each line, blank lines between sentences (Tjong Kim Sang and De
-    Meulder 2003). Columns are parted by tabs, or else by blanks. A row is a sentence, numbered by its first line."""
-    for sentence in _sentences(path):
+    Meulder 2003). Columns are parted by tabs, or else by blanks. A row is a sentence, numbered by its first line. Above
+    a sentence may stand comments like "# id = 1"."""
+    for lines in _sentences(path):
+        sentence = list(dropwhile(lambda entry: _is_comment(entry[1]), lines))
+        if not sentence:
+            continue
         first, bad, cells = sentence[0][0], False, []
         for number, line in sentence:
             parts = [] if isinstance(line, UnicodeDecodeError) else line.strip().split("\t" if "\t" in line else None)
             if len(parts) < 2:
                 bad = True
-                yield number, _not_utf8(line) if isinstance(line, UnicodeDecodeError) else "needs a word and its tag"
+                yield number, not_utf8(line) if isinstance(line, UnicodeDecodeError) else "needs a word and its tag"
             elif parts[0] != "-DOCSTART-":
                 cells.append((parts[0], parts[-1]))
         if cells and not bad:
             yield first, {"tokens": [word for word, _ in cells], "tags": [tag for _, tag in cells]}
 
 
+def _is_comment(line: str | UnicodeDecodeError) -> bool:
+    """A "#" may be a word too, but its tag would hold no "="."""
+    return isinstance(line, str) and line.startswith("# ") and "=" in line
+
+
 def _paragraphs(path: Path) -> Records:
     """Plain text: what blank lines part is a row, numbered by its first line."""
     for paragraph in _sentences(path):
-        bad = [(number, _not_utf8(line)) for number, line in paragraph if isinstance(line, UnicodeDecodeError)]
+        bad = [(number, not_utf8(line)) for number, line in paragraph if isinstance(line, UnicodeDecodeError)]
         yield from bad
         if not bad:
             yield paragraph[0][0], {"text": "".join(str(line) for _, line in paragraph).rstrip("\r\n")}
@@ -296,7 +277,7 @@ def _paragraphs(path: Path) -> Records:
 
 def _sentences(path: Path) -> Iterator[list[tuple[int, str | UnicodeDecodeError]]]:
     lines: list[tuple[int, str | UnicodeDecodeError]] = []
-    for number, line in _lines(path):
+    for number, line in numbered_lines(path):
         if isinstance(line, UnicodeDecodeError) or line.strip():
             lines.append((number, line))
         elif lines:
@@ -319,7 +300,7 @@ def _parquet(path: Path) -> Records:
         for batch in ParquetFile(path).iter_batches(batch_size=1024):
             for fields in batch.to_pylist():
                 number += 1
-                yield number, fields
+                yield number, without_nulls(fields)
     except (ArrowException, UnicodeDecodeError) as error:
         raise DataError(f"{path} is no readable Parquet file: {str(error).splitlines()[0]}") from None
 
@@ -328,8 +309,8 @@ _READERS: dict[str, Callable[[Path], Records]] = {
     ".jsonl": _json_lines,
     ".ndjson": _json_lines,
     ".json": _json,
-    ".csv": _table,
-    ".tsv": _table,
+    ".csv": read_table,
+    ".tsv": read_table,
     ".conll": _columns,
     ".bio": _columns,
     ".parquet": _parquet,

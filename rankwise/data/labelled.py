@@ -184,6 +184,10 @@ def lacks_labels(rows: Sequence[Row], labels: Counter[str]) -> str | None:
     several = bool(rows) and problem_type(rows) == SEVERAL_LABELS
     if several and not labels:
         return "no row has a label"
+    if several and len(labels) > 1 and set(labels.values()) == {len(rows)}:
+        return (
+            f"every row has all {len(labels)} labels; labels lists those of the row's text, not a 0 or 1 for each label"
+        )
     if not several and len(labels) == 1:
         what = "word has the tag" if "tags" in rows[0].fields else "row has the label"
         return f"every {what} {next(iter(labels))!r}; a classifier needs at least two"

@@ -86,7 +86,8 @@ class DataReport:
             rows = len({problem.place for problem in self.problems})
             return f"not ready: {rows:,} rows stop a training run; mend or remove them"
         if not self.train.rows:
-            return "not ready: no row is left to train on"
+            long = f"; {self.dropped:,} rows are too long (--max-length)" if self.dropped else ""
+            return f"not ready: no row is left to train on{long}"
         if self.lacks_labels:
             return f"not ready: {self.lacks_labels}"
         return f"ready to train ({self.dropped:,} rows are too long and left out)" if self.dropped else "ready to train"

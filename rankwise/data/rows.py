@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from rankwise.data.files import Problem, Row
-from rankwise.data.shapes import ASKING, Found, Layout, Shape, detect, standard_fields, standard_prompt
+from rankwise.data.shapes import ASKING, Found, Layout, detect, standard_fields, standard_prompt
 from rankwise.data.sources import read_sources
 from rankwise.data.stored import Chosen, Stored
 from rankwise.errors import DataError, listing
@@ -40,12 +40,10 @@ class Scan:
         """The shape and what was passed over, in a line."""
         shape = self.found.shape.name if self.found.shape else "no shape"
         parts = [f"{', '.join(self.entries)}: {' and '.join(self.mixed) or shape}, {len(self.rows):,} rows"]
-        if self.mixed:
-            return parts[0]
-        if self.found.fits_too:
+        if self.found.fits_too and not self.mixed:
             parts.append(f"fits {', '.join(self.found.fits_too)} too (--format chooses)")
         if self.found.unused:
-            parts.append(f"not used: {', '.join(self.found.unused)}")
+            parts.append(f"not used: {', '.join(name or 'a column without a name' for name in self.found.unused)}")
         return "; ".join(parts)
 
 
@@ -58,7 +56,7 @@ def scan_rows(data: Data, task: str, layout: Layout | None = None) -> Scan:
     layout, entries = layout or Layout(), _entries(data)
     records = Stored(read_sources(entries))
     if not records:
-        raise DataError(f"{', '.join(entries)} holds no row; rankwise needs one JSON object a line")
+        raise DataError(f"{', '.join(entries)} holds no row")
     kinds: dict[Path, Counter[tuple[str, ...]]] = {}
     for record in records:
         if isinstance(record, Row):
@@ -66,7 +64,10 @@ def scan_rows(data: Data, task: str, layout: Layout | None = None) -> Scan:
     found = detect(sum(kinds.values(), Counter()), task, layout)
     shapes = dict.fromkeys(kinds, found.shape)
     if task in ASKING and not layout.format:
-        shapes = {file: _shape_of_file(own, task, layout) or found.shape for file, own in kinds.items()}
+        own = {file: _found_in_file(names, task, layout) for file, names in kinds.items()}
+        shapes = {file: own[file].shape or found.shape for file in kinds}
+        unused = dict.fromkeys(name for file in kinds for name in own[file].unused)
+        found = replace(found, unused=tuple(unused))
     problems: list[Problem] = []
 
     def standard() -> Iterator[Row]:
@@ -83,10 +84,10 @@ def scan_rows(data: Data, task: str, layout: Layout | None = None) -> Scan:
     return Scan(entries, Stored(standard()), problems, found, names if len(names) > 1 else ())
 
 
-def _shape_of_file(kinds: Counter[tuple[str, ...]], task: str, layout: Layout) -> Shape | None:
+def _found_in_file(kinds: Counter[tuple[str, ...]], task: str, layout: Layout) -> Found:
     # The columns that --columns names need not be in every file.
     renamed = {tuple(layout.rename(dict.fromkeys(names))): count for names, count in kinds.items()}
-    return detect(renamed, task, Layout()).shape
+    return detect(renamed, task, Layout())
 
 
 def read_rows(data: Data, task: str, layout: Layout | None = None) -> Sequence[Row]:
@@ -113,7 +114,7 @@ def read_prompts(data: Data) -> list[Row]:
         problems += [Problem(record.place, fault) for fault in faults]
         rows.append(_with(record, fields))
     if not rows and not problems:
-        raise DataError(f"{', '.join(entries)} holds no prompt; rankwise needs one JSON object a line")
+        raise DataError(f"{', '.join(entries)} holds no prompt")
     refuse(entries, problems)
     return rows
 

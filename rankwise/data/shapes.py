@@ -80,7 +80,7 @@ class Layout:
         """The row with its columns under their standard names."""
         if not self.columns:
             return fields
-        rest = {name: value for name, value in fields.items() if name not in self.columns}
+        rest = {name: own for name, own in fields.items() if name not in {*self.columns, *self.columns.values()}}
         return {**rest, **{name: fields[column] for name, column in self.columns.items() if column in fields}}
 
 
@@ -89,9 +89,21 @@ _NOT_ASKED = "so nothing is asked; text without a question has the shape text"
 
 
 def _prompt_completion(fields: Fields, faults: Faults) -> dict[str, Any]:
+    if isinstance(fields["prompt"], list) and isinstance(fields["completion"], list):
+        return _messages({**fields, "messages": _joined(fields["prompt"], fields["completion"])}, faults)
     _check_text("prompt", fields["prompt"], faults, _NOT_ASKED)
     _check_text("completion", fields["completion"], faults, _NOT_TRAINED)
     return {name: fields[name] for name in ("prompt", "completion")}
+
+
+def _joined(asked: list[Any], answers: list[Any]) -> list[Any]:
+    """The messages of a prompt and a completion, as TRL has them, of which only the completion's are trained."""
+    own = [{**message, "weight": 0} if _is_answer(message) else message for message in asked]
+    return [*own, *answers]
+
+
+def _is_answer(message: Any) -> bool:
+    return isinstance(message, dict) and message.get("role") == "assistant"
 
 
 def _alpaca(fields: Fields, faults: Faults) -> dict[str, Any]:
@@ -118,7 +130,7 @@ def _alpaca_prompt(fields: Fields, faults: Faults) -> dict[str, Any]:
 
 
 def _messages(fields: Fields, faults: Faults, need_answer: bool = True) -> dict[str, Any]:
-    tools = tools_from(fields.get("tools"), faults)
+    tools = tools_from(fields.get("tools") or fields.get("functions"), faults)
     messages = messages_from(fields["messages"], faults, need_answer)
     return {"messages": messages, **({"tools": tools} if tools else {})}
 
@@ -169,7 +181,9 @@ def _text_labels(fields: Fields, faults: Faults) -> dict[str, Any]:
     labels = _label_list("labels", fields["labels"], faults)
     twice = [label for label, count in Counter(labels).items() if count > 1]
     if twice:
-        faults.append(f"labels holds {twice[0]!r:.80} twice")
+        faults.append(
+            f"labels holds {twice[0]!r:.80} twice; it is a list of the text's labels, not a 0 or 1 for each label"
+        )
     return {**_text(fields, faults), "labels": labels}
 
 
@@ -211,7 +225,7 @@ def _list(value: Any) -> Any:
 
 SHAPES = (
     Shape("prompt/completion", "causal_lm", ("prompt", "completion"), (), _prompt_completion),
-    Shape("messages", "causal_lm", ("messages",), ("tools",), _messages),
+    Shape("messages", "causal_lm", ("messages",), ("tools", "functions"), _messages),
     Shape("alpaca", "causal_lm", ("instruction", "output"), ("input", "system"), _alpaca),
     Shape("sharegpt", "causal_lm", ("conversations",), ("tools", "system"), _sharegpt),
     Shape("text", "causal_lm", ("text",), (), _text),
@@ -297,6 +311,10 @@ def standard_prompt(fields: Fields) -> tuple[dict[str, Any], list[str]]:
         return _messages(fields, faults, need_answer=False), faults
     if "conversations" in fields:
         return _sharegpt(fields, faults, need_answer=False), faults
+    if isinstance(fields.get("prompt"), list):
+        answers = fields.get("completion")
+        messages = _joined(fields["prompt"], answers if isinstance(answers, list) else [])
+        return _messages({**fields, "messages": messages}, faults, need_answer=False), faults
     answer = fields.get("completion", fields.get("output"))
     completion = {"completion": answer} if isinstance(answer, str) else {}
     if isinstance(fields.get("prompt"), str):
@@ -317,12 +335,15 @@ def _missing(fields: Fields, shape: Shape | None, task: str) -> str:
         f"{found!r} is perhaps {name!r}"
         for name in dict.fromkeys(name for shape in wanted for name in shape.needed if name not in fields)
         for found in fields
-        if found not in known and nearest(found, [name], most=1)
+        if found not in known and nearest(found, [name], most=1, least=0.7)
     ]
     fitting = [s for s in SHAPES if _fits(s, tuple(fields), Layout())]
     if own := next((s.name for s in fitting if s.task == task), None):
         hints.append(f"this row is {own}; rows of different shapes go into files of their own")
     elif fitting:
         hints.append(f"this row fits --task {fitting[0].task}")
-    hint = f" ({'; '.join(hints)})" if hints else ""
+    if not hints:
+        columns = " ".join(f"{name}=COLUMN" for name in wanted[0].needed)
+        hints.append(f"other names of columns: --columns {columns}")
+    hint = f" ({'; '.join(hints)})"
     return f"needs the fields {needed}, found {', '.join(map(repr, fields)) or 'none'}{hint}"

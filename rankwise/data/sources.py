@@ -5,11 +5,13 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from rankwise.data.files import Problem, Row, is_data_file, read_file
+from rankwise.data.files import Problem, Row, is_data_file, read_file, without_nulls
 from rankwise.errors import DataError, MissingDependency
 
 _HUB_NAME = re.compile(r"(?P<name>[\w.-]+/[\w.-]+)(:(?P<configuration>[\w.-]+))?(@(?P<split>[\w\[\]:%]+))?")
-_HELD_OUT = re.compile(r"(test|valid|validation|val|dev|eval)\b", re.IGNORECASE)
+_HELD_OUT = {"test", "valid", "validation", "val", "dev", "eval", "evaluation"}
+"""Words that name held-out data, in the name of a file or of a folder that it lies in."""
+_ADDRESS = re.compile(r"[a-z0-9]+:/", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -38,26 +40,45 @@ class Source:
 
 def read_sources(entries: Sequence[str | Path]) -> Iterator[Row | Problem]:
     """All rows of all entries, in their order. Raises DataError for an entry that cannot be read."""
-    sources = [Source.parse(str(entry)) for entry in entries]
-    names = [source.name for source in sources]
-    if twice := next((name for name in names if names.count(name) > 1), None):
-        raise DataError(f"{twice} is named twice; to see its rows twice an epoch: {twice}:2")
+    named = [Source.parse(str(entry)) for entry in entries]
+    sources = [part for source in named for part in _parts(source)]
+    seen: set[Path | str] = set()
     for source in sources:
-        path = Path(source.name)
-        if path.is_dir():
-            for file in _files_in(path):
-                yield from read_file(file, source.weight)
-        elif not path.exists() and _HUB_NAME.fullmatch(source.name) and not is_data_file(path):
+        own = source.name if _on_hub(source) else Path(source.name).resolve()
+        if own in seen:
+            raise DataError(f"{source.name} is named twice; to see its rows twice an epoch: {source.name}:2")
+        seen.add(own)
+    for source in sources:
+        if _on_hub(source):
             yield from _hub_rows(source)
+        elif _ADDRESS.match(source.name):
+            raise DataError(f"{source.name} is an address, which rankwise does not read; download the file first")
         else:
-            yield from read_file(path, source.weight)
+            yield from read_file(Path(source.name), source.weight)
+
+
+def _parts(source: Source) -> list[Source]:
+    """The files of a folder; anything else as it is."""
+    path = Path(source.name)
+    return [Source(str(file), source.weight) for file in _files_in(path)] if path.is_dir() else [source]
+
+
+def _on_hub(source: Source) -> bool:
+    path = Path(source.name)
+    return not path.exists() and _HUB_NAME.fullmatch(source.name) is not None and not is_data_file(path)
 
 
 def _files_in(folder: Path) -> list[Path]:
-    files = sorted(path for path in folder.rglob("*") if path.is_file() and is_data_file(path))
+    """The data files in a folder and below, but for hidden ones, which editors and systems leave there."""
+    if (folder / "state.json").is_file() and (folder / "dataset_info.json").is_file():
+        raise DataError(f"{folder} was written by save_to_disk; write Parquet instead: data.to_parquet('data.parquet')")
+    parts = {
+        path: path.relative_to(folder).parts for path in folder.rglob("*") if path.is_file() and is_data_file(path)
+    }
+    files = sorted(path for path, names in parts.items() if not any(name.startswith(".") for name in names))
     if not files:
         raise DataError(f"{folder} cannot be read: the folder holds no JSONL, JSON, CSV, TSV, CoNLL or Parquet file")
-    held_out = [path for path in files if _HELD_OUT.match(path.name)]
+    held_out = [path for path in files if _HELD_OUT & {*re.split(r"[\W\d_]+", "/".join(parts[path]).lower())}]
     others = [path for path in files if path not in held_out]
     if held_out and others:
         raise DataError(
@@ -86,4 +107,4 @@ def _hub_rows(source: Source) -> Iterator[Row]:
             f"{str(error).splitlines()[0] if str(error) else type(error).__name__}. Check the name, or give a file"
         ) from None
     for number, fields in enumerate(data, start=1):
-        yield Row(Path(source.name), number, dict(fields), True, source.weight)
+        yield Row(Path(source.name), number, without_nulls(dict(fields)), True, source.weight)

@@ -55,20 +55,20 @@ class Stored(Items[T]):
         self._read: tuple[int, list[T]] = (-1, [])
         self._count = 0
         waiting: list[T] = []
-        try:
-            for item in items:
-                waiting.append(item)
-                if len(waiting) == _TOGETHER:
-                    self._write(waiting)
-                    waiting = []
-            if waiting:
+        for item in items:
+            waiting.append(item)
+            if len(waiting) == _TOGETHER:
                 self._write(waiting)
-        except OSError as error:
-            raise atomic.storage_error(Path(gettempdir()), error) or error from None
+                waiting = []
+        if waiting:
+            self._write(waiting)
 
     def _write(self, items: list[T]) -> None:
-        self._starts.append(self._file.tell())
-        pickle.dump(items, self._file, pickle.HIGHEST_PROTOCOL)
+        try:
+            self._starts.append(self._file.tell())
+            pickle.dump(items, self._file, pickle.HIGHEST_PROTOCOL)
+        except OSError as error:
+            raise atomic.storage_error(Path(gettempdir()), error) or error from None
         self._count += len(items)
 
     def __len__(self) -> int:

@@ -81,7 +81,7 @@ def _conversation(
     whole = _render(messages, tools, tokenizer)
     _check_instructions(messages, tools, whole)
     turns = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
-    if train_on == "completion":
+    if train_on != "all":
         turns = [index for index in turns if messages[index].get("weight", 1)]
     text, answers, done = "", [], 0
     for index in turns if train_on == "completion" else turns[-1:]:
@@ -171,6 +171,11 @@ def _check_instructions(messages: list[Message], tools: Sequence[Any] | None, wh
 def _check_answer(message: Message, index: int, answer: str) -> None:
     if squeezed(message["content"]) not in squeezed(answer):
         raise DataError(f"the chat template leaves out or changes what turn {index + 1} (assistant) says")
+    if any(squeezed(str(message.get(name, ""))) not in squeezed(answer) for name in ("reasoning_content", "thinking")):
+        raise DataError(
+            f"the chat template has no place for reasoning: it leaves it out of turn {index + 1}; choose a model whose "
+            "template has one, or remove it from the row"
+        )
     lost = [call["function"]["name"] for call in message.get("tool_calls", ())]
     lost = [name for name in lost if name not in answer]
     if lost:

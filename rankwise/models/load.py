@@ -32,6 +32,8 @@ _KINDS = {
     "seq2seq_lm": "sequence-to-sequence model",
 }
 
+_POSITIONS_AFTER_PADDING = ("roberta", "xlm-roberta", "camembert")
+
 
 def load_model(
     name: str,
@@ -120,7 +122,9 @@ def longest_input_of(name: str) -> int:
 
 
 def _positions(config: Any) -> int:
-    return getattr(config, "max_position_embeddings", None) or 10**9
+    most = getattr(config, "max_position_embeddings", None) or 10**9
+    # RoBERTa and its kin count positions from the one after that of padding.
+    return most - config.pad_token_id - 1 if config.model_type in _POSITIONS_AFTER_PADDING else most
 
 
 def base_sha256(model: nn.Module) -> str:

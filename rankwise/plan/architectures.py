@@ -275,7 +275,8 @@ def _encoder(s: Settings, kind: str, task: str, labels: int) -> ModelShape:
         attention=attention,
         vocabulary=vocabulary,
         width=d,
-        positions=s.number("max_position_embeddings"),
+        # RoBERTa's positions begin at 2.
+        positions=s.number("max_position_embeddings") - 2 * roberta,
         other=(vocabulary + types + s.number("max_position_embeddings")) * d + 2 * d,
         head=Linear("classifier.out_proj" if of_texts and roberta else "classifier", labels, d, True, "final"),
         head_is_tied=False,

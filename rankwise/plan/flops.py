@@ -1,4 +1,4 @@
-"""Floating-point operations of a training step. A multiplication and an addition count as two.
+"""Floating-point operations of a batch. A multiplication and an addition count as two.
 
 A frozen d × k matrix costs 2·d·k a token forward and as much backward (the gradient of its input); full fine-tuning
 adds 2·d·k for the gradient of the matrix. The update beside it costs 2·r·(d + k) forward and 4·r·(d + k) backward.
@@ -33,7 +33,7 @@ class Flops:
 
 
 def lora_flops(shape: ModelShape, report: InjectReport, batch: Batch, choices: Choices = DEFAULT) -> Flops:
-    """What a step with the adapter of `report` computes.
+    """What a batch with the adapter of `report` computes.
 
     The backward pass ends at the lowest adapted block, and there it leaves out the gradient of the block's input.
     """
@@ -72,7 +72,7 @@ def _updates(shape: ModelShape, ranks: dict[str, int], index: int) -> list[tuple
 
 
 def full_flops(shape: ModelShape, batch: Batch) -> Flops:
-    """What a step that trains every parameter computes: 3 times the forward products."""
+    """What a batch that trains every parameter computes: 3 times the forward products."""
     matrices = 6 * shape.layers * sum(linear.d * linear.k for linear in shape.block.linears)
     head = 6 * sum(linear.d * linear.k for linear in (shape.head, *shape.outside))
     attention = 4 * shape.attended * ATTENTION * shape.layers

@@ -13,7 +13,7 @@ from pathlib import Path
 from rankwise.lora.report import InjectReport
 from rankwise.plan.choices import DEFAULT, Choices
 from rankwise.plan.flops import places_of_head
-from rankwise.plan.shape import ModelShape
+from rankwise.plan.shape import ModelShape, is_dora
 from rankwise.plan.workload import Batch
 
 FLOAT = 4
@@ -90,13 +90,16 @@ def lora_memory(
     """Of a run whose largest batch is `batch`."""
     ranks = {matrix.name: matrix.r for matrix in report.matrices}
     frozen = base_bytes(shape, report, choices) + copied_bytes(report, choices)
-    return _memory(shape, ranks, batch, process_bytes, frozen, TRAINED * report.trainable_parameters, choices)
+    kept = kept_numbers(shape, ranks, batch.padded_to, choices.recompute, is_dora(report))
+    return _memory(shape, kept, batch, process_bytes, frozen, TRAINED * report.trainable_parameters)
 
 
 def copied_bytes(report: InjectReport, choices: Choices) -> float:
-    """Of the copies that a run prepares."""
+    """Of the copies that a run prepares; with DoRA it prepares none."""
     copies = COPIES * FLOAT * sum(matrix.d * matrix.k for matrix in report.matrices)
-    return 0.0 if choices.base_dtype != "fp32" or copies > most_bytes_of_copies() else copies
+    if choices.base_dtype != "fp32" or is_dora(report) or copies > most_bytes_of_copies():
+        return 0.0
+    return copies
 
 
 def base_bytes(shape: ModelShape, report: InjectReport, choices: Choices) -> float:
@@ -114,19 +117,13 @@ def base_bytes(shape: ModelShape, report: InjectReport, choices: Choices) -> flo
 def full_memory(shape: ModelShape, batch: Batch, process_bytes: float) -> Memory:
     """The same for full fine-tuning: every matrix needs its input, and no number is frozen."""
     every = {linear.name: 0 for linear in shape.linears()}
-    return _memory(shape, every, batch, process_bytes, 0, TRAINED * shape.total_parameters, DEFAULT)
+    kept = kept_numbers(shape, every, batch.padded_to)
+    return _memory(shape, kept, batch, process_bytes, 0, TRAINED * shape.total_parameters)
 
 
-def _memory(
-    shape: ModelShape,
-    ranks: dict[str, int],
-    batch: Batch,
-    process_bytes: float,
-    frozen: float,
-    trained: float,
-    choices: Choices,
-) -> Memory:
-    activations = FLOAT * batch.computed * kept_numbers(shape, ranks, batch.padded_to, choices.recompute)
+def _memory(shape: ModelShape, kept: int, batch: Batch, process_bytes: float, frozen: float, trained: float) -> Memory:
+    """`kept`: numbers a token that the forward pass keeps."""
+    activations = FLOAT * batch.computed * kept
     logits = FLOAT * places_of_head(shape, batch) * shape.head.d
     block = batch.computed * (3 * shape.block.activations + 2 * shape.width)
     working = max(min(logits, LOGITS_BYTES), FLOAT * block)
@@ -134,7 +131,9 @@ def _memory(
     return Memory(process, frozen, trained, activations, working, SLACK * (activations + working))
 
 
-def kept_numbers(shape: ModelShape, ranks: dict[str, int], padded_to: int, recompute: bool = False) -> int:
+def kept_numbers(
+    shape: ModelShape, ranks: dict[str, int], padded_to: int, recompute: bool = False, dora: bool = False
+) -> int:
     """Numbers a token that all blocks from the lowest adapted one on keep for the backward pass.
 
     With `recompute` all but the last keep their input alone. The others' numbers are there one block after the other,
@@ -145,5 +144,5 @@ def kept_numbers(shape: ModelShape, ranks: dict[str, int], padded_to: int, recom
         for index in range(shape.layers)
     ]
     lowest = adapted.index(True) if any(adapted) else shape.layers
-    kept = [shape.kept_in_block(ranks, index, padded_to) for index in range(lowest, shape.layers)]
+    kept = [shape.kept_in_block(ranks, index, padded_to, dora) for index in range(lowest, shape.layers)]
     return shape.width * (len(kept) - 1) + max(kept) if recompute and kept else sum(kept)

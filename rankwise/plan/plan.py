@@ -2,8 +2,10 @@
 
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import dataclass
+from functools import partial
+from math import prod
+from typing import Any, TypeVar
 
 from rankwise.lora.config import LoraConfig
 from rankwise.lora.report import AdaptedMatrix, InjectReport
@@ -11,9 +13,11 @@ from rankwise.plan.choices import DEFAULT, Choices
 from rankwise.plan.flops import Flops, full_flops, lora_flops
 from rankwise.plan.machine import Machine
 from rankwise.plan.memory import FLOAT, PROCESS, TRAINED, Memory, base_bytes, copied_bytes, full_memory, lora_memory
-from rankwise.plan.shape import ModelShape
-from rankwise.plan.speed import Seconds, full_seconds, lora_seconds
+from rankwise.plan.shape import ModelShape, is_dora
+from rankwise.plan.speed import Seconds, full_seconds, lora_seconds, run_seconds
 from rankwise.plan.workload import Batch
+
+C = TypeVar("C")
 
 
 @dataclass(frozen=True)
@@ -27,11 +31,11 @@ class Cost:
     file_bytes: int
     """What is saved."""
     flops: Flops | None
-    """Of all steps."""
+    """Of all batches."""
     memory: Memory | None
     """With the largest batch."""
     seconds: Seconds | None
-    """Of all steps; None too where the machine was not measured."""
+    """Of the run; None too where the machine was not measured."""
 
 
 @dataclass(frozen=True)
@@ -41,6 +45,8 @@ class Plan:
     shape: ModelShape
     report: InjectReport
     steps: int
+    """Of the optimiser."""
+    batches: int
     useful_tokens: int
     computed_tokens: int
     counted: int
@@ -72,7 +78,9 @@ class Plan:
             "factor_of_model": self.report.total_parameters / self.report.trainable_parameters,
             "matrices": matrices,
             "trained_in_full": self.report.heads,
+            "extra": self.report.extra,
             "steps": self.steps,
+            "batches": self.batches,
             "useful_tokens": self.useful_tokens,
             "computed_tokens": self.computed_tokens,
             "counted": self.counted,
@@ -101,56 +109,56 @@ def make_plan(
     shape: ModelShape,
     lora: LoraConfig,
     batches: Sequence[Batch],
+    steps: int,
     machine: Machine | None,
     choices: Choices = DEFAULT,
 ) -> Plan:
-    """The plan of a run through these batches; without batches what depends on none, without `machine` no time.
+    """The plan of a run through these batches in so many optimiser steps.
 
+    Without batches it holds what depends on none, without `machine` no time.
     Raises TargetError and ConfigError for an adapter that the model cannot carry.
     """
     report = shape.adapted(lora)
     process = machine.process_bytes if machine else PROCESS
     total, trained = report.total_parameters, report.trainable_parameters
+    distinct = dict.fromkeys(batches)
+
+    def each(cost: Callable[[Batch], C]) -> list[C]:
+        known = {batch: cost(batch) for batch in distinct}
+        return [known[batch] for batch in batches]
+
+    def seconds(cost: Callable[[Machine, Batch], Seconds], numbers: int, copied: float) -> Seconds | None:
+        if machine is None or not batches:
+            return None
+        return run_seconds(each(partial(cost, machine)), steps, numbers, copied, machine)
+
     adapter = Cost(
         trained,
         base_bytes(shape, report, choices) + TRAINED * trained,
         adapter_file_bytes(report),
-        _sum_flops([lora_flops(shape, report, batch, choices) for batch in batches]),
-        _largest([lora_memory(shape, report, batch, process, choices) for batch in batches]),
-        _lora_seconds(shape, report, batches, machine, choices),
+        _sum_flops(each(lambda batch: lora_flops(shape, report, batch, choices))),
+        _largest(each(lambda batch: lora_memory(shape, report, batch, process, choices))),
+        seconds(
+            lambda m, batch: lora_seconds(shape, report, batch, m, choices), trained, copied_bytes(report, choices)
+        ),
     )
     full = Cost(
         total,
         TRAINED * total,
         FLOAT * total,
-        _sum_flops([full_flops(shape, batch) for batch in batches]),
-        _largest([full_memory(shape, batch, process) for batch in batches]),
-        _sum_seconds(lambda m: [full_seconds(shape, batch, m) for batch in batches], machine),
+        _sum_flops(each(lambda batch: full_flops(shape, batch))),
+        _largest(each(lambda batch: full_memory(shape, batch, process))),
+        seconds(lambda m, batch: full_seconds(shape, batch, m), total, 0),
     )
     useful, computed, counted = (
         sum(getattr(batch, name) for batch in batches) for name in ("useful", "computed", "counted")
     )
-    return Plan(shape, report, len(batches), useful, computed, counted, adapter, full, choices)
+    return Plan(shape, report, steps, len(batches), useful, computed, counted, adapter, full, choices)
 
 
 def _sum_flops(parts: list[Flops]) -> Flops | None:
     columns = zip(*(vars(part).values() for part in parts), strict=True)
     return Flops(*map(sum, columns)) if parts else None
-
-
-def _sum_seconds(parts: Callable[[Machine], list[Seconds]], machine: Machine | None) -> Seconds | None:
-    steps = parts(machine) if machine else []
-    columns = zip(*(vars(step).values() for step in steps), strict=True)
-    return Seconds(*map(sum, columns)) if steps else None
-
-
-def _lora_seconds(
-    shape: ModelShape, report: InjectReport, batches: Sequence[Batch], machine: Machine | None, choices: Choices
-) -> Seconds | None:
-    steps = _sum_seconds(lambda m: [lora_seconds(shape, report, batch, m, choices) for batch in batches], machine)
-    if steps is None or machine is None:
-        return None
-    return replace(steps, copying=copied_bytes(report, choices) / machine.copied_bytes_per_second)
 
 
 def _largest(parts: list[Memory]) -> Memory | None:
@@ -166,9 +174,12 @@ def adapter_file_bytes(report: InjectReport) -> int:
     end = 0
     # safetensors sorts by name, and the digits of the offsets depend on the order.
     for matrix in sorted(report.matrices, key=lambda matrix: f"{matrix.name}."):
-        for part, shape in (("A", [matrix.r, matrix.k]), ("B", [matrix.d, matrix.r])):
-            begin, end = end, end + FLOAT * shape[0] * shape[1]
-            name = f"base_model.model.{matrix.name}.lora_{part}.weight"
+        parts = {"A.weight": [matrix.r, matrix.k], "B.weight": [matrix.d, matrix.r]}
+        if is_dora(report):
+            parts["magnitude_vector"] = [matrix.d]
+        for part, shape in parts.items():
+            begin, end = end, end + FLOAT * prod(shape)
+            name = f"base_model.model.{matrix.name}.lora_{part}"
             header[name] = {"dtype": "F32", "shape": shape, "data_offsets": [begin, end]}
     length = len(json.dumps(header, separators=(",", ":")))
     return 8 + -(-length // 8) * 8 + FLOAT * report.trainable_parameters

@@ -5,6 +5,7 @@ from collections.abc import Callable
 from rankwise.plan.flops import Flops
 from rankwise.plan.memory import FLOAT, NARROW, TRAINED
 from rankwise.plan.plan import Cost, Plan
+from rankwise.plan.shape import is_dora
 
 
 def plan_text(plan: Plan) -> str:
@@ -14,13 +15,14 @@ def plan_text(plan: Plan) -> str:
 
 def _matrices(plan: Plan) -> list[str]:
     kinds = plan.kinds()
-    width = max([6, *(len(name) for name, _, _ in kinds), *map(len, plan.report.heads)])
+    width = max([6, *(len(name) for name, _, _ in kinds), *map(len, plan.report.heads), *map(len, plan.report.extra)])
     lines = [f"{'matrix':<{width}} {'d':>7} {'k':>7} {'r':>4} {'d·k':>13} → {'r·(d+k)':>9} {'count':>7}"]
     lines += [
         f"{name:<{width}} {m.d:>7} {m.k:>7} {m.r:>4} {m.full:>13,} → {m.trained:>9,} {'× ' + str(count):>7}"
         for name, m, count in kinds
     ]
     lines += [f"{name:<{width}} trained in full, {count:,} numbers" for name, count in plan.report.heads.items()]
+    lines += [f"{what:<{width}} {count:,} numbers" for what, count in plan.report.extra.items()]
     return lines
 
 
@@ -36,9 +38,10 @@ def _totals(plan: Plan) -> list[str]:
     if plan.steps:
         computed = plan.computed_tokens
         shared = f", {computed:,} run through the model" if computed != plan.useful_tokens else ""
+        batches = f" ({plan.batches:,} batches)" if plan.batches != plan.steps else ""
         counted = "texts" if plan.shape.of_texts else "trained tokens"
         lines.append(
-            f"work: {plan.steps:,} steps over {plan.useful_tokens:,} tokens{shared}; "
+            f"work: {plan.steps:,} steps{batches} over {plan.useful_tokens:,} tokens{shared}; "
             f"the loss counts {plan.counted:,} {counted}"
         )
     return lines
@@ -51,7 +54,8 @@ def _costs(plan: Plan) -> list[str]:
     def add(name: str, text: Callable[[Cost], str], how: str = "") -> None:
         rows.append((name, text(plan.adapter), text(plan.full), how))
 
-    add("trained numbers", lambda cost: f"{cost.trained:,}", "N = Σ r·(d + k); P")
+    each = "(r·(d + k) + d)" if is_dora(plan.report) else "r·(d + k)"
+    add("trained numbers", lambda cost: f"{cost.trained:,}", f"N = Σ {each}; P")
     add("static memory", lambda cost: _bytes(cost.static_bytes), f"{_frozen(plan)}·P + {TRAINED}·N; {TRAINED}·P")
     add("saved file", lambda cost: _bytes(cost.file_bytes), f"{FLOAT}·N; {FLOAT}·P")
     if plan.steps:

@@ -11,6 +11,9 @@ from rankwise.errors import ConfigError, TargetError, listing, nearest
 from rankwise.lora.config import ALL_LINEAR, LoraConfig, matches_target
 from rankwise.lora.report import AdaptedMatrix, InjectReport
 
+_MAGNITUDES = "magnitudes"
+"""What InjectReport.extra calls the lengths of rows that DoRA trains."""
+
 
 @dataclass(frozen=True)
 class Linear:
@@ -99,17 +102,20 @@ class ModelShape:
         """Width of all query heads together."""
         return self.heads * self.head_width
 
-    def kept_in_block(self, ranks: Mapping[str, int], index: int, padded_to: int) -> int:
+    def kept_in_block(self, ranks: Mapping[str, int], index: int, padded_to: int, dora: bool = False) -> int:
         """Numbers a token that block `index` keeps for the backward pass.
 
-        `ranks`: of the adapted matrices, by whole name. `padded_to`: tokens of a padded row.
+        `ranks`: of the adapted matrices, by whole name. `padded_to`: tokens of a padded row. `dora`: they train
+        magnitudes too.
         """
         prefix = f"{self.path}.{index}."
         adapted = [linear for linear in self.block.linears if prefix + linear.name in ranks]
         # A frozen matrix needs no input for its backward pass; an adapted one needs its input x, and A·x.
         inputs = {linear.reads: linear.k for linear in adapted}
         hidden = sum(ranks[prefix + linear.name] for linear in adapted)
-        return sum({**inputs, **self.block.kept}.values()) + hidden + self.block.kept_by_length * padded_to
+        # DoRA multiplies the base's output and the update's, and keeps both for the gradient of the magnitudes.
+        outputs = 2 * sum(linear.d for linear in adapted) * dora
+        return sum({**inputs, **self.block.kept}.values()) + hidden + outputs + self.block.kept_by_length * padded_to
 
     def largest_ranks(self, lora: LoraConfig) -> dict[str, int]:
         """min(d, k) of each matrix that would be adapted, by name: no update can have a higher rank."""
@@ -131,7 +137,8 @@ class ModelShape:
         too_high = [f"{m.name} is {m.d} × {m.k}, and r = {m.r} is larger" for m in matrices if m.r > min(m.d, m.k)]
         if too_high:
             raise ConfigError("an update cannot have a higher rank than min(d, k):\n" + listing(too_high))
-        return InjectReport(matrices, {m.name: m.parameters for m in in_full}, self.total_parameters)
+        extra = {_MAGNITUDES: sum(m.d for m in matrices)} if lora.use_dora else {}
+        return InjectReport(matrices, {m.name: m.parameters for m in in_full}, self.total_parameters, extra)
 
     def _in_layers(self, linears: list[Linear], lora: LoraConfig) -> list[Linear]:
         """Those that lie in the blocks of layers_to_transform, if it is set."""
@@ -145,6 +152,11 @@ class ModelShape:
                 f"layers_to_transform: there are {self.layers} blocks from 0 on, and none of index {missing}"
             )
         return [linear for linear in linears if linear.name.startswith(blocks)]
+
+
+def is_dora(report: InjectReport) -> bool:
+    """Whether each adapted d × k matrix has d magnitudes that train."""
+    return _MAGNITUDES in report.extra
 
 
 def _matching(lora: LoraConfig, linears: list[Linear], model_type: str) -> list[Linear]:

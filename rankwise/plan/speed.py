@@ -1,13 +1,14 @@
-"""Seconds of a training step: its arithmetic and its memory traffic, each at the rate that this machine reached."""
+"""Seconds of a run: its arithmetic and its memory traffic, each at the rate that this machine reached."""
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 from rankwise.lora.report import InjectReport
 from rankwise.plan.choices import DEFAULT, Choices
 from rankwise.plan.flops import Flops, full_flops, lora_flops, places_of_head
 from rankwise.plan.machine import Machine
 from rankwise.plan.memory import FLOAT, kept_numbers
-from rankwise.plan.shape import ModelShape
+from rankwise.plan.shape import ModelShape, is_dora
 from rankwise.plan.workload import Batch
 
 ACCESSES = 6
@@ -24,7 +25,7 @@ AGAIN = 1.5
 
 @dataclass(frozen=True)
 class Seconds:
-    """Of one or more steps, by what they are spent on."""
+    """Of one or more batches, by what they are spent on."""
 
     matrices: float
     adapter: float
@@ -35,7 +36,8 @@ class Seconds:
     """Norms, rotations, activations, sums: limited by memory."""
     starting: float
     """Starting operations, which weighs most in small batches."""
-    optimiser: float
+    optimiser: float = 0.0
+    """Once a step, after all of its batches."""
     copying: float = 0.0
     """Preparing copies of the weights, once a run."""
 
@@ -47,34 +49,52 @@ class Seconds:
 def lora_seconds(
     shape: ModelShape, report: InjectReport, batch: Batch, machine: Machine, choices: Choices = DEFAULT
 ) -> Seconds:
-    """Of one step with the adapter of `report`."""
+    """Of one batch with the adapter of `report`, without the optimiser."""
     ranks = {matrix.name: matrix.r for matrix in report.matrices}
+    kept = kept_numbers(shape, ranks, batch.padded_to, dora=is_dora(report))
     flops = lora_flops(shape, report, batch, choices)
-    return _seconds(shape, ranks, flops, batch, machine, report.trainable_parameters, AGAIN if choices.recompute else 1)
+    r = max(ranks.values(), default=1)
+    return _seconds(shape, kept, r, flops, batch, machine, AGAIN if choices.recompute else 1)
 
 
 def full_seconds(shape: ModelShape, batch: Batch, machine: Machine) -> Seconds:
-    """Of one step of full fine-tuning."""
+    """The same for full fine-tuning."""
     every = {linear.name: 0 for linear in shape.linears()}
-    return _seconds(shape, every, full_flops(shape, batch), batch, machine, shape.total_parameters, 1)
+    kept = kept_numbers(shape, every, batch.padded_to)
+    return _seconds(shape, kept, 0, full_flops(shape, batch), batch, machine, 1)
+
+
+def run_seconds(batches: Sequence[Seconds], steps: int, trained: int, copied: float, machine: Machine) -> Seconds:
+    """Of a run through these batches in `steps` optimiser steps.
+
+    `trained`: numbers that train. `copied`: bytes of the copies of weights that the run prepares.
+    """
+    columns = zip(*(vars(batch).values() for batch in batches), strict=True)
+    return replace(
+        Seconds(*map(sum, columns)),
+        optimiser=steps * OPTIMISER * trained / machine.bytes_per_second,
+        copying=copied / machine.copied_bytes_per_second,
+    )
 
 
 def _seconds(
-    shape: ModelShape, ranks: dict[str, int], flops: Flops, batch: Batch, machine: Machine, trained: int, passes: float
+    shape: ModelShape, kept: int, r: int, flops: Flops, batch: Batch, machine: Machine, passes: float
 ) -> Seconds:
-    """`passes`: how often forward and backward passes of the blocks' small operations run."""
+    """`kept`: numbers a token that the forward pass keeps.
+
+    `passes`: how often forward and backward passes of the blocks' small operations run.
+    """
     rate = machine.product_rate(batch.computed)
     places = places_of_head(shape, batch)
     calls = len(batch.attention) * shape.layers
-    kept = batch.computed * kept_numbers(shape, ranks, batch.padded_to)
     activations = batch.computed * shape.layers * shape.block.activations
-    elementwise = ACCESSES * FLOAT * kept / machine.bytes_per_second + activations / machine.activations_per_second
+    moved = ACCESSES * FLOAT * batch.computed * kept
+    elementwise = moved / machine.bytes_per_second + activations / machine.activations_per_second
     return Seconds(
         matrices=flops.matrices / rate,
-        adapter=flops.adapter / machine.thin_rate(max(ranks.values(), default=1)),
+        adapter=flops.adapter / machine.thin_rate(r),
         attention=calls * machine.attention_call + flops.attention / machine.attention_flops,
         head=flops.head / machine.product_rate(places) + places * shape.head.d / machine.logits_per_second,
         elementwise=passes * elementwise,
         starting=passes * shape.layers * OPERATIONS * machine.operation,
-        optimiser=OPTIMISER * trained / machine.bytes_per_second,
     )

@@ -1,12 +1,11 @@
-"""What goes through the model in one optimiser step, counted in tokens."""
+"""What goes through the model in one batch, counted in tokens."""
 
 from dataclasses import dataclass
-from math import ceil
 
 
 @dataclass(frozen=True)
 class Batch:
-    """The rows of one optimiser step as the engine runs them."""
+    """The rows of one batch as the engine runs them."""
 
     rows: int
     useful: int
@@ -43,13 +42,8 @@ def padded_batch(lengths: list[int], counted: int) -> Batch:
     return Batch(rows, sum(lengths), rows * longest, counted, ((rows, longest, longest),), longest)
 
 
-def even_batches(
-    rows: int, tokens: int, counted: int, batch_size: int, epochs: float, max_steps: int | None, packs: bool
-) -> list[Batch]:
-    """The batches of `rows` rows of `tokens` tokens each, of which the loss counts `counted`; nothing is shared."""
-    size = min(rows, batch_size)
+def even_batch(rows: int, tokens: int, counted: int, packs: bool) -> Batch:
+    """`rows` rows of `tokens` tokens each, of which the loss counts `counted`; nothing is shared."""
     if packs:
-        batch = packed_batch(size * tokens, size * counted, (tokens,) * size, (None,) * size, size)
-    else:
-        batch = padded_batch([tokens] * size, size * counted)
-    return [batch] * (max_steps or max(1, ceil(epochs * ceil(rows / batch_size))))
+        return packed_batch(rows * tokens, rows * counted, (tokens,) * rows, (None,) * rows, rows)
+    return padded_batch([tokens] * rows, rows * counted)

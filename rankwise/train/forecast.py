@@ -49,10 +49,10 @@ def forecast(plan: Plan[Any], config: TrainConfig, lora: LoraConfig, labels: int
     try:
         shape = read_shape(local_path(config.model), config.task, labels)
         batches = counted_batches(first, packs)
-        cost = make_plan(shape, lora, batches, read_machine(), choices).adapter
+        cost = make_plan(shape, lora, batches, len(first), read_machine(), choices).adapter
         if config.recompute == "auto" and cost.memory and cost.memory.peak - peak_memory_bytes() > free_bytes():
             choices = replace(choices, recompute=True)
-            cost = make_plan(shape, lora, batches, read_machine(), choices).adapter
+            cost = make_plan(shape, lora, batches, len(first), read_machine(), choices).adapter
     except RankwiseError:
         return {"recompute": choices.recompute, "predicted_seconds": None, "predicted_peak_memory_bytes": None}
     return {

@@ -276,6 +276,19 @@ def test_turns_of_weight_0_are_not_trained(speaking):
     assert trained_turns(example, tokenizer) == [f"Say it once{END}", f"x{END}"]
 
 
+def test_the_last_turn_alone_is_not_trained_if_its_weight_is_0(speaking):
+    tokenizer = speaking("chatml")
+    rows = [row([user("a"), assistant("b"), user("c"), {**assistant("d"), "weight": 0}])]
+    [example] = text_examples(rows, tokenizer, 1000, "error", train_on="last")
+    assert trained_turns(example, tokenizer) == [f"b{END}"]
+
+
+@pytest.mark.parametrize("name", ["reasoning_content", "thinking"])
+def test_reasoning_that_a_template_leaves_out_is_an_error(name, speaking):
+    _, [problem] = tokenise([row([user("a"), {**assistant("b"), name: "long thoughts"}])], speaking("chatml"))
+    assert "no place for reasoning: it leaves it out of turn 2" in problem.text
+
+
 @pytest.mark.parametrize("name", ASKED_FIRST)
 def test_an_opening_that_a_template_does_not_know_is_an_error(name, speaking):
     with pytest.raises(DataError, match=r"put a user's turn before it|the chat template refuses it"):

@@ -51,6 +51,9 @@ WRITERS = {
 }
 
 
+TALK_OF_TWO = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "hello"}]
+
+
 def fields(rows):
     return [dict(row.fields) for row in rows]
 
@@ -74,6 +77,35 @@ def test_parquet_gives_the_same_rows_and_leaves_out_what_it_fills_up(tmp_path):
     assert row.fields["messages"][0] == talk[0]
     assert row.fields["messages"][1]["tool_calls"][0]["function"] == {"name": "f", "arguments": {}}
     assert row.place == f"{tmp_path / 'talk.parquet'}, row 1"
+
+
+def test_a_tables_nulls_are_no_arguments_of_a_call(tmp_path):
+    def talk(name, arguments):
+        call = {"type": "function", "function": {"name": name, "arguments": arguments}}
+        return {"messages": [TALK[0], {"role": "assistant", "content": None, "tool_calls": [call]}]}
+
+    rows = [talk("weather", {"city": "Rome"}), talk("search", {"query": "cats", "words": [None, "a"]})]
+    write_parquet(tmp_path / "data.parquet", rows)
+    (tmp_path / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert fields(read_rows(tmp_path / "data.parquet", "causal_lm")) == fields(
+        read_rows(tmp_path / "data.jsonl", "causal_lm")
+    )
+
+
+@pytest.mark.parametrize("top", ["\n\n", ""])
+def test_a_tables_delimiter_is_the_one_that_cuts_its_lines_alike(tmp_path, top):
+    (tmp_path / "a.csv").write_text(top + 'question (short, simple);answer\n2 + 2;4\n"open\nb;c\n')
+    scan = scan_rows(
+        tmp_path / "a.csv", "causal_lm", Layout(None, {"prompt": "question (short, simple)", "completion": "answer"})
+    )
+    assert fields(scan.rows) == [{"prompt": "2 + 2", "completion": "4"}, {"prompt": "b", "completion": "c"}]
+    assert [problem.place for problem in scan.problems] == [f"{tmp_path / 'a.csv'}:{len(top) + 3}"]
+
+
+@pytest.mark.parametrize("row", [ROWS[0], {"messages": TALK_OF_TWO}])
+def test_a_json_file_of_one_row_is_that_row(tmp_path, row):
+    (tmp_path / "data.json").write_text(json.dumps(row))
+    assert fields(read_rows(tmp_path / "data.json", "causal_lm")) == [row]
 
 
 def test_a_table_names_the_line_on_which_a_bad_row_begins(tmp_path):
@@ -110,6 +142,14 @@ def test_lists_in_a_table_are_json_text(tmp_path):
         ("data.jsonl.gz", gzip.compress(b'{"prompt": "a"}' * 99, mtime=0)[:-20], "is damaged"),
         ("data.jsonl.gz", b'{"prompt": "a"}', "is damaged: Not a gzipped file"),
         ("data.csv", b"", "holds no row"),
+        ("data.csv", b"prompt,completion\ra,b\rc,d", "a carriage return stands outside quotes"),
+        (
+            "data.jsonl",
+            b'[\n{"prompt": "a"}\n]',
+            "problems: 3\n.*a file that is one JSON value of many lines is named .json",
+        ),
+        ("data.jsonl", gzip.compress(b"{}"), "is gzipped; give its name the ending .gz"),
+        ("data.xlsx", b"PK\x03\x04...", "save the sheet as CSV"),
     ],
 )
 def test_a_file_that_cannot_be_read_says_why(tmp_path, name, content, message):
@@ -141,6 +181,30 @@ def test_a_folder_with_held_out_files_is_not_trained_on_by_mistake(tmp_path):
         (tmp_path / name).write_text(WRITERS["jsonl"](ROWS))
     with pytest.raises(DataError, match=r"named as held-out data \(test.jsonl\). Name the files: --data .*train.jsonl"):
         read_rows(tmp_path, "causal_lm")
+
+
+@pytest.mark.parametrize("name", ["test/x.jsonl", "test_data.jsonl", "squad-dev.jsonl", "squad_TEST.jsonl"])
+def test_held_out_files_are_known_by_any_word_of_their_path(tmp_path, name):
+    for own in ("train/latest.jsonl", name):
+        (tmp_path / own).parent.mkdir(exist_ok=True)
+        (tmp_path / own).write_text(WRITERS["jsonl"](ROWS))
+    with pytest.raises(DataError, match="named as held-out data"):
+        read_rows(tmp_path, "causal_lm")
+
+
+def test_hidden_files_of_a_folder_are_no_data(tmp_path):
+    for name in ("train.jsonl", ".ipynb_checkpoints/train-checkpoint.jsonl", "._train.jsonl"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(WRITERS["jsonl"](ROWS))
+    assert fields(read_rows(tmp_path, "causal_lm")) == ROWS
+
+
+def test_a_folder_of_arrow_files_and_an_address_are_told(tmp_path):
+    datasets.Dataset.from_list(ROWS).save_to_disk(tmp_path)
+    with pytest.raises(DataError, match=r"was written by save_to_disk; write Parquet"):
+        read_rows(tmp_path, "causal_lm")
+    with pytest.raises(DataError, match=r"is an address, which rankwise does not read"):
+        read_rows("https://example.org/a.jsonl", "causal_lm")
 
 
 def test_several_files_keep_their_places_and_weights(tmp_path):
@@ -251,6 +315,41 @@ TOOL = {"type": "function", "function": {"name": "f", "parameters": {}}}
             "messages",
             {"messages": TALK},
         ),
+        (
+            {
+                "functions": [{"name": "f", "parameters": {}}],
+                "messages": [
+                    TALK[0],
+                    {"role": "assistant", "content": None, "function_call": {"name": "f", "arguments": '{"x": 1}'}},
+                    {"role": "function", "name": "f", "content": "2"},
+                    TALK[1],
+                ],
+            },
+            "messages",
+            {
+                "messages": [
+                    TALK[0],
+                    {
+                        "role": "assistant",
+                        "content": "",
+                        "tool_calls": [{"type": "function", "function": {"name": "f", "arguments": {"x": 1}}}],
+                    },
+                    {"role": "tool", "name": "f", "content": "2"},
+                    TALK[1],
+                ],
+                "tools": [TOOL],
+            },
+        ),
+        (
+            {"prompt": [*TALK, TALK[0]], "completion": [TALK[1]]},
+            "prompt/completion",
+            {"messages": [TALK[0], {**TALK[1], "weight": 0}, TALK[0], TALK[1]]},
+        ),
+        (
+            {"conversations": [SHARED[0], {**SHARED[1], "weight": 0}, *SHARED]},
+            "sharegpt",
+            {"messages": [TALK[0], {**TALK[1], "weight": 0}, *TALK]},
+        ),
         ({"text": "Once upon a time", "id": 3}, "text", {"text": "Once upon a time"}),
     ],
 )
@@ -285,6 +384,15 @@ def test_what_a_row_holds_beside_its_shape_is_said(tmp_path):
     row = {"instruction": "a", "input": "", "output": "b", "text": "a b", "id": 7}
     summary = scan_rows(write(tmp_path / "data.jsonl", row), "causal_lm").summary()
     assert summary.endswith("alpaca, 1 rows; fits text too (--format chooses); not used: text, id")
+
+
+def test_a_renamed_column_no_longer_counts_under_its_old_name(tmp_path):
+    path = write(tmp_path / "a.jsonl", {"text": "a", "label": ["x", "y"]}, {"text": "b", "label": []})
+    scan = scan_rows(path, "seq_cls", Layout(None, {"labels": "label"}))
+    assert fields(scan.rows) == [{"text": "a", "labels": ["x", "y"]}, {"text": "b", "labels": []}]
+    path = write(tmp_path / "b.jsonl", {"instruction": "a", "output": "b"})
+    with pytest.raises(DataError, match=r"needs the fields prompt \+ completion or"):
+        read_rows(path, "causal_lm", Layout(None, {"prompt": "instruction"}))
 
 
 def test_a_format_and_columns_win_over_what_is_found(tmp_path):
@@ -364,6 +472,8 @@ def test_a_file_that_is_named_twice_is_told(tmp_path):
     path = write(tmp_path / "a.jsonl", {"prompt": "a", "completion": "b"})
     with pytest.raises(DataError, match="named twice"):
         divide([path, path], None, "causal_lm", None)
+    with pytest.raises(DataError, match="named twice"):
+        divide([path, tmp_path], None, "causal_lm", None)
 
 
 @pytest.mark.parametrize(

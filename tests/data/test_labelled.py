@@ -76,6 +76,8 @@ CONLL = [
     "-DOCSTART- -X- -X- O\n\n"
     "EU NNP B-NP B-ORG\nrejects VBZ B-VP O\nGerman JJ B-NP B-MISC\ncall NN I-NP O\n. . O O\n\n\n"
     "Peter NNP B-NP B-PER\nBlackburn NNP I-NP I-PER",
+    "# id 1\tdomain=train\nEU _ _ B-ORG\nrejects _ _ O\nGerman _ _ B-MISC\ncall _ _ O\n. _ _ O\n\n"
+    "# id 2 domain=train\nPeter _ _ B-PER\nBlackburn _ _ I-PER\n\n# text = nothing\n",
     "\ufeffEU\tB-ORG\r\nrejects\tO\r\nGerman\tB-MISC\r\ncall\tO\r\n.\tO\r\n \r\n"
     "Peter\tB-PER\r\nBlackburn\tI-PER\r\n\r\n",
 ]
@@ -88,7 +90,9 @@ def test_columns_of_words_and_tags_give_the_same_rows(text, name, tmp_path):
     (tmp_path / name).write_bytes(gzip.compress(content) if name.endswith(".gz") else content)
     rows = read_rows(tmp_path / name, "token_cls")
     assert fields(rows) == TAGGED
-    assert [row.line for row in rows] == [1 if "\t" in text else 3, 10 if "-DOCSTART-" in text else 7]
+    assert [row.line for row in rows] == next(
+        lines for begin, lines in (("-D", [3, 10]), ("#", [2, 9]), ("", [1, 7])) if text.startswith(begin)
+    )
 
 
 def test_a_bad_line_of_columns_spoils_its_own_sentence_alone(tmp_path):
@@ -247,6 +251,7 @@ def test_a_report_counts_the_words_of_each_tag_and_finds_what_would_stop_a_run(b
         ),
         ("seq_cls", [{"text": "a", "label": "x"}], "every row has the label 'x'; a classifier needs"),
         ("seq_cls", [{"text": "a", "labels": []}], "no row has a label"),
+        ("seq_cls", [{"text": "a", "labels": [1, 0]}, {"text": "b", "labels": [0, 1]}], "every row has all 2 labels"),
     ],
 )
 def test_labels_that_leave_nothing_to_learn_are_no_training_data(bert, tmp_path, task, rows, message):

@@ -27,7 +27,7 @@ def test_the_three_shapes_are_read(tmp_path):
     [
         ([], "causal_lm", "holds no row"),
         ([GOOD, '{"prompt": "x", '], "causal_lm", r"data.jsonl:2: not JSON"),
-        ([GOOD, "[1]"], "causal_lm", r"data.jsonl:2: a row must be a JSON object, found list"),
+        ([GOOD, "[1]"], "causal_lm", r"data.jsonl:2: a row must be a JSON object, found a list"),
         ([{"prompt": "x", "completoin": "y"}], "causal_lm", r"found 'prompt', 'completoin' \('completoin' is perhaps"),
         ([GOOD, TALK], "causal_lm", r"data.jsonl:2: needs the fields prompt \+ completion, found 'messages'"),
         ([{"text": "x", "label": "y"}], "causal_lm", "fits --task seq_cls"),
@@ -39,6 +39,21 @@ def test_the_three_shapes_are_read(tmp_path):
         ([{"messages": []}], "causal_lm", "messages must be a list that is not empty"),
         ([{"messages": [{"role": "human", "content": "x"}]}], "causal_lm", r"messages\[0\]\.role must be one of"),
         ([{"messages": [{"role": "user", "content": "x"}]}], "causal_lm", "no assistant message"),
+        (
+            [{"question": "x", "answer": "y"}],
+            "causal_lm",
+            r"found 'question', 'answer' \(other names of columns: --col",
+        ),
+        (
+            [{"text": "x", "labels": [0, 1, 1]}],
+            "seq_cls",
+            "holds '1' twice; it is a list of the text's labels, not a 0",
+        ),
+        (
+            [{"messages": [{"role": "user", "content": "x"}, {"role": "assistant", "content": "y", "train": False}]}],
+            "causal_lm",
+            r'messages\[1\].train is not read; a message that is not to be trained has "weight": 0',
+        ),
     ],
 )
 def test_bad_rows_are_named_by_file_and_line(tmp_path, rows, task, message):

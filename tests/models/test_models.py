@@ -6,12 +6,19 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import randomise_adapter, tiny
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import (
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    CamembertConfig,
+    RobertaConfig,
+    XLMRobertaConfig,
+)
 
 from rankwise import LoraConfig, inject_, merge_, merge_and_remove_
 from rankwise.errors import ModelError
 from rankwise.models import local_path
-from rankwise.models.load import base_sha256, load_model, save_merged
+from rankwise.models.load import base_sha256, load_model, longest_input, save_merged
 
 
 def test_embedded_models_have_a_folder_in_hugging_face_layout(smollm2, minilm):
@@ -67,6 +74,16 @@ def test_the_model_answers_a_question(smollm2):
     ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt")["input_ids"]
     answer = model.generate(ids, max_new_tokens=12, do_sample=False)
     assert "Paris" in tokenizer.decode(answer[0, ids.shape[1] :])
+
+
+@pytest.mark.parametrize("kind", [RobertaConfig, XLMRobertaConfig, CamembertConfig])
+def test_the_longest_input_is_one_that_the_model_takes_and_one_more_is_not(kind):
+    size = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "vocab_size": 9}
+    model = AutoModel.from_config(kind(**size, max_position_embeddings=20, pad_token_id=1))
+    most = longest_input(model)
+    model(torch.full((1, most), 5))
+    with pytest.raises((IndexError, RuntimeError), match="out of"):
+        model(torch.full((1, most + 1), 5))
 
 
 @pytest.mark.parametrize(

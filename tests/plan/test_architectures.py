@@ -2,6 +2,7 @@
 
 from collections import Counter
 from dataclasses import fields
+from itertools import product
 
 import pytest
 import torch
@@ -126,10 +127,28 @@ def test_decoders_that_transformers_has_token_classifiers_of_are_known():
     assert {kind for kind in (*LLAMAS, *_FAMILIES) if type(AutoConfig.for_model(kind)) in there} == set(TAGGERS)
 
 
-def kept_numbers(task, kind, class_name, other, layers, folder, targets):
+@pytest.mark.parametrize(ARGUMENTS, [("seq_cls", *entry) for entry in ENCODERS], ids=named)
+def test_an_encoder_takes_rows_of_as_many_tokens_as_planned(task, kind, class_name, other, tmp_path):
+    model = build(kind, class_name, {**other, "pad_token_id": 1}, 1, tmp_path)
+    most = read_shape(tmp_path, task).positions
+    model(torch.full((1, most), 5))
+    with pytest.raises((IndexError, RuntimeError)):
+        model(torch.full((1, most + 1), 5))
+
+
+@pytest.mark.parametrize("dora", [False, True])
+def test_magnitudes_are_those_that_inject_reports(dora, tmp_path):
+    model = build("llama", "LlamaForCausalLM", {}, 2, tmp_path)
+    lora = lora_for("causal_lm", use_dora=dora)
+    planned, found = read_shape(tmp_path, "causal_lm").adapted(lora), rankwise.inject_(model, lora)
+    assert planned.extra == found.extra
+    assert planned.trainable_parameters == found.trainable_parameters
+
+
+def kept_numbers(task, kind, class_name, other, layers, folder, lora):
     """(numbers that autograd keeps for a batch, the batch's tokens as the engine runs them, whether it packs)."""
     model = build(kind, class_name, other, layers, folder)
-    rankwise.inject_(model, lora_for(task, target_modules=targets))
+    rankwise.inject_(model, lora)
     generator = torch.Generator().manual_seed(0)
     rows = [tuple(torch.randint(4, 90, (length,), generator=generator).tolist()) for length in (20, 28)]
     if task == "seq_cls":
@@ -161,14 +180,15 @@ def test_a_block_keeps_what_autograd_saves(task, kind, class_name, other, tmp_pa
     monkeypatch.setattr("rankwise.engine.attention._ONE_CALL", 0)
     attention_outputs = ("o_proj", "c_proj", "dense", "out_proj", "out_lin")
     shape = read_shape(_config(kind, class_name, other, tmp_path), task)
-    for targets in ("all-linear", rf".*\.({'|'.join(attention_outputs)})"):
+    for targets, dora in product(("all-linear", rf".*\.({'|'.join(attention_outputs)})"), (False, True)):
+        lora = lora_for(task, target_modules=targets, use_dora=dora)
         (two, tokens, packs), (three, _, _) = (
-            kept_numbers(task, kind, class_name, other, layers, tmp_path, targets) for layers in (2, 3)
+            kept_numbers(task, kind, class_name, other, layers, tmp_path, lora) for layers in (2, 3)
         )
         assert packs == (shape.attention == "packed")
-        adapted = shape.adapted(lora_for(task, target_modules=targets))
-        in_block = [m for m in adapted.matrices if m.name.startswith(f"{shape.path}.1.")]
-        assert (three - two) / tokens == shape.kept_in_block({m.name: m.r for m in in_block}, 1, padded_to=28)
+        in_block = [m for m in shape.adapted(lora).matrices if m.name.startswith(f"{shape.path}.1.")]
+        planned = shape.kept_in_block({m.name: m.r for m in in_block}, 1, padded_to=28, dora=dora)
+        assert (three - two) / tokens == planned
 
 
 def _config(kind, class_name, other, folder):

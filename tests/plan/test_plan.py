@@ -1,12 +1,13 @@
 """What a plan counts, against what runs: operations, files, packed streams, predictions of train."""
 
 import json
+import re
 import subprocess
 import sys
 
 import pytest
 import torch
-from conftest import tiny
+from conftest import ROOT, tiny
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForTokenClassification
 
@@ -27,7 +28,7 @@ from rankwise.plan.choices import Choices
 from rankwise.plan.flops import lora_flops
 from rankwise.plan.memory import base_bytes
 from rankwise.plan.plan import adapter_file_bytes
-from rankwise.plan.workload import even_batches
+from rankwise.plan.workload import even_batch
 from rankwise.train.batches import planned_steps
 from rankwise.train.config import TrainConfig
 from rankwise.train.forecast import counted_batches
@@ -176,15 +177,53 @@ def test_packed_batches_count_what_the_stream_holds():
 
 
 @pytest.mark.parametrize("packs", [True, False])
-def test_even_batches_count_as_rows_of_that_length_do(packs):
-    rows = counted_batches(planned_steps(texts((30,) * 8), settings(max_steps=None, epochs=2)), packs)
-    assert even_batches(8, 30, 4, batch_size=4, epochs=2, max_steps=None, packs=packs) == rows
+def test_an_even_batch_counts_as_rows_of_that_length_do(packs):
+    rows = counted_batches(planned_steps(texts((32,) * 10), settings(max_steps=None)), packs)
+    assert rows == [even_batch(size, 32, 4, packs) for size in (4, 4, 2)]
 
 
-def test_the_adapter_file_has_the_planned_size(tmp_path):
+@pytest.mark.parametrize(
+    ("options", "steps", "batches", "tokens"),
+    [
+        ([], 5, 5, 400),
+        (["--accumulate", 4], 5, 20, 1600),
+        (["--batch-tokens", 415], 5, 5, 2000),
+        (["--batch-tokens", 20], 5, 5, 100),
+        (["--batch-tokens", 60, "--accumulate", 2], 5, 10, 600),
+    ],
+    ids=str,
+)
+def test_rows_that_are_only_counted_make_the_batches_of_training(run, tmp_path, options, steps, batches, tokens):
+    tiny("llama").config.save_pretrained(tmp_path)
+    work = ["--rows", 100, "--tokens-per-row", 20, "--r", 2, "--max-steps", 5, "--batch-size", 4]
+    code, out, _ = run("plan", "--model", tmp_path, *work, *options, "--no-time", "--json")
+    plan = json.loads(out)
+    assert code == 0
+    assert (plan["steps"], plan["batches"], plan["useful_tokens"]) == (steps, batches, tokens)
+
+
+def test_the_rows_of_an_epoch_are_planned_once(run, tmp_path):
+    tiny("llama").config.save_pretrained(tmp_path)
+    work = ["--rows", 10, "--tokens-per-row", 20, "--epochs", 1.5, "--batch-size", 4, "--accumulate", 2]
+    plan = json.loads(run("plan", "--model", tmp_path, *work, "--no-time", "--json")[1])
+    # An epoch is a step of two batches and one of the last two rows; half of it is its first step.
+    assert (plan["steps"], plan["batches"], plan["useful_tokens"]) == (3, 5, (10 + 8) * 20)
+
+
+def test_a_plan_says_steps_and_where_they_are_not_the_same_batches(run, tiny_llama_folder, tmp_path):
+    data = tmp_path / "data.jsonl"
+    data.write_text("".join(json.dumps({"text": f"row {n}"}) + "\n" for n in range(16)))
+    flags = ["--model", tiny_llama_folder, "--data", data, "--eval-fraction", 0, "--max-steps", 2]
+    flags += ["--batch-size", 4, "--r", 2, "--no-time"]
+    assert "work: 2 steps over" in run("plan", *flags)[1]
+    assert "work: 2 steps (4 batches) over" in run("plan", *flags, "--accumulate", 2)[1]
+
+
+@pytest.mark.parametrize("dora", [False, True])
+def test_the_adapter_file_has_the_planned_size(dora, tmp_path):
     model = tiny("llama")
     model.config.save_pretrained(tmp_path)
-    lora = LoraConfig(r=5, target_modules=["q_proj", "v_proj", "down_proj"])
+    lora = LoraConfig(r=5, target_modules=["q_proj", "v_proj", "down_proj"], use_dora=dora)
     planned = adapter_file_bytes(read_shape(tmp_path, "causal_lm").adapted(lora))
     rankwise.inject_(model, lora)
     rankwise.save_adapter(model, tmp_path / "adapter")
@@ -215,7 +254,16 @@ def test_a_plan_needs_no_torch(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "more", [(), ("--base-dtype", "bf16"), ("--recompute", "always"), ("--layers-to-transform", 1)], ids=str
+    "more",
+    [
+        (),
+        ("--base-dtype", "bf16"),
+        ("--recompute", "always"),
+        ("--layers-to-transform", 1),
+        ("--accumulate", 2),
+        ("--use-dora",),
+    ],
+    ids=str,
 )
 def test_train_predicts_what_plan_says(run, tiny_llama_folder, tmp_path, more):
     data = tmp_path / "data.jsonl"
@@ -232,6 +280,8 @@ def test_train_predicts_what_plan_says(run, tiny_llama_folder, tmp_path, more):
     assert result["predicted_peak_memory_bytes"] == plan["adapter"]["peak_memory_bytes"]
     assert result["predicted_seconds"] is None
     assert result["trainable_parameters"] == plan["trainable_parameters"]
+    saved = tmp_path / "run" / "adapter" / "adapter_model.safetensors"
+    assert saved.stat().st_size == plan["adapter"]["file_bytes"]
     assert (result["steps"], result["useful_tokens"]) == (plan["steps"], plan["useful_tokens"])
     assert "predicted before: no time" in out
 
@@ -241,6 +291,9 @@ def test_a_yaml_file_of_a_run_can_be_planned(run, tiny_llama_folder, tmp_path):
     code, out, _ = run("plan", "--config", tmp_path / "run.yaml", "--no-time", "--json")
     assert code == 0
     assert {matrix["r"] for matrix in json.loads(out)["matrices"]} == {2}
+
+
+LONG = ["--max-length", "4096", "--rows", "5", "--tokens-per-row"]
 
 
 def config_json(folder, **content):
@@ -260,6 +313,10 @@ def config_json(folder, **content):
         ("llama", ["--r", "99"], "an update cannot have a higher rank"),
         ("llama", ["--rows", "5"], "--rows and --tokens-per-row go together"),
         ("llama", ["--rows", "5", "--tokens-per-row", "1025"], "above --max-length"),
+        ("llama", ["--rows", "5", "--tokens-per-row", "20", "--batch-tokens", "10"], "--batch-tokens 10 cannot hold"),
+        ("llama", [*LONG, "2049"], "rows of at most 2,048 tokens (max_position_embeddings), found --tokens-per-row"),
+        ("llama", ["--model", "mine"], "of one model, found --config"),
+        ("llama", ["--model=mine"], "and --model mine; give one of them"),
         ("llama", ["--data", "x.jsonl"], "no such data file"),
         ("llama", ["--recalibrate", "--no-time"], "give one of them"),
     ],
@@ -270,6 +327,13 @@ def test_what_cannot_be_planned_is_one_clear_message(run, tmp_path, content, opt
     code, out, error = run("plan", "--config", config_json(tmp_path, **content), *options)
     assert (code, out) == (2, "")
     assert message in " ".join(error.split())
+
+
+@pytest.mark.parametrize(("family", "tokens"), [("llama", 2048), ("bloom", 4096)])
+def test_rows_may_have_as_many_tokens_as_the_model_has_positions(run, tmp_path, family, tokens):
+    config = tiny(family).config.to_dict()
+    code, out, _ = run("plan", "--config", config_json(tmp_path, **config), *LONG, tokens, "--no-time")
+    assert (code, f"over {5 * tokens:,} tokens" in out) == (0, True)
 
 
 def test_measured_rates_are_kept_for_the_same_torch_alone(tmp_path, monkeypatch):
@@ -295,8 +359,32 @@ def test_a_plan_has_a_time_once_the_machine_was_measured(run, tmp_path):
     assert with_time["adapter"]["seconds"] > 0
     assert without["adapter"]["seconds"] is None
     assert with_time["adapter"]["flops"] == without["adapter"]["flops"]
+    options += ["--batch-size", 2]
+    every, second = (json.loads(run("plan", *options, "--accumulate", n)[1])["adapter"] for n in (1, 2))
+    parts, fewer = every["seconds_by_part"], second["seconds_by_part"]
+    # Ten rows are five batches; the optimiser comes after each, or three times.
+    assert 5 * fewer["optimiser"] == pytest.approx(3 * parts["optimiser"])
+    assert {**fewer, "optimiser": 0} == {**parts, "optimiser": 0}
 
 
 def test_the_plan_knows_the_size_of_the_engines_chunks_and_copies():
     assert memory.LOGITS_BYTES == head.CHUNK_BYTES
     assert memory.COPIES == prepared.COPIES
+
+
+def test_dora_is_planned_without_the_copies_that_it_does_not_prepare(tmp_path):
+    model = tiny("llama")
+    model.config.save_pretrained(tmp_path)
+    shape = read_shape(tmp_path, "causal_lm")
+    assert memory.copied_bytes(shape.adapted(LoraConfig(r=2)), Choices()) > 0
+    assert memory.copied_bytes(shape.adapted(LoraConfig(r=2, use_dora=True)), Choices()) == 0
+    rankwise.inject_(model, LoraConfig(r=2, use_dora=True))
+    assert prepared.preparable(model) == []
+
+
+def test_the_readme_says_how_far_plans_came_true_as_the_table_does():
+    table = re.findall(r"^\|.*/.*\| ([\d.]+) \|.*/.*\| ([\d.]+) \|$", (ROOT / "docs/plan.md").read_text(), re.M)
+    said = " ".join((ROOT / "README.md").read_text().split())
+    (least, most), (fastest, slowest) = ((min(ratios), max(ratios)) for ratios in zip(*table, strict=True))
+    assert f"In {len(table)} short runs it predicted {least} to {most} of the peak memory that was measured" in said
+    assert f"and {fastest} to {slowest} of the time (" in said
