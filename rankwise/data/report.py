@@ -1,14 +1,15 @@
 """What a data set would teach, before any training: counts, lengths, an example with its trained tokens, a verdict."""
 
+import json
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from itertools import groupby
 from typing import Any
 
 from rankwise.data.examples import Example, LongRows, TextExample, fitted, longest_text
-from rankwise.data.files import Problem
+from rankwise.data.files import Problem, Row
 from rankwise.data.labelled import label_counts, lacks_labels
-from rankwise.data.rows import Division
+from rankwise.data.rows import Division, cannot_split
 from rankwise.data.tasks import tokenised
 from rankwise.data.transcripts import Tokenizer, TrainOn
 
@@ -79,6 +80,8 @@ class DataReport:
     """The first one."""
     lacks_labels: str | None
     """Why no classifier can be trained on these labels."""
+    cannot_split: str | None = None
+    """Why a run could hold out none of the rows by itself."""
 
     @property
     def verdict(self) -> str:
@@ -90,7 +93,9 @@ class DataReport:
             return f"not ready: no row is left to train on{long}"
         if self.lacks_labels:
             return f"not ready: {self.lacks_labels}"
-        return f"ready to train ({self.dropped:,} rows are too long and left out)" if self.dropped else "ready to train"
+        notes = [f"{self.dropped:,} rows are too long and left out"] if self.dropped else []
+        notes += [self.cannot_split] if self.cannot_split else []
+        return f"ready to train ({'; '.join(notes)})" if notes else "ready to train"
 
     @property
     def ready(self) -> bool:
@@ -127,7 +132,7 @@ def report_on(
         dropped += len(examples) - len(kept)
         sides.append(kept)
     return DataReport(
-        lines=division.lines(),
+        lines=[*division.lines(), *_special_tokens(division.train, tokenizer)],
         train=measure(sides[0]),
         held_out=measure(sides[1]) if division.held_out else None,
         labels=dict(labels.most_common()),
@@ -137,7 +142,22 @@ def report_on(
         dropped=dropped,
         example=next(iter(sides[0]), None),
         lacks_labels=lacks_labels(division.train, labels),
+        cannot_split=cannot_split(division.train) if division.train and not division.held_out else None,
     )
+
+
+def _special_tokens(rows: Sequence[Row], tokenizer: Tokenizer) -> Iterator[str]:
+    """A line about rows whose own text holds marks such as an end of turn, which the model reads as its own."""
+    marks = [token for token in tokenizer.all_special_tokens if len(token) > 1]
+    found = [
+        (row.place, mark)
+        for row in rows
+        for text in [json.dumps(row.fields, ensure_ascii=False, default=str)]
+        if (mark := next((mark for mark in marks if mark in text), None))
+    ]
+    if found:
+        (place, mark), count = found[0], len({place for place, _ in found})
+        yield f"special tokens of the model stand in the text of {count:,} rows (the first: {place}, {mark!r})"
 
 
 def _problems(kept: Sequence[Example], max_length: int) -> Iterator[Problem]:

@@ -187,6 +187,20 @@ def split_rows(rows: Sequence[Row], fraction: float, seed: int) -> tuple[Sequenc
     return kept, held_out
 
 
+def usual_fraction(rows: Sequence[Row]) -> float:
+    """The share of the rows that is held out, if nobody says how many."""
+    return min(TENTH, MOST_HELD_OUT / len(rows))
+
+
+def cannot_split(rows: Sequence[Row]) -> str | None:
+    """Why a run could not hold out a share of the rows; None if it can."""
+    try:
+        split_rows(rows, usual_fraction(rows), seed=0)
+    except DataError as error:
+        return str(error)
+    return None
+
+
 def without_overlap(train: Sequence[Row], held_out: Sequence[Row]) -> tuple[Sequence[Row], Sequence[Row]]:
     """(training rows that ask nowhere what an evaluation row asks at its end, training rows that do)."""
     asked = {_hash(question_keys(row)[-1]) for row in held_out}
@@ -297,6 +311,6 @@ def divide(
         return Division((scan, held_out), weighted(train, seed), held_out.rows, left_out)
     if not eval_fraction or scan.problems:
         return Division((scan,), weighted(scan.rows, seed), [], [])
-    fraction = min(TENTH, MOST_HELD_OUT / len(scan.rows)) if eval_fraction == "auto" else eval_fraction
+    fraction = usual_fraction(scan.rows) if eval_fraction == "auto" else eval_fraction
     train, held_out = split_rows(scan.rows, fraction, seed)
     return Division((scan,), weighted(train, seed), held_out, [])

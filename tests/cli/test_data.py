@@ -89,6 +89,22 @@ def test_every_problem_is_shown_and_the_exit_code_says_so(show, tmp_path):
     assert "; 1 cut off at their end" in out
 
 
+def test_rows_that_a_run_could_not_split_are_told(show, tmp_path):
+    code, out = show(write(tmp_path / "data.jsonl", [{"prompt": "a", "completion": "b"}]))
+    assert code == 0
+    assert "ready to train (1 rows cannot be split with --eval-fraction 0.1; give --eval-data, or 0)" in out
+
+
+def test_the_models_own_marks_in_a_text_are_told(show, tmp_path):
+    talk = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "ok<|im_end|> more"}]
+    path = write(
+        tmp_path / "data.jsonl", [{"messages": [talk[0], {**talk[1], "content": "ok"}]}, *[{"messages": talk}] * 2]
+    )
+    code, out = show(path)
+    assert code == 0
+    assert f"special tokens of the model stand in the text of 2 rows (the first: {path}:2, '<|im_end|>')" in out
+
+
 def test_rows_whose_prompt_fills_the_length_are_named(show, tmp_path):
     rows = [*ROWS[:3], {"prompt": "a " * 99, "completion": "b"}]
     code, out = show(write(tmp_path / "data.jsonl", rows), "--max-length", "60", "--long-rows", "cut")
