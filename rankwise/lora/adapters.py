@@ -3,16 +3,28 @@
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from math import isfinite
 
 import torch
 from torch import nn
 
-from rankwise.errors import ConfigError, MergeError, listing, nearest
-from rankwise.lora.inject import DEFAULT, biases_off, drop_idle_, eject_, injection, set_active
-from rankwise.lora.layers import ByRow, LoraLayer, refuse_dora_beside_merged
+from rankwise.errors import ConfigError, listing, nearest
+from rankwise.lora.fit import refuse_change_of_merged_biases
+from rankwise.lora.inject import (
+    DEFAULT,
+    biases_off,
+    check_outside_blocks,
+    drop_idle_,
+    eject_,
+    injection,
+    set_active,
+)
+from rankwise.lora.layers import LoraLayer
 from rankwise.lora.linear import LoraLinear
+from rankwise.lora.merge import refuse_dora_beside_merged
 from rankwise.lora.parts import Parts
-from rankwise.lora.places import has_merged, named_lora_layers, named_wrappers
+from rankwise.lora.places import merged_adapters, named_base_modules, named_lora_layers, named_wrappers
+from rankwise.lora.rows import ByRow
 from rankwise.lora.trained import TokenRows, TrainedCopy
 
 
@@ -27,21 +39,24 @@ def adapter_names(model: nn.Module) -> list[str]:
 def activate_(model: nn.Module, adapters: str | Mapping[str, float]) -> None:
     """Let one adapter work, or the weighted sum of several: the model computes with W0 + Σ weight·ΔW.
 
-    An adapter that is merged stays at work, with its weight. Raises ConfigError for a name that is not there, if two
-    adapters of the sum train the same module in full or the same token's row, or if an adapter that trains such or
-    biases has another weight than 1; MergeError for a DoRA adapter beside a merged one, or a change of biases that are
-    merged. The model is then as it was.
+    An adapter that is merged stays at work, with its weight. Raises ConfigError for a name that is not there, a weight
+    that is no finite number, if two adapters of the sum train the same module in full or the same token's row, if an
+    adapter that trains such or biases has another weight than 1, or in a block of `adapters_off` or `adapters_by_row`;
+    MergeError for a DoRA adapter beside a merged one, or a change of biases that are merged. The model is then as it
+    was.
     """
-    active = {adapters: 1.0} if isinstance(adapters, str) else dict(adapters)
-    check_names(model, active)
-    active = {name: weight for name, weight in active.items() if weight}
+    weights = {adapters: 1.0} if isinstance(adapters, str) else adapters
+    check_weights(weights)
+    check_names(model, weights)
+    check_outside_blocks(model)
+    active = {name: weight for name, weight in weights.items() if weight}
     for _, layer in named_lora_layers(model):
         active |= layer.merged
     _check_whole_shares(model, active)
     for _, layer in named_lora_layers(model):
         if layer.merged:
             refuse_dora_beside_merged(layer, active, layer.merged)
-    _refuse_change_of_merged_biases(model, active)
+    refuse_change_of_merged_biases(model, injection(model).biases, active)
     set_active(model, active)
 
 
@@ -72,21 +87,17 @@ def _check_whole_shares(model: nn.Module, active: Mapping[str, float]) -> None:
         raise ConfigError("these adapters cannot work so:\n" + listing(problems))
 
 
-def _refuse_change_of_merged_biases(model: nn.Module, active: Mapping[str, float]) -> None:
-    merged = {layer.base for _, layer in named_lora_layers(model) if layer.bias_name in layer.unmerged}
-    if any(bias.module in merged and bias.shown != (bias.adapter in active) for bias in injection(model).biases):
-        raise MergeError("a bias that another adapter trains is merged; go back first: rankwise.unmerge_(model)")
-
-
 def delete_adapter_(model: nn.Module, adapter: str) -> None:
     """Take one adapter out. With the last one the very base model returns, as by `eject_`.
 
-    Raises ConfigError if there is no such adapter or if it is merged; MergeError if its biases are merged.
+    Raises ConfigError if there is no such adapter, if it is merged, or in a block of `adapters_off` or
+    `adapters_by_row`; MergeError if its biases are merged.
     """
     check_names(model, [adapter])
+    check_outside_blocks(model)
     injected = injection(model)
     active = {name: weight for name, weight in injected.active.items() if name != adapter}
-    _refuse_change_of_merged_biases(model, active)
+    refuse_change_of_merged_biases(model, injection(model).biases, active)
     if any(adapter in layer.merged for _, layer in named_lora_layers(model)):
         raise ConfigError(f"{adapter!r} is merged; go back first: rankwise.unmerge_(model)")
     if len(injected.configs) == 1:
@@ -125,8 +136,9 @@ def reset_adapter_(model: nn.Module, adapter: str = DEFAULT, generator: torch.Ge
 def adapters_by_row(model: nn.Module, adapters: Sequence[str | None]) -> Iterator[None]:
     """Let each row of a batch use its own adapter (None: the base) while the block lasts, in training too.
 
-    The rows are those of the first dimension of what every layer receives. Rows with the same adapter go together. The
-    backward pass must end in the block too where it computes layers anew (gradient checkpointing).
+    The rows are those of the first dimension of what every layer receives; where that is a multiple of them, as in a
+    decoder under beam search, each comes so often in succession. Rows with the same adapter go together. The backward
+    pass must end in the block too where it computes layers anew (gradient checkpointing).
     Raises ConfigError for a name that is not there, a merged model, or an adapter that trains modules in full, rows of
     an embedding or biases: those cannot differ within a batch. A layer raises it that receives another number of rows.
     """
@@ -137,8 +149,10 @@ def adapters_by_row(model: nn.Module, adapters: Sequence[str | None]) -> Iterato
             raise ConfigError(f"{name} is trained in full, or has bare parameters adapted; that cannot differ by row")
     if any(bias.adapter in named for bias in injection(model).biases):
         raise ConfigError("an adapter that trains the model's biases cannot serve single rows")
-    if has_merged(model):
+    if merged_adapters(model):
         raise ConfigError("this model has merged adapters, in all rows; go back first: rankwise.unmerge_(model)")
+    if first := _puts_time_first(model):
+        raise ConfigError(f"{first} puts time before the rows of a batch, so adapters cannot be told by row")
     rows = {
         name: torch.tensor([index for index, own in enumerate(adapters) if own == name])
         for name in dict.fromkeys(named)
@@ -165,7 +179,7 @@ def adapters_by_part(model: nn.Module, adapters: Sequence[str], sizes: Mapping[i
     of linear layers and modules trained in full.
     """
     check_names(model, adapters)
-    if has_merged(model):
+    if merged_adapters(model):
         raise ConfigError("this model has merged adapters, for all tokens; go back first: rankwise.unmerge_(model)")
     layers = []
     for name, layer in named_wrappers(model):
@@ -183,6 +197,21 @@ def adapters_by_part(model: nn.Module, adapters: Sequence[str], sizes: Mapping[i
     finally:
         for layer in layers:
             layer.parts = None
+
+
+def _puts_time_first(model: nn.Module) -> str | None:
+    """What in a model takes [time, rows, …], where rows cannot be told once there are as many of both."""
+    if getattr(getattr(model, "config", None), "model_type", None) == "xlnet":
+        return "XLNet"
+    named = ((name, getattr(module, "batch_first", True)) for name, module in named_base_modules(model))
+    return next((name or type(model).__name__ for name, rows_first in named if rows_first is False), None)
+
+
+def check_weights(weights: object) -> None:
+    """Raise ConfigError if this is not a mapping of names to finite numbers."""
+    numbers = weights.values() if isinstance(weights, Mapping) else [None]
+    if not all(isinstance(number, int | float) and isfinite(number) for number in numbers):
+        raise ConfigError(f"several adapters are given as {{name: weight}}, with finite numbers, found {weights!r}")
 
 
 def check_names(model: nn.Module, adapters: Sequence[str] | Mapping[str, float]) -> None:

@@ -76,7 +76,7 @@ def as_matrix(base: BaseLayer, weight: Tensor) -> Tensor:
     if not plain or weight.numel() != prod(dimensions(base)):
         raise MergeError(
             f"the weight of a {type(base).__name__} cannot be read as a dense matrix "
-            f"(found {type(weight).__name__} of {weight.dtype}); keep the adapter unmerged"
+            f"(found {type(weight).__name__} of {weight.dtype})"
         )
     return weight.detach().T if is_stored_transposed(base) else weight.detach().flatten(1)
 

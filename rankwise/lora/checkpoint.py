@@ -135,7 +135,7 @@ def load_adapter_(
     _sort_tensors(config, tensors, problems)
     before = dict(injection(model).active) if adapter_names(model) else {}
     try:
-        report = inject_unset_(model, config, adapter)
+        report = inject_unset_(model, config, adapter, _largest_rank(tensors))
     except RankwiseError as error:
         reason = f"it was made for another model: {error}"
         raise CheckpointError(_message([*problems, reason], folder)) from error
@@ -280,6 +280,7 @@ def _sort_tensors(
     low_rank, rest = {}, dict(tensors)
     for name, tensor in tensors.items():
         # A sum is quicker than a look at each value, and finite only if they all are.
+        tensor = tensor.float() if tensor.itemsize == 1 else tensor  # torch does not sum fp8.
         if tensor.is_floating_point() and not isfinite(tensor.sum().item()) and not torch.isfinite(tensor).all():
             count = int((~torch.isfinite(tensor)).sum())
             problems.append(f"{name}: {count:,} of {tensor.numel():,} values are not finite (NaN or infinite)")
@@ -290,8 +291,9 @@ def _sort_tensors(
             if B is None or A.ndim != B.ndim or A.ndim < 2:
                 problems.append(f"{other}: missing or not a matrix")
                 continue
-            bare = _parameters_in(module, config)
-            full_name = bare[0] if bare else module
+            bare = _parameters_in(module, config, stacked=A.shape[0] != config.rank_of(module))
+            # An attention's output projection, which PEFT reaches through the wrapper around it, has its settings.
+            full_name = bare[0] if bare else name.partition(".base_layer.")[0].removesuffix("." + end_A)
             r = config.rank_of(full_name)
             if bare and A.shape[0] == B.shape[1] and (len(bare) > 1 or A.shape[0] != r):
                 rest |= {name: A, other: B}
@@ -303,11 +305,25 @@ def _sort_tensors(
     return low_rank, rest
 
 
-def _parameters_in(module: str, config: LoraConfig) -> list[str]:
-    """The full names that target_parameters may mean in a module, whose name may end as a wrapper's in the file."""
+_ENDS_OF_A = ("lora_A.weight", "lora_embedding_A")
+
+
+def _largest_rank(tensors: dict[str, Tensor]) -> int:
+    """The most rows of an A in the file, whatever they belong to."""
+    return max(
+        (len(tensor) for name, tensor in tensors.items() if name.endswith(_ENDS_OF_A) and tensor.ndim), default=0
+    )
+
+
+def _parameters_in(module: str, config: LoraConfig, stacked: bool) -> list[str]:
+    """The full names that target_parameters may mean in a module, whose name may end as a wrapper's in the file.
+
+    An entry of one word means the parameter in any module, which shows where A has other rows than the module's rank
+    (`stacked`).
+    """
     module = module.partition(".base_layer")[0]
     entries = [entry.rpartition(".") for entry in config.target_parameters or ()]
-    return [f"{module}.{end}" for owner, _, end in entries if matches_name(module, owner)]
+    return [f"{module}.{end}" for owner, _, end in entries if (matches_name(module, owner) if owner else stacked)]
 
 
 def _mismatches(expected: dict[str, Tensor], tensors: dict[str, Tensor], model: nn.Module) -> list[str]:
@@ -329,12 +345,13 @@ def _mismatches(expected: dict[str, Tensor], tensors: dict[str, Tensor], model: 
 def _is_unchanged_base_weight(name: str, tensor: Tensor, model: nn.Module) -> bool:
     """PEFT stores some base weights beside the adapter (an adapted embedding's, a head's bias); they must be this
     model's."""
-    for wrapped in (".base_layer.", ".original_module."):
-        module, found, parameter = name.rpartition(wrapped)
-        if found:
-            own = getattr(dict(named_base_modules(model)).get(module), parameter, None)
-            return isinstance(own, Tensor) and torch.equal(own.detach().cpu().to(tensor.dtype), tensor)
-    return False
+    wrapped = next((part for part in (".base_layer.", ".original_module.") if part in name), ".")
+    module, _, parameter = name.rpartition(wrapped)
+    own = getattr(dict(named_base_modules(model)).get(module), parameter, None)
+    if not isinstance(own, Tensor) or own.shape != tensor.shape:
+        return False
+    own = own.detach().cpu()
+    return torch.equal(own.to(tensor.dtype), tensor) or torch.equal(own, tensor.to(own.dtype))
 
 
 def _raise_if(problems: list[str], folder: Path) -> None:

@@ -3,13 +3,14 @@
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from math import prod
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
 from rankwise.errors import ConfigError, listing
-from rankwise.lora.adapters import check_names
+from rankwise.lora.adapters import check_names, check_weights
 from rankwise.lora.config import LoraConfig, exact_patterns
 from rankwise.lora.inject import inject_, injection
 from rankwise.lora.layers import LoraLayer
@@ -49,10 +50,12 @@ def combine_adapters_(
     `density` share that is largest, elects a sign for each entry and averages what agrees. "dare" (Yu et al. 2023,
     arXiv 2311.03099) drops all but a `density` share at random (drawn from `generator`), scales the rest up and sums.
     "dare_ties" drops at random, then elects. These three work on the dense ΔW of one module after the other, and need
-    `r`. A DoRA source counts with all that it changes in the weight, so it has full rank and needs `r` too.
+    `r`. A DoRA source counts with all that it changes in the weight, so it has full rank and needs `r` too. Where a
+    matrix cannot have rank `r`, its update has what it can.
     Raises ConfigError, with every problem at once, for what cannot be combined; the model is then as it was.
     """
-    check_names(model, [*weights])
+    check_weights(weights)
+    check_names(model, weights)
     layers = {name: layer for name, layer in named_lora_layers(model) if weights.keys() & layer.shares.keys()}
     _check(model, layers, weights, r, method, density)
     factors, lost = {}, {}
@@ -157,8 +160,12 @@ def _dense(
 
 
 def _share(layer: LoraLayer, r: int) -> int:
-    """The rank of one of a layer's independent blocks: a convolution's groups divide r, experts have r each."""
-    return max(1, r // layer.groups)
+    """The rank of one of a layer's independent blocks: a convolution's groups divide r, experts have r each.
+
+    It is at most what the layer can have.
+    """
+    A, B = layer.factor_shapes(layer.groups)
+    return max(1, min(r, prod(A[1:]), B[0]) // layer.groups)
 
 
 def _rank(layer: LoraLayer, A: Tensor) -> int:

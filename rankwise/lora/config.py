@@ -1,7 +1,7 @@
 """The settings of a LoRA adapter, under the names that the ecosystem uses for them."""
 
 import re
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from math import inf
@@ -89,9 +89,9 @@ class LoraConfig:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "task_type", _task_type(self.task_type))
-        for name in (*_LISTS, "layers_to_transform"):
+        for name in (*_LISTS, "layers_to_transform", "trainable_token_indices"):
             value = getattr(self, name)
-            if value is not None and not isinstance(value, str | int):
+            if isinstance(value, Iterable) and not isinstance(value, str | Mapping):
                 object.__setattr__(self, name, tuple(value))
         problems = list(self._problems())
         if problems:
@@ -108,12 +108,17 @@ class LoraConfig:
             yield "target_modules is empty; name at least one module, or leave it out for all linear layers"
         for name in _LISTS:
             value = getattr(self, name)
-            if isinstance(value, tuple) and not all(isinstance(entry, str) for entry in value):
+            names = value if isinstance(value, tuple) else [value]
+            if value is not None and not all(isinstance(entry, str) for entry in names):
                 yield f"{name} must hold names, found {value!r}"
         for name in ("modules_to_save", "target_parameters"):
             if isinstance(getattr(self, name), str):
                 yield f'{name} must be a list, found a string; write ["{getattr(self, name)}"]'
         yield from self._problems_of_patterns()
+        tokens = self.trainable_token_indices
+        by_name = tokens if isinstance(tokens, Mapping) else {"": tokens}
+        if tokens is not None and not all(isinstance(key, str) and _are_indices(own) for key, own in by_name.items()):
+            yield f"trainable_token_indices must be indices from 0, or {{name of a module: indices}}, found {tokens!r}"
         if self.bias not in ("none", "all", "lora_only"):
             yield f'bias must be "none", "all" or "lora_only", found {self.bias!r}'
         start = self.init_lora_weights
@@ -137,7 +142,7 @@ class LoraConfig:
                     yield f"{name} key {key!r} is not a regular expression"
         indices = self.layers_to_transform
         if indices is not None:
-            if not all(_is_whole(index, 0) for index in ([indices] if isinstance(indices, int) else indices)):
+            if not _are_indices(indices if isinstance(indices, tuple) else [indices]):
                 yield f"layers_to_transform must hold indices from 0, found {indices!r}"
             if isinstance(self.target_modules, str) and self.target_modules != ALL_LINEAR:
                 yield "layers_to_transform goes with a list of target_modules; a regular expression can name the layers"
@@ -186,6 +191,21 @@ _STARTS = re.compile("|".join(STARTS).replace("<n>", "[1-9][0-9]*"))
 def matches_name(name: str, pattern: str) -> bool:
     """Whether a module's dotted name is `pattern` or ends with ".pattern"."""
     return name == pattern or name.endswith("." + pattern)
+
+
+def matches_head(name: str, entry: str) -> bool:
+    """Whether an entry of modules_to_save, or a task's head name, means the module `name`: PEFT asks no dot before it.
+
+    So "norm" means each block's input_layernorm too, and a DistilBERT's pre_classifier trains with its classifier.
+    """
+    return name.endswith(entry)
+
+
+def lies_in_head(name: str, entries: Iterable[str]) -> bool:
+    """Whether a module is one that an entry of modules_to_save means, or lies in one."""
+    parts = name.split(".")
+    outer = [".".join(parts[:end]) for end in range(1, len(parts) + 1)]
+    return any(matches_head(module, entry) for module in outer for entry in entries)
 
 
 def matches_target(name: str, pattern: str, as_regex: bool) -> bool:
@@ -237,6 +257,10 @@ def _task_type(value: TaskType | str | None) -> TaskType | None:
 
 def _is_whole(value: object, least: int) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value >= least
+
+
+def _are_indices(value: object) -> bool:
+    return isinstance(value, Iterable) and all(_is_whole(index, 0) for index in value)
 
 
 def _is_number(value: object) -> bool:

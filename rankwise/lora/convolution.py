@@ -99,7 +99,7 @@ class LoraConv(LoraLayer):
         Raises MergeError where A mixes the groups.
         """
         if self._mixes_groups(update.lora_A):
-            raise MergeError(f"{_MIXES}; use the adapter beside its base")
+            raise MergeError(_MIXES)
         A, B = (factor.flatten(1) for factor in self._factors(update, update.lora_A.dtype))
         if self.groups == 1:
             return A, B

@@ -152,9 +152,10 @@ def _whole(alpha: float) -> float:
 
 
 def _plain_tokens(tokens: Any) -> Any:
+    """As JSON has them, each once, as there is one row for each."""
     if isinstance(tokens, Mapping):
-        return {name: list(indices) for name, indices in tokens.items()}
-    return None if tokens is None else list(tokens)
+        return {name: _plain_tokens(indices) for name, indices in tokens.items()}
+    return None if tokens is None else list(dict.fromkeys(tokens))
 
 
 def from_settings(settings: Mapping[str, Any], trainable: bool) -> LoraConfig:

@@ -1,6 +1,6 @@
 """Putting an adapter into a model and taking it out again."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
@@ -8,16 +8,26 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from rankwise.errors import ConfigError, listing, nearest
+from rankwise.errors import ConfigError
 from rankwise.lora.base_weight import bias_name, dimensions
-from rankwise.lora.config import LoraConfig, pattern_matches
+from rankwise.lora.config import LoraConfig
+from rankwise.lora.fit import (
+    check_biases_of_B,
+    check_merged,
+    check_nesting,
+    check_patterns,
+    check_ranks,
+    configured_as,
+    largest_rank,
+    refuse_change_of_merged_biases,
+)
 from rankwise.lora.kinds import layer_kind
 from rankwise.lora.layers import LoraLayer, Wrapper
 from rankwise.lora.parameters import ParametersWrapper, parameter_dimensions
-from rankwise.lora.places import has_merged, named_base_modules, named_lora_layers, named_wrappers, replace_
+from rankwise.lora.places import merged_adapters, named_base_modules, named_lora_layers, named_wrappers, replace_
 from rankwise.lora.report import AdaptedMatrix, InjectReport
 from rankwise.lora.targets import is_inside, select_heads, select_parameters, select_targets, select_tokens
-from rankwise.lora.trained import TokenHead, TokenRows, TrainedBias, TrainedCopy, tied_to
+from rankwise.lora.trained import TiedTokenRows, TokenHead, TokenRows, TrainedBias, TrainedCopy, tied_to
 from rankwise.lora.weight_reads import weight_is_read
 
 ATTRIBUTE = "_rankwise_injection"
@@ -35,11 +45,21 @@ class Injection:
     active: dict[str, float] = field(default_factory=dict)
     """The adapters at work and the weight of each in the sum."""
     biases: list[TrainedBias] = field(default_factory=list)
+    blocks: int = 0
+    """How many blocks of `adapters_off` or `adapters_by_row` last, at whose end the adapters at work come back."""
 
 
 def check_free(model: nn.Module, adapter: str) -> None:
-    """Raise ConfigError if this cannot name a new adapter of the model."""
-    if adapter in getattr(getattr(model, ATTRIBUTE, None), "configs", ()):
+    """Raise ConfigError if this cannot name a new adapter of the model, or none can come in now."""
+    check_outside_blocks(model)
+    present = getattr(model, ATTRIBUTE, None)
+    inner = next((name for name, module in model.named_modules() if hasattr(module, ATTRIBUTE)), None)
+    if present is None and inner is not None:
+        raise ConfigError(
+            f"an adapter was put into {inner}, a part of this model; put this one there too, or take that one out: "
+            f"rankwise.eject_(model.{inner})"
+        )
+    if present is not None and adapter in present.configs:
         raise ConfigError(
             f"this model already carries an adapter named {adapter!r}; choose another name, or take it out first: "
             "rankwise.delete_adapter_ (one adapter) or rankwise.eject_ (all)"
@@ -58,82 +78,36 @@ class _Plan(NamedTuple):
     """All of the base model, by name."""
 
 
-def _plan(model: nn.Module, config: LoraConfig, adapter: str, drawn: bool = True) -> _Plan:
+def _plan(model: nn.Module, config: LoraConfig, adapter: str, in_file: int | None = None) -> _Plan:
     check_free(model, adapter)
     present = getattr(model, ATTRIBUTE, None)
     if present is not None and config.bias != "none" and present.biases:
         raise ConfigError(f'bias="{config.bias}": only one adapter can train biases, and one here already does')
-    if present is not None and config.use_dora and has_merged(model):
-        raise ConfigError("a DoRA adapter cannot work beside a merged one; go back first: rankwise.unmerge_(model)")
     modules = dict(named_base_modules(model))
-    heads = select_heads(modules, config, type(model).__name__)
-    names = select_targets(model, modules, config, heads)
+    from_file = in_file is not None
+    heads = select_heads(modules, config, type(model).__name__, from_file)
+    names = select_targets(model, modules, config, heads, from_file)
     tokens = select_tokens(model, modules, config, taken={*names, *heads})
-    matrices = tuple(AdaptedMatrix(name, *dimensions(modules[name]), config.rank_of(name)) for name in names)
+    matrices = tuple(
+        AdaptedMatrix(name, *dimensions(modules[name]), config.rank_of(configured_as(name, modules))) for name in names
+    )
     for name, parameter in select_parameters(modules, config, type(model).__name__):
         count, d, k = parameter_dimensions(modules[name], parameter)
         full_name = f"{name}.{parameter}"
         matrices += (AdaptedMatrix(full_name, d, k, config.rank_of(full_name), count),)
-    _check_nesting(model, [*names, *tokens], heads)
-    _check_biases_of_B(names, modules, config)
-    _check_patterns(matrices, config)
-    _check_ranks(matrices, modules, drawn)
+    check_nesting(model, [*names, *tokens], heads)
+    check_merged(model, config, [*heads, *tokens])
+    if present is not None:
+        refuse_change_of_merged_biases(model, present.biases, merged_adapters(model))
+    check_biases_of_B(names, modules, config)
+    if not from_file:
+        check_patterns([configured_as(matrix.name, modules) for matrix in matrices], config)
+    check_ranks(matrices, modules, in_file)
     counts = {name: sum(p.numel() for p in modules[name].parameters()) for name in heads}
     # Parameters of adapters that are already there do not count as the base's.
     base = {id(p): p.numel() for module in modules.values() for p in module.parameters(recurse=False)}
     report = InjectReport(matrices, counts, sum(base.values()), _extra(matrices, heads, tokens, modules, config))
     return _Plan(report, tokens, modules)
-
-
-def _check_nesting(model: nn.Module, parts: Iterable[str], heads: list[str]) -> None:
-    """A copy of a module knows nothing of what another adapter does inside the module."""
-    present = named_wrappers(model)
-    copied = [name for name, layer in present if isinstance(layer, TrainedCopy)]
-    problems = [
-        f"{name} is part of a module that another adapter trains in full" for name in parts if is_inside(name, copied)
-    ]
-    problems += [
-        f"{head} cannot be trained in full: another adapter adapts {name} in it"
-        for head in heads
-        for name, _ in present
-        if name != head and is_inside(name, [head])
-    ]
-    if problems:
-        raise ConfigError("two adapters cannot work on one module so:\n" + listing(problems))
-
-
-def _check_biases_of_B(names: list[str], modules: dict[str, nn.Module], config: LoraConfig) -> None:
-    if config.lora_bias and (without := [name for name in names if isinstance(modules[name], nn.Embedding)]):
-        raise ConfigError(f"lora_bias: an embedding has no bias to merge it into, found {listing(without)}")
-
-
-def _check_ranks(matrices: tuple[AdaptedMatrix, ...], modules: dict[str, nn.Module], drawn: bool) -> None:
-    # PEFT also writes ranks that no update can have, for a gate of 1 × k; it is a bound on memory too.
-    limit = min if drawn else max
-    problems = [
-        f"{m.name} is {m.d} × {m.k}, and r = {m.r} is larger; an update cannot have a higher rank than min(d, k)"
-        for m in matrices
-        if m.r > limit(m.d, m.k)
-    ]
-    for m in matrices:
-        groups = getattr(modules.get(m.name), "groups", 1)
-        if m.r % groups:
-            problems.append(f"{m.name} has {groups} groups, which r = {m.r} must be a multiple of")
-    if problems:
-        raise ConfigError(
-            "the ranks do not fit; choose others, or leave modules out of target_modules:\n" + listing(problems)
-        )
-
-
-def _check_patterns(matrices: tuple[AdaptedMatrix, ...], config: LoraConfig) -> None:
-    problems = []
-    for option in ("rank_pattern", "alpha_pattern"):
-        for key in getattr(config, option):
-            if not any(pattern_matches(key, m.name) for m in matrices):
-                endings = {m.name.rpartition(".")[2] for m in matrices}
-                problems.append(f"{option} key {key!r} matches no adapted module{nearest(key, endings)}")
-    if problems:
-        raise ConfigError("the patterns do not fit this model:\n" + listing(problems))
 
 
 def _extra(
@@ -168,12 +142,12 @@ def _bias_parameters(
 
 
 def largest_ranks(model: nn.Module, config: LoraConfig) -> dict[str, int]:
-    """min(d, k) of each matrix that `inject_` would adapt, by name: no update can have a higher rank.
+    """min(d, k) of each matrix that `inject_` would adapt, by the name that its rank goes by; none can be higher.
 
     Raises TargetError as `inject_` does.
     """
     plan = _plan(model, replace(config, r=1, rank_pattern={}), DEFAULT)
-    return {matrix.name: min(matrix.d, matrix.k) for matrix in plan.report.matrices}
+    return {configured_as(m.name, plan.modules): largest_rank(m, plan.modules) for m in plan.report.matrices}
 
 
 def inject_(
@@ -182,7 +156,8 @@ def inject_(
     """Freeze `model` and put an adapter beside each target module, in place. At first it computes what it did before.
 
     `generator` draws the adapter's start values; without it they come from torch's global generator. A model may carry
-    several adapters, each with its name; the new one is then the one at work (`activate_` chooses others).
+    several adapters, each with its name; the new one is then the one at work, beside those that are merged (`activate_`
+    chooses others).
     Returns the report of what is adapted. Raises TargetError for patterns that match nothing, ConfigError for ranks
     that do not fit or a name that is taken; the model is then unchanged.
     """
@@ -191,12 +166,12 @@ def inject_(
     return plan.report
 
 
-def inject_unset_(model: nn.Module, config: LoraConfig, adapter: str) -> InjectReport:
+def inject_unset_(model: nn.Module, config: LoraConfig, adapter: str, in_file: int) -> InjectReport:
     """As `inject_`, for an adapter whose values come from a file.
 
-    Start values are not drawn, and r may be above min(d, k).
+    Start values are not drawn, and r may be above min(d, k), up to `in_file`, the largest rank in the file.
     """
-    plan = _plan(model, config, adapter, drawn=False)
+    plan = _plan(model, config, adapter, in_file)
     _put_in(model, config, adapter, plan, None, draw=False)
     return plan.report
 
@@ -223,7 +198,7 @@ def _put_in(
             grown[matrix.name] = layer
             if isinstance(modules[matrix.name.rpartition(".")[0]], nn.MultiheadAttention):
                 layer.inside_attention = True
-            layer.add(adapter, config, matrix.name, generator, draw)
+            layer.add(adapter, config, configured_as(matrix.name, modules), generator, draw)
         for name in report.heads:
             grown[name] = layer = _wrapper(name, modules, wrappers, TrainedCopy)
             layer.add(adapter, config)
@@ -232,8 +207,12 @@ def _put_in(
             grown[name] = layer = _wrapper(name, modules, wrappers, kind)
             layer.add(adapter, config, indices)
             for tied, tied_kind in tied_to(modules[name], modules).items():
-                wrappers.setdefault(tied, tied_kind(modules[tied], layer))
-                grown[tied] = wrappers[tied]
+                if not isinstance(grown.get(tied, wrappers.get(tied)), TiedTokenRows | None):
+                    raise ConfigError(
+                        f"{tied} uses the table of {name}, of which rows train, so it cannot be adapted or trained in "
+                        "full too; leave one of them out"
+                    )
+                grown[tied] = wrappers.setdefault(tied, tied_kind(modules[tied], layer))
     except Exception:
         for layer in grown.values():
             layer.remove(adapter)
@@ -247,7 +226,7 @@ def _put_in(
     injected.configs[adapter] = config
     biases = _bias_parameters(report.matrices, list(report.heads), modules, config)
     injected.biases += [TrainedBias(modules[name], adapter, config) for name in biases]
-    set_active(model, {adapter: 1.0})
+    set_active(model, {**merged_adapters(model), adapter: 1.0})
 
 
 def _wrapper(name: str, modules: dict[str, nn.Module], wrappers: dict[str, Wrapper], kind: type) -> Any:
@@ -264,12 +243,19 @@ def _freeze(model: nn.Module) -> None:
         model.requires_grad_(False)
 
 
+def check_outside_blocks(model: nn.Module) -> None:
+    """Raise ConfigError in a block of `adapters_off` or `adapters_by_row`, whose end would undo a part of a change."""
+    if getattr(getattr(model, ATTRIBUTE, None), "blocks", 0):
+        raise ConfigError("adapters cannot change in a block of adapters_off or adapters_by_row; do it after the block")
+
+
 def eject_(model: nn.Module) -> nn.Module:
     """Take all adapters out, in place: the very base modules return, every tensor bit for bit as it was.
 
     Returns the model. Raises ConfigError if there is no adapter.
     """
     injected = injection(model)
+    check_outside_blocks(model)
     for bias in injected.biases:
         bias.show(())
     for _, layer in named_lora_layers(model):
@@ -284,7 +270,10 @@ def eject_(model: nn.Module) -> nn.Module:
 
 @contextmanager
 def adapters_off(model: nn.Module) -> Iterator[None]:
-    """Let the model compute as the base alone while the block lasts, merged or not, also if the block raises."""
+    """Let the model compute as the base alone while the block lasts, merged or not, also if the block raises.
+
+    Which adapters work, or are in the model or merged, cannot change in the block.
+    """
     with ExitStack() as stack:
         for _, layer in named_wrappers(model):
             stack.enter_context(layer.off())
@@ -299,11 +288,13 @@ def biases_off(model: nn.Module) -> Iterator[None]:
     injected = getattr(model, ATTRIBUTE, None) or Injection({})
     for bias in injected.biases:
         bias.show(())
+    injected.blocks += 1
     try:
         yield
     finally:
+        injected.blocks -= 1
         for bias in injected.biases:
-            bias.show(injected.active)
+            bias.show(() if injected.blocks else injected.active)
 
 
 def drop_idle_(model: nn.Module) -> None:
@@ -330,10 +321,20 @@ def set_active(model: nn.Module, active: dict[str, float]) -> None:
 
 
 def trainable_parameters(model: nn.Module) -> list[nn.Parameter]:
-    """The parameters of the adapters at work that train, told by the type of their layer and not by a name."""
+    """The parameters of the adapters at work that train, told by the type of their layer and not by a name.
+
+    An adapter that is merged does not train.
+    """
     injected = injection(model)
-    own = [p for _, layer in named_wrappers(model) for name in layer.active for p in layer.parameters_of(name)]
-    own += [bias.trained for bias in injected.biases if bias.adapter in injected.active]
+    at_work = injected.active.keys() - merged_adapters(model).keys()
+    own = [
+        parameter
+        for _, layer in named_wrappers(model)
+        for name in layer.active
+        if name in at_work
+        for parameter in layer.parameters_of(name)
+    ]
+    own += [bias.trained for bias in injected.biases if bias.adapter in at_work]
     return [parameter for parameter in own if parameter.requires_grad]
 
 

@@ -1,9 +1,9 @@
 """The layers that carry adapters beside a frozen base layer, by composition: they call it, and never look inside."""
 
 import math
-from collections.abc import Container, Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -20,17 +20,9 @@ from rankwise.lora.base_weight import (
     working_dtype,
 )
 from rankwise.lora.config import LoraConfig
+from rankwise.lora.rows import ByRow
 from rankwise.lora.update import Update
 from rankwise.lora.variants import from_shape, from_weight
-
-
-class ByRow(NamedTuple):
-    """Which rows of a batch use which adapter."""
-
-    of: int
-    """Rows of the batch."""
-    places: dict[str, Tensor]
-    """For each adapter, the rows that use it."""
 
 
 class Wrapper(nn.Module):
@@ -167,12 +159,14 @@ class LoraLayer(Wrapper):
     def start(self, update: Update, config: LoraConfig, generator: torch.Generator | None) -> None:
         """Set the start values of an update."""
         how, r = config.init_lora_weights, update.r // self.groups
-        matrices = self.base_matrix().chunk(self.groups) if isinstance(how, str) else ()
         if taken := from_weight(how):
+            matrices = self.needed_matrix(f"init_lora_weights {how!r}").chunk(self.groups)
             pairs = [taken(matrix, r, update.scale) for matrix in matrices]
         elif drawn := from_shape(how):
-            pairs = [drawn(matrix.shape[0], matrix.shape[1], r, generator) for matrix in matrices]
+            d, k = len(update.lora_B) // self.groups, update.lora_A[0].numel()
+            pairs = [drawn(d, k, r, generator) for _ in range(self.groups)]
         else:
+            update.drop_start()
             self.draw(update, how, generator)
             return
         A, B = (torch.cat(factors) for factors in zip(*pairs, strict=True))
@@ -263,13 +257,7 @@ class LoraLayer(Wrapper):
 
     def _change_rows(self, x: Tensor, result: Tensor) -> Tensor:
         assert self.rows is not None
-        if x.shape[0] != self.rows.of:
-            raise ConfigError(
-                f"adapters were named for {self.rows.of} rows, and a layer received {list(x.shape)}: give one for "
-                "each row (of a beam search, for each beam); a model that joins its rows or puts time first, as OPT "
-                "and XLNet do, cannot use adapters by row"
-            )
-        for adapter, rows in self.rows.places.items():
+        for adapter, rows in self.rows.among(x).items():
             if adapter in self.shares:
                 change = self.change(self.update(adapter), x[rows], result[rows])
                 result = result.index_add(0, rows, change)
@@ -286,7 +274,7 @@ class LoraLayer(Wrapper):
         A constant for the gradient (DoRA, section 4.3). The three terms may cancel, so all that is of the size of A
         and B is computed in fp64.
         """
-        weight = self.base_matrix()
+        weight = self.needed_matrix("use_dora")
         A, B = self.row_factors(update)
         s = update.scale
         weight = weight.to(A.dtype)
@@ -305,6 +293,16 @@ class LoraLayer(Wrapper):
     def base_matrix(self) -> Tensor:
         """The base's own weight as [d, k]; raises MergeError if it cannot be read as a dense matrix."""
         return as_matrix(self.base, self.own(self.weight_name))
+
+    def needed_matrix(self, what: str) -> Tensor:
+        """`base_matrix`, which `what` cannot do without; raises ConfigError that says so if it cannot be read."""
+        try:
+            return self.base_matrix()
+        except MergeError as error:
+            raise ConfigError(
+                f"{what} needs the dense weight, and {error}; over a quantised layer go init_lora_weights True, False, "
+                '"gaussian", "orthogonal" and "eva", and start_from_original_ (LoftQ), without use_dora'
+            ) from None
 
     def as_parameter(self, matrix: Tensor) -> Tensor:
         """A [d, k] matrix in the form in which the base stores its weight."""
@@ -367,6 +365,12 @@ class LoraLayer(Wrapper):
             setattr(self.base, name, parameter)
         self.unmerged, self.merged = {}, {}
 
+    def _apply(self, fn: Any, recurse: bool = True) -> "LoraLayer":
+        """Move to a device or a type; what is kept for `unmerge` goes along."""
+        kept = nn.ParameterDict(self.unmerged)._apply(fn)
+        self.unmerged = {name: kept[name] for name in self.unmerged}
+        return super()._apply(fn, recurse)
+
     @contextmanager
     def off(self) -> Iterator[None]:
         merged = {name: getattr(self.base, name) for name in self.unmerged}
@@ -380,15 +384,3 @@ class LoraLayer(Wrapper):
             self.rows = rows
             for name, parameter in merged.items():
                 setattr(self.base, name, parameter)
-
-
-def refuse_dora_beside_merged(layer: LoraLayer, active: Iterable[str], merged: Container[str]) -> None:
-    """Raise MergeError if, with these adapters merged, a DoRA one among the active would work beside them.
-
-    DoRA needs what the base itself computes, which a merged base no longer does.
-    """
-    beside = [name for name in active if name in layer.shares and name not in merged]
-    if any(layer.update(name).magnitude is not None for name in beside):
-        raise MergeError(
-            f"{', '.join(beside)}: a DoRA adapter cannot work beside a merged one; merge both, or unmerge first"
-        )

@@ -1,6 +1,6 @@
 """Adding adapters into the weights (no extra work at inference) and going back to the very base."""
 
-from collections.abc import Sequence
+from collections.abc import Container, Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -8,9 +8,9 @@ from torch import Tensor, nn
 
 from rankwise.errors import ConfigError, MergeError, listing
 from rankwise.lora.base_weight import rounded
-from rankwise.lora.inject import ATTRIBUTE, injection
-from rankwise.lora.layers import LoraLayer, refuse_dora_beside_merged
-from rankwise.lora.places import has_merged, named_lora_layers, named_wrappers, replace_
+from rankwise.lora.inject import ATTRIBUTE, check_outside_blocks, injection
+from rankwise.lora.layers import LoraLayer
+from rankwise.lora.places import merged_adapters, named_lora_layers, named_wrappers, replace_
 from rankwise.lora.tied import storage_counts, storage_of
 from rankwise.lora.trained import TokenRows
 
@@ -32,32 +32,40 @@ class MergeReport:
 
 
 @torch.no_grad()
-def merge_(model: nn.Module, adapters: Sequence[str] | None = None, dtype: torch.dtype | None = None) -> MergeReport:
+def merge_(
+    model: nn.Module, adapters: str | Sequence[str] | None = None, dtype: torch.dtype | None = None
+) -> MergeReport:
     """Let every adapted layer compute with W0 + Σ weight·ΔW, in place; the base tensors stay as they are and are kept.
 
     `adapters`: which of those at work to merge (None: all); the others go on working beside the weight.
     The sum is taken out of place in fp64 (`dtype` for another type) and rounded once. A weight that another
     module shares is given to the adapted layer alone: the other module never changes.
     Raises MergeError, before anything is changed, if already merged, if a weight cannot be read as a dense matrix, if a
-    sum is not finite, or if a DoRA adapter would be left beside; ConfigError for an adapter that is not at work.
+    sum is not finite, or if a DoRA adapter would be left beside; ConfigError for an adapter that is not at work, or in
+    a block of `adapters_off`.
     """
     if any(hasattr(parameter, "full_tensor") for parameter in model.parameters()):
         raise MergeError("the weights are spread over processes (FSDP); merge into a model that is in one place")
     active = injection(model).active
-    names = list(active) if adapters is None else list(adapters)
+    check_outside_blocks(model)
+    names = list(active) if adapters is None else [adapters] if isinstance(adapters, str) else list(adapters)
     if idle := [name for name in names if name not in active]:
         raise ConfigError(f"{', '.join(idle)}: not at work; activate it first: rankwise.activate_")
     chosen = {name: active[name] for name in names}
     layers = [(name, layer) for name, layer in named_lora_layers(model) if chosen.keys() & layer.shares.keys()]
-    if has_merged(model):
+    if merged_adapters(model):
         raise MergeError("this model already holds merged adapters; go back first: rankwise.unmerge_(model)")
     for _, layer in layers:
         refuse_dora_beside_merged(layer, active, chosen)
     sharers = storage_counts(model)
     sums, problems, untied, changed, lost = {}, [], [], 0, 0
     for name, layer in layers:
-        weight = layer.base_matrix()
-        matrix, bias, moved = _merged(layer, weight, chosen, dtype or torch.float64)
+        try:
+            weight = layer.base_matrix()
+            matrix, bias, moved = _merged(layer, weight, chosen, dtype or torch.float64)
+        except MergeError as error:
+            problems.append(f"{name}: {error}")
+            continue
         if not torch.isfinite(matrix).all():
             problems.append(f"{name}: W0 + ΔW is not finite")
         changed += int(moved.sum())
@@ -66,7 +74,7 @@ def merge_(model: nn.Module, adapters: Sequence[str] | None = None, dtype: torch
             untied.append(name)
         sums[name] = matrix, bias
     if problems:
-        raise MergeError("the adapter cannot be merged; nothing was changed:\n" + listing(problems))
+        raise MergeError("the adapter cannot be merged; use it beside the unchanged base:\n" + listing(problems))
     for name, layer in layers:
         matrix, bias = sums.pop(name)
         layer.merge(matrix, bias, chosen)
@@ -91,9 +99,25 @@ def _merged(
     return rounded(weight.to(dtype) + delta, weight.dtype), bias, delta != 0
 
 
+def refuse_dora_beside_merged(layer: LoraLayer, active: Iterable[str], merged: Container[str]) -> None:
+    """Raise MergeError if, with these adapters merged, a DoRA one among the active would work beside them.
+
+    DoRA needs what the base itself computes, which a merged base no longer does.
+    """
+    beside = [name for name in active if name in layer.shares and name not in merged]
+    if any(layer.update(name).magnitude is not None for name in beside):
+        raise MergeError(
+            f"{', '.join(beside)}: a DoRA adapter cannot work beside a merged one; merge both, or unmerge first"
+        )
+
+
 def unmerge_(model: nn.Module) -> None:
-    """Put back the very base tensors, bit for bit, and compute with the adapters beside them again."""
+    """Put back the very base tensors, bit for bit, and compute with the adapters beside them again.
+
+    Raises ConfigError in a block of `adapters_off`.
+    """
     injection(model)
+    check_outside_blocks(model)
     for _, layer in named_lora_layers(model):
         layer.unmerge()
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from rankwise.lora.config import matches_name
+from rankwise.lora.config import lies_in_head
 from rankwise.lora.frozen_product import frozen_linear, frozen_product
 from rankwise.lora.weight_reads import weight_is_read
 
@@ -80,7 +80,7 @@ def compute_in_(model: nn.Module, dtype: torch.dtype, widened: Sequence[str] = (
     fit = {
         name: module
         for name, module in modules.items()
-        if _has_a_narrow_kind(module) and not _lies_in(name, widened) and not weight_is_read(name, modules)
+        if _has_a_narrow_kind(module) and not lies_in_head(name, widened) and not weight_is_read(name, modules)
     }
     wide = {id(p) for name, module in modules.items() for key, p in _own(module) if name not in fit or key != "weight"}
     # A weight that two modules share stays narrow only if both can do with it.
@@ -96,13 +96,6 @@ def compute_in_(model: nn.Module, dtype: torch.dtype, widened: Sequence[str] = (
 
 def _own(module: nn.Module) -> list[tuple[str, nn.Parameter]]:
     return list(module.named_parameters(recurse=False))
-
-
-def _lies_in(name: str, places: Sequence[str]) -> bool:
-    """Whether a module is one of those that `places` name, or lies in one."""
-    parts = name.split(".")
-    inside = [".".join(parts[:end]) for end in range(1, len(parts) + 1)]
-    return any(matches_name(outer, place) for outer in inside for place in places)
 
 
 def _has_a_narrow_kind(module: Any) -> bool:

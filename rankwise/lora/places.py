@@ -48,6 +48,6 @@ def replace_(model: nn.Module, replacements: Mapping[nn.Module, nn.Module]) -> N
                 setattr(parent, key, replacements[child])
 
 
-def has_merged(model: nn.Module) -> bool:
-    """Whether an adapter is merged into the weights of a model."""
-    return any(layer.merged for _, layer in named_lora_layers(model))
+def merged_adapters(model: nn.Module) -> dict[str, float]:
+    """The adapters that are merged into the weights of a model, with the weight of each in the sum."""
+    return {name: weight for _, layer in named_lora_layers(model) for name, weight in layer.merged.items()}

@@ -31,7 +31,8 @@ def start_from_data_(
     `loss(batch)` runs the model on a batch; its value matters for "lora_ga" alone, which needs the gradient of the base
     weights and so as much memory as they take, in fp32. "eva" and "corda" keep Σ x·xᵀ [k, k] of each layer. Only linear
     layers can start from data. Returns each module's rank: "eva" spreads the sum of the ranks over the layers anew.
-    Raises ConfigError, before the model is run, for another start or other layers; the model is then as it was.
+    Raises ConfigError, before the model is run, for another start or other layers, or if "corda" or "lora_ga" finds a
+    weight that is not dense (quantised); the model is then as it was.
     """
     check_names(model, [adapter])
     config = injection(model).configs[adapter]
@@ -42,6 +43,9 @@ def start_from_data_(
     others = [name for name, layer in layers.items() if not isinstance(layer, LoraLinear)]
     if others:
         raise ConfigError(f"init_lora_weights {how!r} goes with linear layers alone, found {', '.join(others[:5])}")
+    if how != "eva":
+        for layer in layers.values():
+            layer.needed_matrix(f"init_lora_weights {how!r}")
     sums = (_gradients if how == "lora_ga" else _inputs)(model, layers, batches, loss)
     if unreached := sorted(layers.keys() - sums.keys()):
         raise ConfigError(f"the batches did not reach {', '.join(unreached[:5])}; nothing was changed")
@@ -95,7 +99,7 @@ def _start_eva(model: nn.Module, layers: dict[str, Any], sums: dict[str, Tensor]
     budget = sum(layer.update(adapter).r for layer in layers.values())
     # A layer may get up to twice its rank, as in the paper, and no more than its matrix has.
     found = {
-        name: eva(sums[name], min(2 * layer.update(adapter).r, *layer.base_matrix().shape))
+        name: eva(sums[name], min(2 * layer.update(adapter).r, *dimensions(layer.base)))
         for name, layer in layers.items()
     }
     ranks = spread_ranks({name: share for name, (_, share) in found.items()}, budget)

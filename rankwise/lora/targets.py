@@ -8,8 +8,8 @@ from torch import nn
 
 from rankwise.errors import TargetError, listing, nearest
 from rankwise.lora.base_weight import dimensions, is_conv1d
-from rankwise.lora.config import ALL_LINEAR, LoraConfig, matches_name, matches_target
-from rankwise.lora.kinds import unsupported_reason
+from rankwise.lora.config import ALL_LINEAR, LoraConfig, matches_head, matches_name, matches_target
+from rankwise.lora.kinds import computes_otherwise, unsupported_reason
 from rankwise.lora.narrow import is_plain_linear
 
 
@@ -29,49 +29,61 @@ def _maps_to_one_vector(module: nn.Module) -> bool:
     return isinstance(result, torch.Tensor) and result.shape == (1, module.out_features)
 
 
-def select_heads(modules: Mapping[str, nn.Module], config: LoraConfig, kind: str) -> list[str]:
+def select_heads(modules: Mapping[str, nn.Module], config: LoraConfig, kind: str, from_file: bool = False) -> list[str]:
     """Names of the modules to train in full, in the model's order; `kind` is the model's type, for messages.
 
-    Raises TargetError if an entry of modules_to_save, or every head name of the task, matches nothing.
+    Raises TargetError if an entry of modules_to_save, or every head name of the task, matches nothing. With `from_file`
+    entries may match nothing, as PEFT lets them: that all is there, the tensors of the file tell.
     """
     names = [name for name in modules if name]
-    chosen = [name for name in names if any(matches_name(name, head) for head in config.heads)]
-    unmatched = [entry for entry in config.modules_to_save or () if not any(matches_name(n, entry) for n in names)]
+    chosen = [name for name in names if any(matches_head(name, head) for head in config.heads)]
+    unmatched = [entry for entry in config.modules_to_save or () if not any(matches_head(n, entry) for n in names)]
+    unmatched = [] if from_file else unmatched
     problems = [f"modules_to_save {entry!r} matches no module{nearest(entry, _endings(names))}" for entry in unmatched]
     if config.task_heads and not chosen:
         wanted = " or ".join(config.task_heads)
-        problems.append(f"task_type {config.task_type} trains a head named {wanted}; this model has none")
+        problems.append(
+            f"task_type {config.task_type} trains a head named {wanted}; this model has none (modules_to_save names "
+            "heads that are called otherwise)"
+        )
     if problems:
         raise TargetError(f"{kind} lacks modules that the configuration names:\n" + listing(problems))
     return [name for name in chosen if not is_inside(name, set(chosen) - {name})]
 
 
 def select_targets(
-    model: nn.Module, modules: Mapping[str, nn.Module], config: LoraConfig, heads: Iterable[str]
+    model: nn.Module,
+    modules: Mapping[str, nn.Module],
+    config: LoraConfig,
+    heads: Iterable[str],
+    from_file: bool = False,
 ) -> list[str]:
     """Names of the modules that get an update, in the model's order; modules inside `heads` are left out.
 
     `modules` are those of the base model by name. Raises TargetError, with every problem and the nearest names, if a
-    pattern matches nothing or a module that cannot carry an adapter.
+    pattern matches nothing or a module that cannot carry an adapter. With `from_file` some patterns may match nothing.
     """
     heads = set(heads)
     free = {name: module for name, module in modules.items() if name and not is_inside(name, heads)}
     problems: list[str] = []
+    unmatched: list[str] = []
     if config.target_modules == ALL_LINEAR:
         chosen = _all_linear(model, free, modules)
         if not chosen:
             raise TargetError(f"{type(model).__name__} has no linear layer to adapt; name modules in target_modules")
     else:
-        chosen = _matching("target_modules", config.target_modules, free, problems)
-        problems += [
-            f"{name}: {reason}"
-            for name in chosen
-            if (reason := unsupported_reason(modules[name], modules[name.rpartition(".")[0]]))
-        ]
+        chosen = _matching("target_modules", config.target_modules, free, unmatched)
+    if not (from_file and chosen):
+        problems += unmatched
     if config.exclude_modules:
-        left_out = set(_matching("exclude_modules", config.exclude_modules, free, problems))
+        left_out = set(_matching("exclude_modules", config.exclude_modules, free, [] if from_file else problems))
         chosen = [name for name in chosen if name not in left_out]
     chosen = _in_layers(chosen, config, problems)
+    problems += [
+        f"{name}: {reason}"
+        for name in chosen
+        if (reason := unsupported_reason(modules[name], modules[name.rpartition(".")[0]]))
+    ]
     if problems:
         raise TargetError(f"the configuration does not fit {type(model).__name__}:\n" + listing(problems))
     outputs = [f"{name}.out_proj" for name in chosen if isinstance(modules[name], nn.MultiheadAttention)]
@@ -126,6 +138,8 @@ def select_tokens(
             if not isinstance(module, nn.Embedding | nn.Linear):
                 kind = type(module).__name__
                 problems.append(f"trainable_token_indices {name}: a {kind} is neither an embedding nor an output head")
+            elif reason := computes_otherwise(module):
+                problems.append(f"trainable_token_indices {name}: {reason}")
             elif shared and chosen[shared[0]] == tuple(dict.fromkeys(indices)):
                 continue  # They are the same rows.
             elif shared:
@@ -172,7 +186,7 @@ def _matching(
 
 def _in_layers(names: list[str], config: LoraConfig, problems: list[str]) -> list[str]:
     """Those of the modules that lie in the blocks of layers_to_transform."""
-    if config.layers_to_transform is None:
+    if config.layers_to_transform in (None, ()):
         return names
     wanted = config.layers_to_transform
     wanted = {wanted} if isinstance(wanted, int) else set(wanted)

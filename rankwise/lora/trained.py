@@ -180,10 +180,18 @@ class TrainedBias:
     @torch.no_grad()
     def reset(self) -> None:
         """Let the copy hold what the original holds."""
+        name = bias_name(self.module)
+        if self.original.is_meta:  # Module.to_empty has put a new parameter in place, which then got the base's values.
+            self.original = getattr(self.module, name).requires_grad_(False)
+            self.trained = nn.Parameter(self.original.clone(), self.trained.requires_grad)
+            setattr(self.module, name, self.trained if self.shown else self.original)
         self.trained.copy_(self.original)
 
     def show(self, adapters: Container[str]) -> None:
         """Let the module use the copy if its adapter is among `adapters`, or else the original."""
         if self.shown != (self.adapter in adapters):  # A merge may have replaced either, and stays.
             self.shown = not self.shown
-            setattr(self.module, bias_name(self.module), self.trained if self.shown else self.original)
+            name, bias = bias_name(self.module), self.trained if self.shown else self.original
+            other = getattr(self.module, name)
+            bias.data = bias.data.to(other.device, other.dtype)  # Module.to has reached the other one alone.
+            setattr(self.module, name, bias)

@@ -63,15 +63,21 @@ class Update(nn.Module):
 
     @torch.no_grad()
     def set(self, A: Tensor, B: Tensor) -> None:
-        """Take these values."""
+        """Take these values, and subtract no start."""
         self.lora_A.copy_(A)
         self.lora_B.copy_(B)
+        self.drop_start()
+
+    def drop_start(self) -> None:
+        """Subtract nothing any more."""
+        if self.has_start:
+            del self.start_A, self.start_B, self.has_start
 
     def begin_at(self, A: Tensor, B: Tensor) -> None:
         """Start from these factors, and subtract them for good."""
         self.set(A, B)
-        self.register_buffer("start_A", self.lora_A.detach().clone(), persistent=False)
-        self.register_buffer("start_B", self.lora_B.detach().clone(), persistent=False)
+        self.register_buffer("start_A", self.lora_A.detach().clone())
+        self.register_buffer("start_B", self.lora_B.detach().clone())
         self.has_start = True
 
     def factors(self, dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor]:

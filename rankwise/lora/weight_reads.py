@@ -2,7 +2,9 @@
 
 Mamba multiplies with `self.dt_proj.weight`, MobileBERT concatenates two weights, nn.TransformerEncoderLayer hands all
 of its weights to one kernel in inference. An adapter that acts in a layer's forward alone would be ignored there in
-silence. The code of the modules above a layer says so.
+silence. The code of the modules above a layer says so: as self.up.weight, or by a name that an assignment or a loop
+gives to self.up or to the elements of self.layers. A layer that is handed to a function which reads its weight is not
+found; leave such out (exclude_modules).
 """
 
 import ast
@@ -15,6 +17,10 @@ from types import CodeType, FunctionType
 from torch import nn
 
 READ = ("weight", "bias")
+EACH = "*"
+"""Stands in a path for every element of a container."""
+Path = tuple[str, ...]
+"""The names that lead from a module to one below."""
 _ABOUT_IT_ONLY = ("dtype", "device", "shape", "size", "ndim", "is_meta", "requires_grad")
 
 
@@ -22,15 +28,20 @@ def weight_is_read(name: str, modules: dict[str, nn.Module]) -> bool:
     """Whether a module above the one of this name computes with its weight or bias; `modules` are all, by name."""
     parts = name.split(".")
     return any(
-        ".".join(parts[depth:]) in _paths_read(type(parent))
+        _leads_to(path, parts[depth:])
         for depth in range(len(parts))
         if (parent := modules.get(".".join(parts[:depth]))) is not None
+        for path in _paths_read(type(parent))
     )
 
 
+def _leads_to(path: Path, parts: list[str]) -> bool:
+    return len(path) == len(parts) and all(own in (EACH, part) for own, part in zip(path, parts, strict=True))
+
+
 @cache
-def _paths_read(kind: type[nn.Module]) -> frozenset[str]:
-    """The layers, as dotted names below a module of this type, whose weight or bias its methods use as a value."""
+def _paths_read(kind: type[nn.Module]) -> frozenset[Path]:
+    """The paths below a module of this type to layers whose weight or bias its methods use as a value."""
     own = kind.__mro__[: kind.__mro__.index(nn.Module)] if nn.Module in kind.__mro__ else ()
     methods = [method for base in own for name, method in vars(base).items() if not _prepares(name)]
     return frozenset(path for method in methods for path in _paths_in(method))
@@ -41,7 +52,7 @@ def _prepares(name: str) -> bool:
     return any(word in name for word in ("init", "reset", "tie", "resize", "load"))
 
 
-def _paths_in(method: object) -> Iterator[str]:
+def _paths_in(method: object) -> Iterator[Path]:
     function = inspect.unwrap(method) if callable(method) else None
     if not isinstance(function, FunctionType) or not any(name in _names(function.__code__) for name in READ):
         return
@@ -49,12 +60,13 @@ def _paths_in(method: object) -> Iterator[str]:
         tree = ast.parse(textwrap.dedent(inspect.getsource(function)))
     except (OSError, SyntaxError):  # There is no source to read.
         return
+    names = _names_given(tree)
     parents = {child: node for node in ast.walk(tree) for child in ast.iter_child_nodes(node)}
     for node in ast.walk(tree):
-        if isinstance(node, ast.Attribute) and node.attr in READ and isinstance(node.ctx, ast.Load):
-            path = _path_below_self(node.value)
-            if path and not _asks_about_it(parents[node]):
-                yield path
+        if not (isinstance(node, ast.Attribute) and node.attr in READ and isinstance(node.ctx, ast.Load)):
+            continue
+        if not (_asks_about_it(parents[node]) or _changes_it(parents[node], parents)):
+            yield from filter(None, _paths_of(node.value, names))
 
 
 def _names(code: CodeType) -> set[str]:
@@ -62,13 +74,54 @@ def _names(code: CodeType) -> set[str]:
     return set(code.co_names).union(*map(_names, inner))
 
 
-def _path_below_self(node: ast.expr) -> str:
-    """ "attention.q_proj" of self.attention.q_proj; "" of anything else."""
-    parts: list[str] = []
-    while isinstance(node, ast.Attribute):
-        parts.insert(0, node.attr)
-        node = node.value
-    return ".".join(parts) if isinstance(node, ast.Name) and node.id == "self" else ""
+def _names_given(tree: ast.AST) -> dict[str, set[Path]]:
+    """What the names in a method may stand for below self; where a name is given to several, to all of them."""
+    names: dict[str, set[Path]] = {"self": {()}}
+    for _ in range(3):  # A name may be given to what another one stands for.
+        for node in ast.walk(tree):
+            if isinstance(node, ast.For | ast.comprehension):
+                targets, paths = [node.target], _elements_of(node.iter, names)
+            elif isinstance(node, ast.Assign):
+                targets, paths = node.targets, _paths_of(node.value, names)
+            else:
+                continue
+            given = [part.id for target in targets for part in ast.walk(target) if isinstance(part, ast.Name)]
+            for name in given:
+                names[name] = names.get(name, set()) | paths
+    return names
+
+
+def _paths_of(node: ast.AST, names: dict[str, set[Path]]) -> set[Path]:
+    """What an expression may stand for below self: {("attention", "q_proj")} for self.attention.q_proj."""
+    match node:
+        case ast.Name(id=name):
+            return names.get(name, set())
+        case ast.Attribute(value=owner, attr=name):
+            return {(*path, name) for path in _paths_of(owner, names)}
+        case ast.Subscript(value=owner, slice=ast.Slice()):
+            return _paths_of(owner, names)
+        case ast.Subscript(value=owner, slice=key):
+            name = str(key.value) if isinstance(key, ast.Constant) else EACH
+            return {(*path, name) for path in _paths_of(owner, names)}
+        case ast.IfExp(body=one, orelse=other):
+            return _paths_of(one, names) | _paths_of(other, names)
+        case ast.Tuple(elts=parts) | ast.List(elts=parts):
+            return {path for part in parts for path in _paths_of(part, names)}
+        case ast.Starred(value=several):
+            return _elements_of(several, names)
+    return set()
+
+
+def _elements_of(node: ast.AST, names: dict[str, set[Path]]) -> set[Path]:
+    """What a loop over an expression goes through below self."""
+    match node:
+        case ast.Tuple() | ast.List():
+            return _paths_of(node, names)
+        case ast.Call(func=ast.Name(id="enumerate" | "zip" | "reversed" | "list"), args=parts):
+            return {path for part in parts for path in _elements_of(part, names)}
+        case ast.Call(func=ast.Attribute(value=owner, attr="values" | "items" | "children")):
+            return _elements_of(owner, names)
+    return {(*path, EACH) for path in _paths_of(node, names)}
 
 
 def _asks_about_it(parent: ast.AST) -> bool:
@@ -78,3 +131,10 @@ def _asks_about_it(parent: ast.AST) -> bool:
     if isinstance(parent, ast.Compare):
         return any(isinstance(operator, ast.Is | ast.IsNot) for operator in parent.ops)
     return isinstance(parent, ast.Call) and getattr(parent.func, "id", "") in ("isinstance", "hasattr", "id")
+
+
+def _changes_it(parent: ast.AST, parents: dict[ast.AST, ast.AST]) -> bool:
+    """Whether a weight is changed in place, which has to reach the base's own (RWKV scales some in inference)."""
+    while isinstance(parents.get(parent), ast.Attribute):
+        parent = parents[parent]
+    return isinstance(parent, ast.Attribute) and parent.attr.endswith("_")

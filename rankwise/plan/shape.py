@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from rankwise.errors import ConfigError, TargetError, listing, nearest
-from rankwise.lora.config import ALL_LINEAR, LoraConfig, matches_target
+from rankwise.lora.config import ALL_LINEAR, LoraConfig, lies_in_head, matches_target
 from rankwise.lora.report import AdaptedMatrix, InjectReport
 
 _MAGNITUDES = "magnitudes"
@@ -126,7 +126,7 @@ class ModelShape:
 
         Raises TargetError for patterns that match no linear layer, ConfigError for a rank above min(d, k).
         """
-        in_full = [linear for linear in (*self.outside, self.head) if _is_in(linear.name, lora.heads)]
+        in_full = [linear for linear in (*self.outside, self.head) if lies_in_head(linear.name, lora.heads)]
         free = [linear for linear in self.linears() if linear not in in_full]
         if lora.target_modules == ALL_LINEAR:
             chosen = [linear for linear in free if min(linear.d, linear.k) > 1]
@@ -176,8 +176,3 @@ def _matching(lora: LoraConfig, linears: list[Linear], model_type: str) -> list[
     if problems:
         raise TargetError(f"target_modules do not fit a {model_type} model:\n" + listing(problems))
     return [linear for linear in linears if any(linear.name in found for found in hits.values())]
-
-
-def _is_in(name: str, modules: tuple[str, ...]) -> bool:
-    """Whether a layer is one of the modules or lies in one of them."""
-    return any(part in modules for part in name.split("."))

@@ -7,8 +7,10 @@ from torch import Tensor, nn
 from torch.optim import AdamW
 
 from rankwise.errors import ConfigError
+from rankwise.lora.embedding import LoraEmbedding
 from rankwise.lora.inject import trainable_parameters
-from rankwise.lora.places import named_lora_layers
+from rankwise.lora.places import named_lora_layers, named_wrappers
+from rankwise.lora.trained import TrainedCopy
 
 Pair = tuple[nn.Parameter, nn.Parameter]
 """A [r, k] and B [d, r] of one update"""
@@ -27,7 +29,8 @@ def lora_optimizer(
     `weight_decay`: shrinks A and B by lr·weight_decay in each step, whatever their rank, and nothing else that trains
     (heads, magnitudes, biases). With W0 frozen this pulls ΔW towards zero, so towards the base.
     `preconditioned`: gradients in the metric of ΔW (`PreconditionedAdamW`).
-    Raises ConfigError for a rate or ratio that is not positive, or a negative decay.
+    Raises ConfigError for a rate or ratio that is not positive, a negative decay, or an embedding whose gradients are
+    sparse.
     """
     if not (lr > 0 and lora_plus_ratio > 0 and weight_decay >= 0):
         raise ConfigError(
@@ -35,6 +38,11 @@ def lora_optimizer(
             f"found {lr}, {lora_plus_ratio} and {weight_decay}"
         )
     trained = trainable_parameters(model)
+    if sparse := _sparse(model, {id(p) for p in trained}):
+        raise ConfigError(
+            f"AdamW takes no sparse gradients, as embeddings with sparse=True give them: {', '.join(sparse)}; leave "
+            "them out (exclude_modules), make the base's dense, or train them with torch.optim.SparseAdam"
+        )
     pairs = _pairs(model, {id(p) for p in trained})
     of_A, of_B = {id(A) for A, _ in pairs}, {id(B) for _, B in pairs}
     groups: list[dict[str, Any]] = [
@@ -77,6 +85,17 @@ class PreconditionedAdamW(AdamW):
         """(gram [r, r] + δ·I)⁻¹ · gradient [r, n]"""
         identity = torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
         return torch.linalg.solve(gram + self._damping * identity, gradient)
+
+
+def _sparse(model: nn.Module, trained: set[int]) -> list[str]:
+    """The embeddings that train and give sparse gradients."""
+    return [
+        name
+        for name, layer in named_wrappers(model)
+        if isinstance(layer, LoraEmbedding | TrainedCopy)
+        and any(id(p) in trained for adapter in layer.active for p in layer.parameters_of(adapter))
+        and any(getattr(module, "sparse", False) for module in layer.chosen().modules())
+    ]
 
 
 def _pairs(model: nn.Module, trained: set[int]) -> list[Pair]:

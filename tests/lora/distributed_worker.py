@@ -1,6 +1,7 @@
 """One of two processes of test_distributed.py: HOW FOLDER RANK."""
 
 import sys
+from types import SimpleNamespace
 
 import torch
 from conftest import tiny
@@ -9,6 +10,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 from rankwise import LoraConfig, inject_, save_adapter, trainable_parameters
+from rankwise.models.trainer import AdapterCheckpoints
 
 IDS = torch.arange(3, 35).view(4, 8)
 
@@ -33,6 +35,8 @@ def main() -> None:
         optimizer.step()
         optimizer.zero_grad()
     save_adapter(model, folder if rank == 0 else f"{folder}-{rank}")
+    state = SimpleNamespace(is_world_process_zero=rank == 0, global_step=2)
+    AdapterCheckpoints().on_save(SimpleNamespace(output_dir=folder), state, None, model=model)
     # If the wrapper dies after its group, its reducer joins gloo's threads and holds the GIL that they may wait for.
     del wrapped
     distributed.destroy_process_group()

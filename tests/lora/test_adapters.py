@@ -3,12 +3,14 @@
 import pytest
 import torch
 from conftest import randomise_adapter, tiny
+from torch import nn
 
 from rankwise import (
     LoraConfig,
     activate_,
     adapter_names,
     adapters_by_row,
+    adapters_off,
     combine_adapters_,
     delete_adapter_,
     eject_,
@@ -187,6 +189,77 @@ def test_ties_and_dare_follow_their_definitions():
     ties = sum(agree) / sum((part != 0).double() for part in agree).clamp_min(1)
     combine_adapters_(model, {"one": 1.0, "two": 1.0}, "ties", r=32, method="ties", density=0.2)
     close(deltas(model, "ties")[module], ties)
+
+
+@pytest.mark.parametrize("weights", [["one", "two"], {"one": "x"}, {"one": float("nan")}, {"one": None}, 5])
+def test_weights_that_are_no_numbers_are_told(weights):
+    model = together("one", "two")
+    before = model(IDS).logits
+    with pytest.raises(ConfigError, match="finite numbers, found"):
+        activate_(model, weights)
+    with pytest.raises(ConfigError, match="finite numbers, found"):
+        combine_adapters_(model, weights, "mix", r=2)
+    assert torch.equal(model(IDS).logits, before)
+
+
+@pytest.mark.parametrize("block", [adapters_off, lambda model: adapters_by_row(model, ["one", None, "two"])])
+def test_what_works_cannot_change_in_a_block_that_would_undo_it(block):
+    model = together("one", "two")
+    before = model(IDS).logits
+    changes = [
+        lambda: activate_(model, "one"),
+        lambda: inject_(model, CONFIGS["three"], adapter="three"),
+        lambda: delete_adapter_(model, "one"),
+        lambda: eject_(model),
+        lambda: merge_(model),
+        lambda: unmerge_(model),
+    ]
+    with block(model), adapters_off(model):
+        for change in changes:
+            with pytest.raises(ConfigError, match="after the block"):
+                change()
+    assert torch.equal(model(IDS).logits, before)
+    activate_(model, "one")
+    torch.testing.assert_close(model(IDS).logits, alone("one")(IDS).logits)
+
+
+def test_biases_stay_off_until_the_outer_block_ends():
+    model = tiny("qwen2")
+    base = model(IDS).logits
+    inject_(model, LoraConfig(r=2, bias="all"))
+    randomise_adapter(model)
+    with adapters_off(model):
+        with adapters_off(model):
+            pass
+        assert torch.equal(model(IDS).logits, base)
+    assert not torch.equal(model(IDS).logits, base)
+
+
+def test_a_string_names_one_adapter_to_merge():
+    model = together("one", "two")
+    activate_(model, {"one": 1.0, "two": 1.0})
+    before = model(IDS).logits
+    merge_(model, "one")
+    assert {name for _, layer in named_lora_layers(model) for name in layer.merged} == {"one"}
+    torch.testing.assert_close(model(IDS).logits, before)
+    with pytest.raises(ConfigError, match=r"^none: not at work"):
+        merge_(together("one"), "none")
+
+
+def test_a_combined_adapter_has_no_higher_rank_than_its_matrix():
+    model = nn.ModuleDict({"small": nn.Linear(4, 4), "large": nn.Linear(8, 8), "conv": nn.Conv2d(4, 8, 2, groups=2)})
+    model.double()
+    for seed, name in enumerate(("one", "two", "three")):
+        inject_(model, LoraConfig(r=2, target_modules=["small", "large", "conv"]), adapter=name)
+        randomise_adapter(model, seed=seed)
+    layers = dict(named_lora_layers(model))
+    weights = {"one": 1.0, "two": 0.5, "three": -1.0}
+    expected = {n: sum(w * layer.delta(a, torch.float64) for a, w in weights.items()) for n, layer in layers.items()}
+    report = combine_adapters_(model, weights, "mix", r=7)
+    assert report.ranks == {"small": 4, "large": 6, "conv": 6}
+    assert report.most_lost < 1e-10
+    for name, layer in layers.items():
+        torch.testing.assert_close(layer.delta("mix", torch.float64), expected[name])
 
 
 def test_what_cannot_be_is_refused_before_anything_changes():

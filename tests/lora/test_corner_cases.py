@@ -22,6 +22,7 @@ from rankwise import (
     eject_,
     inject_,
     load_adapter_,
+    lora_optimizer,
     merge_,
     merge_and_remove_,
     reset_adapter_,
@@ -315,8 +316,33 @@ def test_a_sum_of_more_ranks_than_a_matrix_has_is_exact_and_attention_is_combine
 def test_rows_that_are_not_those_named_are_told():
     model = tiny("llama")
     inject_(model, LoraConfig(r=2))
+    for rows in (torch.arange(9).view(3, 3), torch.arange(8).view(4, 2)):  # The second may have time first.
+        with adapters_by_row(model, ["default", None]), pytest.raises(ConfigError, match="2 rows"):
+            model(rows)
+    model = nn.Sequential(nn.Linear(4, 4))
+    inject_(model, LoraConfig(r=2, target_modules=["0"]))
     with adapters_by_row(model, ["default", None]), pytest.raises(ConfigError, match="2 rows"):
-        model(torch.tensor([[3, 4], [5, 6], [7, 8], [9, 1]]))
+        model(torch.randn(6, 4))
+
+
+def test_the_beams_of_an_encoder_decoder_use_the_adapters_of_their_rows():
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 40, "d_model": 16, "d_ff": 16, "num_layers": 1, "num_heads": 2, "d_kv": 8}
+    model = T5ForConditionalGeneration(T5Config(**sizes, decoder_start_token_id=0)).double().eval()
+    for name in ("one", "two"):
+        inject_(model, LoraConfig(r=2, lora_alpha=400, target_modules=["q", "v", "wi"]), adapter=name)
+        randomise_adapter(model, seed=ord(name[0]))
+    ids = torch.tensor([[3, 4, 5], [3, 4, 5]])
+    options = {"num_beams": 3, "max_new_tokens": 6, "do_sample": False, "output_scores": True}
+    options |= {"return_dict_in_generate": True, "eos_token_id": None}
+    with adapters_by_row(model, ["one", "two"]):
+        both = model.generate(ids, **options)
+    assert not torch.equal(both.sequences[0], both.sequences[1])
+    for row, name in enumerate(("one", "two")):
+        activate_(model, name)
+        alone = model.generate(ids[:1], **options)
+        assert torch.equal(both.sequences[row], alone.sequences[0])
+        near(both.sequences_scores[row], alone.sequences_scores[0])
 
 
 @pytest.mark.parametrize(
@@ -452,6 +478,17 @@ def test_a_sparse_embedding_trains_only_the_tokens_that_it_sees():
     assert torch.equal((before != A).all(0), torch.isin(torch.arange(10), torch.tensor([1, 3])))
 
 
+@pytest.mark.parametrize("how", ["target_modules", "modules_to_save"])
+def test_an_optimiser_that_takes_no_sparse_gradients_says_so(how):
+    model = nn.Sequential(nn.Embedding(10, 4, sparse=True), nn.Linear(4, 4))
+    inject_(model, LoraConfig(**{"r": 2, "target_modules": ["1"], how: ["0"]}))
+    with pytest.raises(ConfigError, match=r"sparse=True give them: 0;.*SparseAdam"):
+        lora_optimizer(model, lr=1e-3)
+    eject_(model)
+    inject_(model, LoraConfig(r=2, target_modules=["1"], trainable_token_indices={"0": [3]}))
+    lora_optimizer(model, lr=1e-3)
+
+
 def test_a_model_without_values_takes_no_file_and_a_reset_starts_anew(tmp_path):
     config = LoraConfig(r=2, modules_to_save=["lm_head"], trainable_token_indices=[3], bias="all")
     real = tiny("qwen2")
@@ -475,6 +512,10 @@ def test_a_model_without_values_takes_no_file_and_a_reset_starts_anew(tmp_path):
                 buffer.copy_(dict(base.named_buffers())[own])
     reset_adapter_(model, generator=torch.Generator().manual_seed(0))
     assert torch.equal(model(ids).logits, base(ids).logits)
+    assert not any(parameter.is_meta for parameter in trainable_parameters(model))
+    randomise_adapter(model)
+    with adapters_off(model):
+        assert torch.equal(model(ids).logits, base(ids).logits)
 
 
 @pytest.mark.parametrize("name", ["training", "_modules", "keys"])

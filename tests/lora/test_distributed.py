@@ -13,6 +13,7 @@ from rankwise import LoraConfig, inject_, load_adapter_, save_adapter
 from rankwise.lora.inject import trainable_parameters
 
 WORKER = Path(__file__).with_name("distributed_worker.py")
+ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
 IDS = torch.arange(3, 35).view(4, 8)
 
 
@@ -45,3 +46,8 @@ def test_two_processes_train_the_adapter_that_one_does(how, tmp_path):
         torch.testing.assert_close(together[name], tensor, rtol=1e-4, atol=1e-6)
     assert any(tensor.abs().max() > 1e-3 for name, tensor in alone.items() if "lora_B" in name)
     load_adapter_(tiny("llama"), tmp_path / how)
+    checkpoint = tmp_path / how / "checkpoint-2"
+    assert {path.name for path in checkpoint.iterdir()} == {*ADAPTER_FILES, "model.safetensors"}
+    for name, tensor in load_file(checkpoint / "adapter_model.safetensors").items():
+        assert torch.equal(tensor, together[name])
+    assert len(load_file(checkpoint / "model.safetensors")) == len(together)

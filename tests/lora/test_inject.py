@@ -1,12 +1,26 @@
+from dataclasses import replace
+
 import peft
 import pytest
 import torch
 from conftest import randomise_adapter, tiny
 from torch import nn
 from torch.nn import functional as F
+from transformers.models.bit.modeling_bit import WeightStandardizedConv2d
 
-from rankwise import LoraConfig, TaskType, adapters_off, eject_, inject_, trainable_parameters
+from rankwise import (
+    LoraConfig,
+    TaskType,
+    adapters_off,
+    eject_,
+    inject_,
+    merge_,
+    register_layer,
+    trainable_parameters,
+)
 from rankwise.errors import ConfigError, TargetError
+from rankwise.lora import kinds
+from rankwise.lora.convolution import LoraConv
 
 IDS = torch.arange(3, 19).view(2, 8)
 FAMILIES = ["llama", "llama-tied", "gpt2", "gpt-neox", "bloom"]
@@ -168,6 +182,73 @@ def test_a_module_whose_weight_is_read_behind_its_back_is_refused():
     assert [m.name for m in inject_(model, LoraConfig(r=2)).matrices] == ["out"]
 
 
+class Same(nn.Conv2d):
+    """Pads as much as its input needs."""
+
+    def forward(self, x):
+        return super().forward(F.pad(x, (1, 1, 1, 1)))
+
+
+class Renamed(nn.Conv2d):
+    """Computes as its base."""
+
+
+class Learned(nn.Embedding):
+    """Looks positions up."""
+
+    def forward(self, mask):
+        return super().forward(mask.cumsum(-1))
+
+
+class Scaled(nn.Embedding):
+    embed_scale = 2.0
+
+    def forward(self, x):
+        return 2 * super().forward(x)
+
+
+@pytest.mark.parametrize("inner", [Same(2, 3, 3), Learned(5, 4), WeightStandardizedConv2d(2, 3, 3)], ids=str)
+def test_a_layer_that_computes_in_a_way_of_its_own_is_refused_or_registered(inner):
+    model = nn.ModuleDict({"inner": inner, "linear": nn.Linear(4, 4)})
+    before = dict(model.named_modules())
+    config = LoraConfig(r=2, target_modules=["inner", "linear"])
+    with pytest.raises(
+        TargetError, match=rf"inner: its class, {type(inner).__name__},.*exclude_modules.*register_layer"
+    ):
+        inject_(model, config)
+    assert dict(model.named_modules()) == before
+    report = inject_(model, replace(config, exclude_modules=["inner"]))
+    assert [matrix.name for matrix in report.matrices] == ["linear"]
+    if isinstance(inner, nn.Embedding):
+        with pytest.raises(TargetError, match="inner: its class"):
+            inject_(model, LoraConfig(r=2, trainable_token_indices={"inner": [1]}), adapter="rows")
+
+
+def test_a_user_may_say_how_a_layer_of_a_way_of_its_own_is_adapted(monkeypatch):
+    class LoraSame(LoraConv):
+        def product(self, update, x):
+            return super().product(update, F.pad(x, (1, 1, 1, 1)))
+
+    monkeypatch.setattr(kinds, "_KINDS", dict(kinds._KINDS))
+    register_layer(Same, LoraSame)
+    model = nn.Sequential(Same(2, 3, 3), Renamed(3, 3, 3)).double()
+    inject_(model, LoraConfig(r=2, target_modules=["0", "1"]))
+    randomise_adapter(model)
+    x = torch.randn(1, 2, 6, 6, dtype=torch.float64)
+    beside = model(x)
+    merge_(model)
+    torch.testing.assert_close(model(x), beside)
+
+
+def test_an_embedding_that_multiplies_by_its_scale_is_adapted():
+    model = nn.Sequential(Scaled(5, 4)).double()
+    inject_(model, LoraConfig(r=2, target_modules=["0"]))
+    randomise_adapter(model)
+    beside = model(torch.arange(5))
+    merge_(model)
+    torch.testing.assert_close(model(torch.arange(5)), beside)
+
+
 def test_settings_that_cannot_be_are_all_named_at_once():
     with pytest.raises(ConfigError) as error:
         LoraConfig(r=0, lora_dropout=1.0, lora_alpha=-1)
@@ -177,6 +258,27 @@ def test_settings_that_cannot_be_are_all_named_at_once():
             LoraConfig(r=r)
     with pytest.raises(ConfigError, match=r"k_proj is 16 × 32, and r = 17 is larger"):
         inject_(tiny("llama"), LoraConfig(r=17))
+
+
+@pytest.mark.parametrize(
+    "setting",
+    [{name: 5} for name in ("target_modules", "modules_to_save", "exclude_modules", "target_parameters")]
+    + [{"trainable_token_indices": wrong} for wrong in (["5"], 5, [2.5], "5", {"embed_tokens": 5}, {3: [5]})]
+    + [{"layers_to_transform": 2.5}, {"target_modules": ["q_proj", 2]}],
+    ids=str,
+)
+def test_a_setting_of_another_type_is_named(setting):
+    [name] = setting
+    with pytest.raises(ConfigError, match=f"{name} must .*found"):
+        LoraConfig(**setting)
+
+
+def test_an_orthogonal_start_says_what_must_be_even():
+    with pytest.raises(ConfigError, match="r / groups, found 1"):
+        inject_(
+            nn.Sequential(nn.Conv2d(4, 4, 1, groups=2)),
+            LoraConfig(r=2, target_modules=["0"], init_lora_weights="orthogonal"),
+        )
 
 
 def test_a_second_injection_is_refused():

@@ -4,7 +4,16 @@ import pytest
 import torch
 from torch import nn
 
-from rankwise import LoraConfig, eject_, inject_, load_adapter_, merge_, save_adapter, start_from_original_
+from rankwise import (
+    LoraConfig,
+    eject_,
+    inject_,
+    load_adapter_,
+    merge_,
+    save_adapter,
+    start_from_data_,
+    start_from_original_,
+)
 from rankwise.errors import ConfigError, MergeError
 from rankwise.lora.inject import trainable_parameters
 from rankwise.lora.places import named_lora_layers
@@ -51,7 +60,7 @@ def test_an_adapter_trains_saves_and_leaves_but_does_not_merge(tmp_path):
     other = quantised()
     load_adapter_(other, tmp_path)
     assert torch.equal(other(X), model(X))
-    with pytest.raises(MergeError, match="cannot be read as a dense matrix"):
+    with pytest.raises(MergeError, match=r"0: .* cannot be read as a dense matrix(.|\n)*2: .* cannot be read"):
         merge_(model)
     eject_(model)
     assert torch.equal(model(X), before)
@@ -75,3 +84,34 @@ def test_loftq_names_every_weight_that_does_not_fit():
     with pytest.raises(ConfigError, match=r"0\.weight: \[10, 12\] is wanted, found \[2, 2\](.|\n)*2\.weight.*missing"):
         start_from_original_(model, {"0.weight": torch.zeros(2, 2)})
     assert all(map(torch.equal, before, trainable_parameters(model)))
+
+
+@pytest.mark.parametrize("start", ["gaussian", "orthogonal", "eva"])
+def test_a_start_that_needs_no_weight_goes_over_a_quantised_base(start):
+    model = quantised()
+    before = model(X)
+    inject_(model, LoraConfig(r=2, init_lora_weights=start))
+    if start == "eva":
+        ranks = start_from_data_(model, [X], lambda x: model(x).sum())
+        assert sum(ranks.values()) == 4
+    torch.testing.assert_close(model(X), before)
+    assert all(layer.update("default").lora_A.any() for _, layer in named_lora_layers(model))
+
+
+@pytest.mark.parametrize(
+    ("config", "named"),
+    [({"init_lora_weights": name}, name) for name in ("pissa", "pissa_niter_2", "olora", "corda", "lora_ga")]
+    + [({"use_dora": True}, "use_dora")],
+)
+def test_what_needs_the_dense_weight_says_so_over_a_quantised_base(config, named):
+    model = quantised()
+    before = model(X)
+    message = f"{named}.* needs the dense weight.*gaussian.*start_from_original_"
+    if named in ("corda", "lora_ga"):
+        inject_(model, LoraConfig(r=2, **config))
+        with pytest.raises(ConfigError, match=message):
+            start_from_data_(model, [X], lambda x: model(x).sum())
+    else:
+        with pytest.raises(ConfigError, match=message):
+            inject_(model, LoraConfig(r=2, **config))
+    assert torch.equal(model(X), before)

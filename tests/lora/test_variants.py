@@ -9,7 +9,17 @@ from conftest import randomise_adapter, tiny
 from torch import nn
 from torch.nn import functional as F
 
-from rankwise import LoraConfig, eject_, inject_, load_adapter_, merge_, save_adapter, start_from_data_
+from rankwise import (
+    LoraConfig,
+    eject_,
+    inject_,
+    load_adapter_,
+    merge_,
+    reset_adapter_,
+    save_adapter,
+    start_from_data_,
+    start_from_original_,
+)
 from rankwise.errors import CheckpointError, ConfigError, TargetError
 from rankwise.lora.inject import adapters_off, trainable_parameters
 from rankwise.lora.places import named_lora_layers
@@ -130,6 +140,32 @@ def test_corda_takes_what_the_inputs_use_most():
     left = (weight - update.lora_B @ update.lora_A) @ (x.T @ x)
     values = torch.linalg.svdvals(weight @ (x.T @ x))
     close(left.norm(), values[4:].norm(), 1e-4)
+
+
+@pytest.mark.parametrize("start", ["corda", "lora_ga"])
+def test_a_reset_takes_a_start_from_data_away(start, tmp_path):
+    model = tiny("llama", torch.float64)
+    before = model(IDS).logits
+    config = LoraConfig(r=4, target_modules=["up_proj"], init_lora_weights=start)
+    inject_(model, config)
+    start_from_data_(model, [IDS], next_token_loss(model))
+    reset_adapter_(model, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(model(IDS).logits, before)
+    other = tiny("llama", torch.float64)
+    inject_(other, config, torch.Generator().manual_seed(0))
+    ours, theirs = model.state_dict(), other.state_dict()
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(tensor, theirs[name]) for name, tensor in ours.items())
+    save_adapter(model, tmp_path)
+    assert json.loads((tmp_path / "adapter_config.json").read_text())["r"] == 4
+
+
+def test_a_start_from_the_original_takes_the_place_of_one_from_the_base():
+    model = nn.Sequential(nn.Linear(6, 5).double())
+    inject_(model, LoraConfig(r=5, lora_alpha=5, target_modules=["0"], init_lora_weights="pissa"))
+    original = {"0.weight": torch.randn(5, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(0))}
+    start_from_original_(model, original)
+    close(model[0].base.weight + model[0].delta("default", torch.float64), original["0.weight"])
 
 
 def test_a_start_from_data_that_cannot_be_is_refused():

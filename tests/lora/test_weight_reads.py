@@ -48,6 +48,33 @@ class Around(nn.Module):
         return F.linear(x, self.both.up.weight) + self.inner["both"].up(x)
 
 
+class Loops(nn.Module):
+    """Reads the weights of layers in containers."""
+
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(6, 6) for _ in range(2))
+        self.blocks = nn.ModuleList(Calls() for _ in range(2))
+        self.byname = nn.ModuleDict({"a": nn.Linear(6, 6), "b": nn.Linear(6, 6)})
+        self.heads = nn.ModuleList(nn.Linear(6, 6) for _ in range(3))
+        self.called = nn.ModuleList([nn.Linear(6, 6)])
+        self.one, self.other = nn.Linear(6, 6), nn.Linear(6, 6)
+
+    def forward(self, x):
+        for number, layer in enumerate(self.layers):
+            x = F.linear(x, layer.weight, layer.bias) + number
+        for block in self.blocks:
+            up = block.up
+            x = block.down((x @ up.weight.T + up.bias).relu())
+        x = x + sum(F.linear(x, layer.weight) for layer in self.byname.values())
+        x = F.linear(x, self.heads[-1].weight)
+        for changed in (self.one, *self.called):
+            changed.weight.data.mul_(1)
+        for read in [*self.heads[:1], self.one]:
+            x = F.linear(x, read.weight)
+        return self.other(self.called[0](x))
+
+
 def read_names(model):
     modules = dict(model.named_modules())
     return [name for name in modules if name and weight_is_read(name, modules)]
@@ -59,6 +86,25 @@ def test_only_layers_whose_values_are_used_count_as_read():
     assert read_names(Reads()) == ["up", "down"]
     assert read_names(Around()) == ["both.up"]
     assert read_names(nn.Sequential(Reads(), Calls())) == ["0.up", "0.down"]
+    containers = ["layers.0", "layers.1", "blocks.0.up", "blocks.1.up", "byname.a", "byname.b"]
+    assert read_names(Loops()) == [*containers, "heads.0", "heads.1", "heads.2", "one"]
+
+
+def test_a_weight_that_is_read_in_a_loop_holds_what_the_adapter_adds():
+    torch.manual_seed(0)
+    model = Loops().double()
+    x = torch.randn(5, 6, dtype=torch.float64)
+    plain = model(x)
+    inject_(model, LoraConfig(r=2))
+    randomise_adapter(model)
+    output = model(x)
+    output.square().sum().backward()
+    unused = {id(p) for p in model.heads[1].parameters_of("default")}
+    assert all(p.grad.any() for p in trainable_parameters(model) if id(p) not in unused)
+    with adapters_off(model):
+        assert torch.equal(model(x), plain)
+    merge_(model)
+    torch.testing.assert_close(model(x), output, rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize(

@@ -5,10 +5,22 @@ from copy import deepcopy
 import pytest
 import torch
 from conftest import randomise_adapter, tiny
+from safetensors.torch import load_file
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
 
-from rankwise import LoraConfig, eject_, inject_, load_adapter_, merge_, register_layer, save_adapter
+from rankwise import (
+    LoraConfig,
+    activate_,
+    adapters_off,
+    eject_,
+    inject_,
+    load_adapter_,
+    merge_,
+    register_layer,
+    save_adapter,
+    unmerge_,
+)
 from rankwise.lora.inject import trainable_parameters
 from rankwise.lora.linear import LoraLinear
 from rankwise.models.load import load_tokenizer
@@ -62,6 +74,33 @@ def test_a_deep_copy_is_independent():
     assert not torch.equal(copy(IDS).logits, before)
     eject_(copy)
     assert torch.equal(model(IDS).logits, before)
+
+
+@pytest.mark.parametrize("bias", ["all", "lora_only"])
+def test_what_is_kept_outside_the_model_changes_its_type_with_it(bias):
+    model = tiny("qwen2")
+    own = dict(model.named_parameters())
+    names = {parameter: name for name, parameter in own.items()}
+    base = {name: parameter.detach().clone() for name, parameter in own.items()}
+    inject_(model, LoraConfig(r=2, bias=bias), adapter="one")
+    randomise_adapter(model)
+    inject_(model, LoraConfig(r=2, lora_bias=True), adapter="two")
+    randomise_adapter(model)
+    listed = set(model.state_dict())
+    for active in ("one", "two"):
+        activate_(model, active)
+        expected = model.float()(IDS).logits
+        merge_(model)
+        model.double()
+        torch.testing.assert_close(model(IDS).logits, expected.double(), rtol=1e-4, atol=1e-4)
+        with adapters_off(model):
+            torch.testing.assert_close(model(IDS).logits, tiny("qwen2").double()(IDS).logits, rtol=1e-5, atol=1e-5)
+        unmerge_(model)
+        assert set(model.state_dict()) == listed
+        torch.testing.assert_close(model(IDS).logits, expected.double(), rtol=1e-4, atol=1e-4)
+    eject_(model.float())
+    assert {parameter: name for name, parameter in model.named_parameters()} == names
+    assert all(torch.equal(parameter, base[name]) for name, parameter in model.named_parameters())
 
 
 def test_autocast_computes_in_the_lower_type_and_trains_in_fp32():
@@ -136,10 +175,53 @@ def test_a_trainers_checkpoints_hold_the_adapter_alone(tmp_path):
     for step in (1, 2):
         files = {path.name for path in (tmp_path / f"checkpoint-{step}").iterdir()}
         assert {"adapter_config.json", "adapter_model.safetensors", "optimizer.pt"} <= files
-        assert "model.safetensors" not in files
+        kept = load_file(tmp_path / f"checkpoint-{step}" / "model.safetensors")
+        assert kept.keys() == {name for name, p in model.named_parameters() if p.requires_grad}
     other = tiny("llama")
     load_adapter_(other, tmp_path / "checkpoint-2")
     torch.testing.assert_close(other(IDS).logits, model(IDS).logits)
+
+
+def trainer_of(config, folder, seed=0, **settings):
+    """A Trainer of an adapted model whose learning rate falls over four steps, with a checkpoint after each."""
+    model = tiny("qwen2")
+    torch.manual_seed(seed)
+    inject_(model, config)
+    rows = [{"input_ids": ids, "labels": ids} for ids in (*IDS, *IDS + 1)]
+    fixed = {"max_steps": 4, "save_strategy": "steps", "save_steps": 1, "per_device_train_batch_size": 2}
+    fixed |= {"learning_rate": 0.05, "report_to": [], "use_cpu": True, "disable_tqdm": True}
+    arguments = TrainingArguments(str(folder), **fixed, **settings)
+    return Trainer(model, arguments, train_dataset=rows, eval_dataset=rows, callbacks=[AdapterCheckpoints()])
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"lora_dropout": 0.3, "bias": "all", "modules_to_save": ["lm_head"]},
+        {"init_lora_weights": "pissa_niter_2", "target_modules": ["q_proj"], "use_dora": True},
+    ],
+    ids=["more than updates", "a start drawn at random"],
+)
+def test_a_trainer_that_goes_on_from_a_checkpoint_computes_what_it_would_have_without_a_break(config, tmp_path):
+    config = LoraConfig(r=2, **config)
+    whole = trainer_of(config, tmp_path / "whole")
+    whole.train()
+    resumed = trainer_of(config, tmp_path / "resumed", seed=1)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-2"))
+    state = resumed.model.state_dict()
+    assert all(torch.equal(tensor, state[name]) for name, tensor in whole.model.state_dict().items())
+    assert resumed.state.log_history[-1]["step"] == 4
+
+
+def test_a_trainer_ends_with_the_best_adapter(tmp_path):
+    settings = {"eval_strategy": "steps", "eval_steps": 1, "metric_for_best_model": "eval_loss"}
+    trainer = trainer_of(LoraConfig(r=2), tmp_path, load_best_model_at_end=True, **settings)
+    trainer.train()
+    assert not trainer.state.best_model_checkpoint.endswith("checkpoint-4")
+    best = tiny("qwen2")
+    load_adapter_(best, trainer.state.best_model_checkpoint)
+    assert torch.equal(trainer.model.eval()(IDS).logits, best(IDS).logits)
+    assert trainer.evaluate()["eval_loss"] == pytest.approx(trainer.state.best_metric)
 
 
 @pytest.mark.filterwarnings("ignore:`gradient_checkpointing` is deprecated:FutureWarning")  # of TRL 1.16
@@ -160,7 +242,7 @@ def test_trls_trainer_trains_an_injected_model_and_keeps_the_adapter_alone(tmp_p
         callbacks=[AdapterCheckpoints()],
     ).train()
     assert all(torch.equal(tensor, model.state_dict()[name]) for name, tensor in base.items())
-    assert not (tmp_path / "checkpoint-2" / "model.safetensors").exists()
+    assert not load_file(tmp_path / "checkpoint-2" / "model.safetensors").keys() & base.keys()
     other = tiny("llama")
     load_adapter_(other, tmp_path / "checkpoint-2")
     torch.testing.assert_close(other(IDS).logits, model.eval()(IDS).logits)
