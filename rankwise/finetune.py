@@ -38,7 +38,7 @@ from rankwise.train.rate_check import best_rate
 from rankwise.train.report import render_report
 from rankwise.train.run import run_training
 from rankwise.train.run_folder import RunFolder
-from rankwise.train.start import Start, data_sha256
+from rankwise.train.start import Start, data_sha256, settings_of
 
 START_STEPS = 8
 """Steps whose batches an adapter that starts from data looks at."""
@@ -74,7 +74,8 @@ def finetune(config: TrainConfig, reporter: Reporter | None = None, resume: bool
     Returns the content of result.json. The same configuration on the same machine gives the same adapter, byte for
     byte. Ctrl-C or SIGTERM ends the training after the current step and saves a checkpoint and the adapter.
     Raises ConfigError, DataError, ModelError, TargetError or StorageError before any training if an input is wrong, or
-    if settings, data or base are not those of the run to resume; MissingDependency if a setting needs a package.
+    if settings, data or base are not those of the run to resume; MissingDependency if a setting needs a package;
+    RankwiseError if a loss is no longer finite.
     """
     trackers.check_installed(config.tracker)
     if config.metrics:
@@ -198,6 +199,7 @@ def _start(
     start = run.read_start()
     if start is not None:
         start.check(*hashes)
+        run.write_start(start)  # It may have been damaged.
         return start, Training(engine, data.train, replace(config, lr=start.learning_rate))
     run.write_settings()
     rate = config.lr
@@ -205,7 +207,7 @@ def _start(
         rate = best_rate(engine, data.train, data.held_out, config, reporter.say)
     training = Training(engine, data.train, replace(config, lr=rate))
     reporter.say(f"{len(plan):,} steps, learning rate {training.rate:.3g}")
-    start = Start(*hashes, training.rate, str(Path.cwd()))
+    start = Start(*hashes, training.rate, str(Path.cwd()), settings_of(config))
     run.write_start(start)
     return start, training
 

@@ -45,6 +45,8 @@ def main(options: list[str]) -> int:
     config = parse(EvalConfig, options, "eval")
     if config.answers is not None and config.answers < 0:
         raise ConfigError(f"--answers must be at least 0, found {config.answers}")
+    if config.max_length < 2:
+        raise ConfigError(f"--max-length must be at least 2, found {config.max_length}")
     if config.metrics and config.answers == 0:
         raise ConfigError("--metrics measures answers; leave --answers 0 out")
     layout = Layout.parse(config.format, config.columns)
@@ -74,5 +76,5 @@ def main(options: list[str]) -> int:
         measured = evaluate(engine, tokenizer, examples, questions, stage.update, config.metrics)
     values = {measured.metric_name: measured.metric} | {name: found.value for name, found in measured.metrics.items()}
     intervals = {name: [found.lower, found.upper] for name, found in measured.metrics.items()}
-    print(json.dumps({"loss": measured.loss, **values, "rows": measured.rows, "intervals": intervals}))
+    print(json.dumps({"loss": measured.loss, **values, "rows": measured.rows, "intervals": intervals}, allow_nan=False))
     return 0

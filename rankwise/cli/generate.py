@@ -41,6 +41,8 @@ def main(options: list[str]) -> int:
         raise ConfigError("give either --prompt TEXT or --file FILE.jsonl")
     if config.max_new_tokens < 1:
         raise ConfigError(f"--max-new-tokens must be at least 1, found {config.max_new_tokens}")
+    if config.first is not None and config.first < 1:
+        raise ConfigError(f"--first must be at least 1, found {config.first}")
     if config.adapter is None and config.use == "both":
         raise ConfigError("--use both needs an --adapter to stand beside the base model")
     from rankwise.data.examples import asked, user_prompt

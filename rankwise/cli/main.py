@@ -34,7 +34,8 @@ HELP = "\n".join(
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run one command; returns the exit code: 0, 2 for a wrong input, 130 after Ctrl-C, 143 after SIGTERM."""
+    """Run one command; returns the exit code: 0, 2 for a wrong input or what the system refuses, 130 after Ctrl-C, 143
+    after SIGTERM."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     show_traceback = "--traceback" in arguments
     arguments = [argument for argument in arguments if argument != "--traceback"]
@@ -60,6 +61,18 @@ def main(argv: list[str] | None = None) -> int:
         # The reader of our output (head, less) has gone.
         sys.stderr.close()
         return 0
+    except OSError as error:
+        if show_traceback:
+            raise
+        return _fail(_refused(error))
+
+
+def _refused(error: OSError) -> str:
+    """What the operating system refused: a name that it cannot take, a place that is not there or not for this user."""
+    reason = error.strerror or str(error)
+    if error.filename is None:
+        return reason
+    return f"cannot use {error.filename}: {reason}; check the name and its permissions"
 
 
 def _fail(message: str) -> int:

@@ -40,9 +40,9 @@ def _print(out: Path, result: dict[str, Any]) -> None:
     if result["shrunk"] is not None:
         print(_cut(out, result["shrunk"]))
     if result["eval_loss_after"] is not None:
-        change = 1 - result["eval_loss_after"] / result["eval_loss_before"]
-        loss = f"{result['eval_loss_before']:.4f} → {result['eval_loss_after']:.4f} ({-change:+.1%})"
-        print(f"held-out loss: {loss} on {result['eval_rows']} rows")
+        before, after = result["eval_loss_before"], result["eval_loss_after"]
+        change = f" ({after / before - 1:+.1%})" if before else ""
+        print(f"held-out loss: {before:.4f} → {after:.4f}{change} on {result['eval_rows']} rows")
         if result["metric_after"] is not None:
             metric = result["metric_name"].replace("_", " ")
             print(f"{metric}: {result['metric_before']:.1%} → {result['metric_after']:.1%}")

@@ -10,7 +10,7 @@ from typing import Any
 
 from rankwise.data.examples import E, TextExample
 from rankwise.data.stored import Chosen, Items
-from rankwise.errors import ConfigError
+from rankwise.errors import ConfigError, DataError
 from rankwise.train.config import TrainConfig
 
 Places = Sequence[int]
@@ -68,8 +68,14 @@ def planned_steps(examples: Sequence[E], config: TrainConfig) -> Plan[E]:
     """The batches of every optimiser step of a run: one each, or up to `accumulate` of them.
 
     Every epoch sees every row once. A step does not reach over the end of an epoch; its last one may be smaller.
-    Raises ConfigError for a row of more tokens than a batch may hold.
+    Raises ConfigError for a row of more tokens than a batch may hold, DataError for a single row to be told apart from
+    others.
     """
+    if config.task == "embedding" and len(examples) < 2:
+        raise DataError(
+            "--task embedding needs at least two training rows, because a row is told apart from the others of its "
+            f"batch; found {len(examples)}"
+        )
     steps: list[Sequence[Places]] = []
     orders = _epochs(_groups(examples, config), config.seed)
     for epoch in count():

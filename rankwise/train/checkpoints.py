@@ -35,13 +35,13 @@ class Checkpoints:
             write(temporary)
             sums = [f"{_sha256(file)}  {file.name}\n" for file in sorted(temporary.iterdir())]
             (temporary / SUMS_FILE).write_text("".join(sums), encoding="utf-8")
-        for older in self._newest_first()[KEPT:]:
+        for older in self.newest_first()[KEPT:]:
             shutil.rmtree(older)
 
     def newest(self) -> tuple[Path | None, list[str]]:
         """The newest checkpoint that is whole, and what is wrong with newer ones, which are then removed."""
         problems: list[str] = []
-        for path in self._newest_first():
+        for path in self.newest_first():
             problem = damage(path)
             if problem is None:
                 return path, problems
@@ -49,7 +49,8 @@ class Checkpoints:
             shutil.rmtree(path)
         return None, problems
 
-    def _newest_first(self) -> list[Path]:
+    def newest_first(self) -> list[Path]:
+        """The folders of all checkpoints, whole or not."""
         found = [path for path in self.folder.glob("step-*") if path.is_dir() and _STEP.fullmatch(path.name)]
         return sorted(found, key=lambda path: int(path.name.removeprefix("step-")), reverse=True)
 
@@ -57,7 +58,7 @@ class Checkpoints:
 def damage(checkpoint: Path) -> str | None:
     """What is wrong with a checkpoint, or None if every file is as it was written."""
     try:
-        lines = (checkpoint / SUMS_FILE).read_text(encoding="utf-8").splitlines()
+        lines = (checkpoint / SUMS_FILE).read_text(encoding="utf-8").split("\n")[:-1]
     except (OSError, UnicodeDecodeError):
         return f"{SUMS_FILE} is missing or damaged"
     expected = {name: digest for digest, _, name in (line.partition("  ") for line in lines)}

@@ -1,6 +1,6 @@
 """The settings of a training run: command-line flags, YAML keys and `run.yaml` are all made from this one class."""
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from math import inf
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -189,18 +189,29 @@ class TrainConfig:
             yield f"--max-steps can be at most {MOST_STEPS:,}, found {self.max_steps:,}"
         if self.eval_steps and self.eval_data is None and not self.eval_fraction:
             yield "--eval-steps needs held-out data; give --eval-data, or an --eval-fraction above 0"
+        if self.eval_data is not None and self.eval_fraction != "auto":
+            yield "--eval-data and --eval-fraction both say what is held out; give one of them"
+        if self.patience not in (0, self._default("patience")) and self.eval_steps == 0:
+            yield f"--patience {self.patience} waits for held-out losses, which --eval-steps 0 never measures; give one"
+        if self.eval_answers not in (0, self._default("eval_answers")) and self.task not in ASKING:
+            yield f"--eval-answers needs --task {' or '.join(ASKING)}; other tasks have no answers"
+        if self.metrics and self.eval_data is None and not self.eval_fraction:
+            yield "--metrics needs held-out data; give --eval-data, or an --eval-fraction above 0"
         if self.metrics and self.task not in ASKING:
             yield f"--metrics needs --task {' or '.join(ASKING)}; what other tasks measure is always measured"
         if self.metrics and not self.eval_answers:
             yield "--metrics measures answers; give --eval-answers above 0"
         if self.batches == "alike" and self.task != "causal_lm":
             yield "--batches alike needs --task causal_lm; rows of other tasks share nothing"
-        if self.train_on != "completion" and self.task in ("embedding", "seq2seq_lm"):
+        if self.train_on != "completion" and self.task != "causal_lm":
             yield f"--train-on {self.train_on} needs --task causal_lm"
         if self.task == "embedding" and self.batch_size < 2:
             yield "--task embedding needs --batch-size of at least 2: a row is told apart from the others of its batch"
         if self.task == "embedding" and self.label_smoothing:
             yield "--label-smoothing does not go with --task embedding, whose texts are right or not"
+
+    def _default(self, name: str) -> Any:
+        return next(field.default for field in fields(self) if field.name == name)
 
     @property
     def takes_rows_as_they_come(self) -> bool:

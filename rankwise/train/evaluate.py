@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from math import isfinite
 from typing import Any
 
 import numpy as np
@@ -14,6 +15,7 @@ from rankwise.data.pairs import PairExample
 from rankwise.engine.embedding import EmbeddingEngine
 from rankwise.engine.engine import Engine
 from rankwise.engine.generate import generate
+from rankwise.errors import RankwiseError
 from rankwise.lora.inject import set_adapter_training
 from rankwise.train import metrics
 from rankwise.train.label_scores import label_scores
@@ -52,6 +54,13 @@ class Evaluation:
     """All that was measured, by name, loss and metric included."""
     samples: tuple[Sample, ...] = ()
 
+    def __post_init__(self) -> None:
+        if not isfinite(self.loss):
+            raise RankwiseError(
+                f"the held-out loss is not finite ({self.loss}): the training went astray, or the base model is "
+                "damaged; train again with a lower --lr"
+            )
+
 
 @dataclass(frozen=True)
 class _Rows:
@@ -81,7 +90,7 @@ def evaluate(
 
     An answer matches if it equals the reference but for blanks at both ends. An answer may be one token longer than
     the longest reference, which no match needs. With `text_metrics` the answers get BLEU, chrF and ROUGE as well.
-    Raises MissingDependency if those need a package that is not installed.
+    Raises MissingDependency if those need a package that is not installed, RankwiseError if the loss is not finite.
     """
     if isinstance(engine, EmbeddingEngine):
         return _of_pairs(engine, tokenizer, examples, on_progress)

@@ -115,6 +115,12 @@ class Training:
         """Those of the next step; none after the last one, or once it failed."""
         return [] if self.failed or self.done == len(self.plan) else self.plan[self.done]
 
+    @torch.no_grad()
+    def went_well(self) -> bool:
+        """Whether the rows of the step before have a finite loss now. The step after would tell; the last has none."""
+        set_adapter_training(self.engine.model, False)
+        return _is_finite(*(self.engine.loss(batch) for batch in self.plan[self.done - 1]))
+
     def move(self, loss: Tensor) -> Step | None:
         """Take the optimiser's step by the gradients that are there.
 
@@ -124,7 +130,7 @@ class Training:
         if not _is_finite(loss, norm):
             self.failed = RankwiseError(
                 f"the loss or its gradient is not finite at step {self.done + 1} (loss {loss.item()}); "
-                f"try a lower --lr than {self.rate:g}. The adapter of the step before is kept"
+                f"try a lower --lr than {self.rate:g}"
             )
             return None
         self.optimizer.step()

@@ -4,6 +4,8 @@ An interval says how far the value depends on which rows happened to be held out
 training. Where all rows agree (no answer right, say) it is a single point, and too narrow.
 """
 
+import math
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -16,6 +18,8 @@ RESAMPLES = 1000
 CONFIDENCE = 0.95
 SEED = 0
 """Of the resampling: the same rows always give the same interval."""
+LARGEST_EXPONENT = math.log(sys.float_info.max)
+"""Above it exp is infinite, which JSON does not know."""
 AT_ONCE = 4_000_000
 """Values of resampled rows held in memory at a time."""
 
@@ -50,8 +54,7 @@ def perplexity(loss: Estimate) -> Estimate:
 
 
 def _exp(value: float) -> float:
-    with np.errstate(over="ignore"):
-        return float(np.exp(value))
+    return math.exp(min(value, LARGEST_EXPONENT))
 
 
 def classification(targets: NDArray[Any], predicted: NDArray[Any]) -> dict[str, Estimate]:

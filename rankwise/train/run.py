@@ -2,10 +2,11 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from math import isfinite
 from typing import Any
 
 from rankwise.data.lazy import LazyExamples
-from rankwise.errors import DataError
+from rankwise.errors import RankwiseError, StorageError
 from rankwise.train.config import TrainConfig
 from rankwise.train.evaluate import held_out_loss
 from rankwise.train.interrupt import first_interrupt
@@ -45,7 +46,8 @@ def run_training(
     """Train to the end, from the newest checkpoint if the run is resumed, and leave the best adapter in the model.
 
     Without evaluations, or when the user ends it early, that is the adapter as it is then.
-    Raises StorageError if the disk is full, DataError if a row of a large file turns out unfit: what was done stays.
+    Raises StorageError if the disk is full, DataError if a row of a large file turns out unfit, RankwiseError if a loss
+    is no longer finite: what was done before stays.
     """
     total, watch = len(training.plan), Watch(training.parameters, config.patience)
     evaluate_every = evaluation_interval(config, training.plan, held_out)
@@ -55,7 +57,8 @@ def run_training(
 
     def save() -> None:
         nonlocal saved
-        if training.done != saved:
+        # A step that went astray is not among `steps`: its adapter is nothing to go on from.
+        if saved != training.done == len(steps):
             run.save_checkpoint(training, watch, steps, labels)
             saved = training.done
 
@@ -67,21 +70,19 @@ def run_training(
         left = () if watch.gave_up else training.steps(lambda: interrupt.signal is not None or watch.gave_up)
         try:
             for step in left:
-                if evaluate_every and (step.number % evaluate_every == 0 or step.number == total):
-                    loss = held_out_loss(training.engine, held_out)
-                    watch.note(step.number, loss)
-                    step = replace(step, eval_loss=loss)
-                steps.append(step)
-                for note in (run.add_step, track, view.step):
+                step = _measured(step, training, watch, held_out, evaluate_every)
+                for note in (steps.append, run.add_step, track, view.step):
                     note(step)
                 if step.number % save_every == 0:
                     save()
                 if isinstance(training.plan.examples, LazyExamples):
                     training.plan.examples.look_through(LOOKING * step.seconds / step.number)
             save()
-        except DataError:
-            save()
+        except StorageError:
             raise
+        except RankwiseError as error:
+            save()
+            raise type(error)(f"{error}. {run.kept()}") from None
         except KeyboardInterrupt:
             at_once = True
     complete = not at_once and (training.done == total or watch.gave_up)
@@ -94,6 +95,22 @@ def run_training(
         stopped_early=complete and training.done < total,
         adapter_step=watch.best_step if complete and watch.best else training.done,
     )
+
+
+def _measured(step: Step, training: Training, watch: Watch, held_out: Sequence[Any], every: int) -> Step:
+    """The step with the held-out loss after it, if it is to be measured there, which `watch` notes.
+
+    Raises RankwiseError if a loss after it is not finite. After the last step, which no other follows whose loss would
+    tell, the loss of its own rows is measured if that of the held-out ones is not.
+    """
+    last = step.number == step.of
+    if every and (last or step.number % every == 0):
+        step = replace(step, eval_loss=held_out_loss(training.engine, held_out))
+    if not isfinite(step.eval_loss or 0) or (last and step.eval_loss is None and not training.went_well()):
+        raise RankwiseError(f"the loss is not finite after step {step.number}; try a lower --lr than {training.rate:g}")
+    if step.eval_loss is not None:
+        watch.note(step.number, step.eval_loss)
+    return step
 
 
 def _restored(run: RunFolder, training: Training, watch: Watch, reporter: Reporter) -> list[Step]:

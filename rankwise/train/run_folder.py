@@ -6,14 +6,13 @@ from collections.abc import Iterator, Sequence
 from contextlib import chdir, contextmanager, nullcontext
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import Any, get_origin, get_type_hints
 
-import yaml
 from filelock import FileLock, Timeout
 from torch import nn
 
 from rankwise import atomic
-from rankwise.errors import ConfigError, StorageError, listing
+from rankwise.errors import ConfigError, StorageError
 from rankwise.lora.checkpoint import save_adapter
 from rankwise.models.adapted import write_labels
 from rankwise.train.checkpoints import Checkpoints
@@ -89,19 +88,8 @@ class RunFolder:
     def _check_resumable(self) -> None:
         if self._is_finished():
             raise ConfigError(f"the run in {self.path} is complete; there is nothing to resume")
-        written = yaml.safe_load((self.path / SETTINGS_FILE).read_text(encoding="utf-8"))
-        given = self.config.as_dict()
-        # The folder may have been moved, or be named from another place.
-        differences = [
-            f"{name}: the run has {written.get(name)!r}, given {given.get(name)!r}"
-            for name in sorted(written.keys() | given.keys())
-            if written.get(name) != given.get(name) and name != "out"
-        ]
-        if differences:
-            raise ConfigError(
-                f"a run is resumed with its own settings, and these are not those of {self.path / SETTINGS_FILE}:\n"
-                f"{listing(differences)}\nLeave them out, or begin a new run in another --out"
-            )
+        if start := self.read_start():
+            start.check_settings(self.config, self.path / SETTINGS_FILE)
         # What a killed process had not finished writing.
         for left_over in [*self.path.rglob(".*.tmp"), *self.path.rglob(".tmp*")]:
             shutil.rmtree(left_over) if left_over.is_dir() else left_over.unlink(missing_ok=True)
@@ -121,20 +109,16 @@ class RunFolder:
 
     def write_settings(self) -> None:
         """Write run.yaml; `rankwise train --config run.yaml --out OTHER` repeats the run."""
-        if not self.resume:
-            atomic.write_text(self.path / SETTINGS_FILE, self.config.as_yaml())
+        atomic.write_text(self.path / SETTINGS_FILE, self.config.as_yaml())
 
     def write_start(self, start: Start) -> None:
-        """Write start.json."""
-        atomic.write_text(self.path / START_FILE, json.dumps(asdict(start), indent=2) + "\n")
+        """Write start.json, of which every checkpoint holds a copy."""
+        atomic.write_text(self.path / START_FILE, _start_text(start))
 
     def read_start(self) -> Start | None:
-        """What `write_start` wrote, or None if the run never came so far or it is damaged: it is then made anew."""
-        found = _json(self.path / START_FILE)
-        kinds = get_type_hints(Start)
-        if found is None or found.keys() != kinds.keys():
-            return None
-        return Start(**found) if all(isinstance(found[name], kind) for name, kind in kinds.items()) else None
+        """What `write_start` wrote, from a checkpoint if it is damaged; None if the run never came so far."""
+        folders = [self.path, *self.checkpoints.newest_first()]
+        return next(filter(None, map(_start_in, folders)), None)
 
     @contextmanager
     def where_it_began(self) -> Iterator[None]:
@@ -168,8 +152,15 @@ class RunFolder:
             _save(training.engine.model, labels, folder)
             save_state(training, watch, folder)
             (folder / METRICS_FILE).write_text("".join(map(_line, steps)), encoding="utf-8")
+            if start := self.read_start():
+                (folder / START_FILE).write_text(_start_text(start), encoding="utf-8")
 
         self.checkpoints.save(training.done, write)
+
+    def kept(self) -> str:
+        """What there is of a run that failed, as a sentence of its message."""
+        newest = next(iter(self.checkpoints.newest_first()), None)
+        return f"The newest checkpoint, an adapter folder too, is {newest}" if newest else "No checkpoint was saved yet"
 
     def restore(self, training: Training, watch: Watch) -> tuple[list[Step], list[str]]:
         """Bring a new run to the newest whole checkpoint, or leave it at its beginning if there is none.
@@ -189,11 +180,23 @@ class RunFolder:
     def finish(self, result: dict[str, Any], report: str) -> None:
         """Write report.html and, last of all, result.json."""
         atomic.write_text(self.path / "report.html", report)
-        atomic.write_text(self.path / "result.json", json.dumps(result, indent=2) + "\n")
+        atomic.write_text(self.path / "result.json", json.dumps(result, indent=2, allow_nan=False) + "\n")
 
 
 def _line(step: Step) -> str:
-    return json.dumps(asdict(step)) + "\n"
+    return json.dumps(asdict(step), allow_nan=False) + "\n"
+
+
+def _start_text(start: Start) -> str:
+    return json.dumps(asdict(start), indent=2, allow_nan=False) + "\n"
+
+
+def _start_in(folder: Path) -> Start | None:
+    found, kinds = _json(folder / START_FILE), get_type_hints(Start)
+    if found is None or found.keys() != kinds.keys():
+        return None
+    kinds = {name: get_origin(kind) or kind for name, kind in kinds.items()}
+    return Start(**found) if all(isinstance(found[name], kind) for name, kind in kinds.items()) else None
 
 
 def _json(path: Path) -> dict[str, Any] | None:

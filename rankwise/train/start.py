@@ -4,10 +4,16 @@ import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
+
+import yaml
 
 from rankwise.data.files import Row
 from rankwise.errors import ConfigError, listing
+from rankwise.train.config import TrainConfig
+
+_PLACES = ("out", "data", "eval_data", "model")
 
 
 @dataclass(frozen=True)
@@ -21,6 +27,29 @@ class Start:
     """The highest, as it was given, ruled or found."""
     directory: str
     """The working directory, from which the settings' relative paths are seen."""
+    settings: dict[str, Any]
+    """`settings_of` the run."""
+
+    def check_settings(self, config: TrainConfig, file: Path) -> None:
+        """Raise ConfigError if a run to be resumed has other settings than it began with.
+
+        `file`: its run.yaml, which the message names for what was changed there.
+        """
+        now, written = settings_of(config), yaml.safe_load(file.read_text(encoding="utf-8"))
+        edited, given = [], []
+        for name, began in self.settings.items():
+            if now.get(name) != began:
+                was, value = f"{name}: the run began with {json.dumps(began)}", json.dumps(now.get(name))
+                if name in written and written[name] == began:
+                    given.append(f"{was}, given {value}")
+                else:
+                    edited.append(f"{was}, {file.name} now says {value}")
+        if edited or given:
+            advice = [f"mend {file}"] * bool(edited) + ["leave out what is given beside --resume"] * bool(given)
+            raise ConfigError(
+                "a run is resumed with the settings that it began with, and these are others:\n"
+                f"{listing(edited + given)}\nTo go on, {' and '.join(advice)}; or begin a new run in another --out"
+            )
 
     def check(self, data_sha256: str, base_sha256: str) -> None:
         """Raise ConfigError if a run to be resumed has other data or another base model than it began with."""
@@ -36,6 +65,11 @@ class Start:
             raise ConfigError(
                 f"this run cannot be resumed:\n{listing(problems)}\nBring back what it began with, or begin a new run"
             )
+
+
+def settings_of(config: TrainConfig) -> dict[str, Any]:
+    """The settings that a run keeps to its end: all but where its folder, data and base lie, which may be moved."""
+    return {name: value for name, value in config.as_dict().items() if name not in _PLACES}
 
 
 def data_sha256(tokenizer: Any, *sides: Sequence[Row]) -> str:

@@ -161,6 +161,61 @@ def test_a_wrong_setting_is_one_clear_message_and_exit_code_2(train, capsys, opt
 
 
 @pytest.mark.parametrize(
+    ("command", "message"),
+    [
+        ("eval --model m --data d --max-length -5", "--max-length must be at least 2, found -5"),
+        ("generate --model m --file f --first -22", "--first must be at least 1, found -22"),
+        ("generate --model m --file f --first 0", "--first must be at least 1, found 0"),
+    ],
+)
+def test_a_number_that_cannot_be_is_refused_before_anything_is_loaded(command, message, capsys):
+    assert main(command.split()) == 2
+    assert message in capsys.readouterr().err
+
+
+LONG = "a" * 300
+
+
+@pytest.mark.parametrize(
+    ("command", "message"),
+    [
+        ("train --model MODEL --data ROWS --out FILE/sub", "FILE/sub: Not a directory"),
+        ("train --model MODEL --data ROWS --out /proc/x", "/proc/x: No such file or directory"),
+        (f"train --model MODEL --data ROWS --out {LONG}", "File name too long"),
+        (f"train --model MODEL --data {LONG} --out o", "File name too long"),
+        (f"train --model {LONG} --data ROWS --out o", "File name too long"),
+        (f"train --resume {LONG}", "File name too long"),
+        (f"data {LONG} --model MODEL", "File name too long"),
+        (f"plan --model {LONG}", "File name too long"),
+        (f"plan --config {LONG}.json", "File name too long"),
+        (f"eval --adapter {LONG} --data ROWS", "File name too long"),
+        (f"eval --model MODEL --data {LONG}", "File name too long"),
+        (f"generate --model MODEL --file {LONG}", "File name too long"),
+    ],
+)
+def test_a_name_that_the_system_refuses_is_one_message(
+    command, message, sql, tmp_path, tiny_llama_folder, monkeypatch, capsys
+):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "FILE").touch()
+    options = command.replace("MODEL", str(tiny_llama_folder)).replace("ROWS", sql).split()
+    assert main(options) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_a_file_that_may_not_be_read_is_not_said_to_be_written(monkeypatch, capsys):
+    def refuse(entries):
+        yield from ()
+        raise PermissionError(13, "Permission denied", entries[0])
+
+    monkeypatch.setattr("rankwise.data.rows.read_sources", refuse)
+    assert main(["data", "mine.jsonl", "--model", "smollm2-135m"]) == 2
+    assert "error: cannot use mine.jsonl: Permission denied; check the name" in capsys.readouterr().err
+    with pytest.raises(PermissionError):
+        main(["--traceback", "data", "mine.jsonl", "--model", "smollm2-135m"])
+
+
+@pytest.mark.parametrize(
     ("options", "messages"),
     [
         (["--lora-alhpa", "3"], ["Unrecognized options: --lora-alhpa", "--lora-alpha"]),
@@ -185,7 +240,19 @@ def test_a_wrong_flag_names_the_nearest_one(train, capsys, options, messages):
     ("content", "message"),
     [
         ("lora_alhpa: 3", "'lora_alhpa' (nearest: 'lora_alpha'"),
-        ("r: [1, {}]", "r must be a value or a list of values"),
+        ("r: [1, {}]", "settings.yaml holds settings that cannot be:\n  - r must be a whole number or auto, found [1,"),
+        ("metrics: 1", "metrics must be true or false, found 1"),
+        ("metrics: 'yes'", "metrics must be true or false, found 'yes'"),
+        ("seed: [1, 2]", "seed must be a whole number, found [1, 2]"),
+        ("seed: true", "seed must be a whole number, found True"),
+        ("seed: 1.5", "seed must be a whole number, found 1.5"),
+        ("lr: fast", "lr must be a number or auto, found 'fast'"),
+        ("batches: 3", "batches must be random or alike, found 3"),
+        ("columns: [{}]", "columns must be text, or a list of them, found [{}]"),
+        ("eval_data: ''", "eval_data must be the name of a file or folder, found ''"),
+        ("out: 2026-13-45", "is not valid YAML: month must be in 1..12"),
+        ("max_steps: 2\nmax_steps: 3", "'max_steps' is given 2 times"),
+        ("max_steps: 2\nmax-steps: 3\nseed: x", "'max_steps' is given 2 times\n  - seed must be a whole number"),
         ("- r", "must hold keys with values"),
         ("r: [", "is not valid YAML"),
         ("r: " + "[" * 5000 + "]" * 5000, "is nested too deeply"),
@@ -197,6 +264,17 @@ def test_a_wrong_yaml_file_is_one_clear_message(train, capsys, tmp_path, content
     code, _ = train("--config", str(tmp_path / "settings.yaml"))
     assert code == 2
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("options", "place"),
+    [(["--data", ""], "--data"), (["--eval-data="], "--eval-data"), (["--data", "a", ""], "a")],
+)
+def test_an_empty_value_is_refused(train, capsys, options, place):
+    assert train(*options)[0] == 2
+    assert f"an empty value stands after {place}; is a variable not set?" in capsys.readouterr().err
+    assert main(["data", "", "--model", "m"]) == 2
+    assert "an empty value stands after rankwise data;" in capsys.readouterr().err
 
 
 def test_flags_win_over_the_yaml_file(train, tmp_path):
@@ -215,6 +293,28 @@ def test_a_folder_that_holds_a_run_is_not_touched(train, capsys):
     assert code == 2
     assert "already holds something" in capsys.readouterr().err
     assert {path: path.stat().st_mtime_ns for path in run.rglob("*")} == before
+
+
+def test_what_was_trained_before_a_loss_that_is_not_finite_is_saved(train, capsys, tiny_llama_folder):
+    code, run = train("--max-steps", "3", "--lr", "1e9", "--save-steps", "100")
+    error = capsys.readouterr().err
+    assert code == 2
+    assert "not finite at step 2" in error
+    assert "try a lower --lr than 1e+09" in error
+    assert f"The newest checkpoint, an adapter folder too, is {run / 'checkpoints/step-000001'}" in error
+    load_adapter_(AutoModelForCausalLM.from_pretrained(tiny_llama_folder), run / "checkpoints/step-000001")
+    assert len((run / "metrics.jsonl").read_text().splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    "options", [[], ["--eval-steps", "1"], ["--eval-fraction", "0"], ["--eval-steps", "1", "--max-steps", "2"]]
+)
+def test_a_step_that_goes_astray_is_an_error_and_leaves_no_adapter(train, capsys, options):
+    code, run = train("--max-steps", "1", "--lr", "1e25", *options)
+    assert code == 2
+    error = capsys.readouterr().err
+    assert "the loss is not finite after step 1; try a lower --lr than 1e+25. No checkpoint was saved yet" in error
+    assert sorted(path.name for path in run.iterdir() if path.name != ".lock") == ["run.yaml", "start.json"]
 
 
 def test_labels_that_train_lacks_are_named(tmp_path, capsys):

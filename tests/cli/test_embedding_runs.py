@@ -158,6 +158,17 @@ def test_what_does_not_go_with_embeddings_is_refused(options, message, tmp_path,
     assert message in " ".join(capsys.readouterr().err.replace("│", "").split())
 
 
+def test_a_single_row_is_refused_and_a_single_held_out_row_is_measured(tiny_llama_folder, tmp_path, capsys):
+    options = ["train", "--model", str(tiny_llama_folder), "--task", "embedding", "--out", str(tmp_path / "run")]
+    held_out = some_of("test.jsonl", 1, tmp_path)
+    data = some_of("train.jsonl", 1, tmp_path)
+    assert main([*options, "--data", data, "--eval-fraction", "0"]) == 2
+    assert "needs at least two training rows" in capsys.readouterr().err
+    data = some_of("train.jsonl", 2, tmp_path)
+    assert main([*options, "--data", data, "--eval-data", held_out, "--max-steps", "1", "--r", "2"]) == 0
+    assert "held-out loss: 0.0000 → 0.0000 on 1 rows" in capsys.readouterr().out
+
+
 def test_generate_refuses_an_adapter_for_embeddings(run, capsys):
     assert main(["generate", "--adapter", str(run), "--prompt", "hello"]) == 2
     assert "embeds texts and cannot answer prompts" in capsys.readouterr().err

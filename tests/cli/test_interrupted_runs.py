@@ -110,10 +110,31 @@ def test_other_settings_are_refused_and_all_named(terminated, tmp_path, capsys):
     before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
     assert main(["train", "--resume", str(run), "--max-steps", "90", "--lr", "0.5", "--seed", "0"]) == 2
     error = capsys.readouterr().err
-    assert "max_steps: the run has 24, given 90" in error
-    assert "lr: the run has None, given 0.5" in error
+    assert "max_steps: the run began with 24, given 90" in error
+    assert "lr: the run began with null, given 0.5" in error
+    assert "To go on, leave out what is given beside --resume; or begin a new run" in error
     assert "seed" not in error
     assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before
+
+
+def test_an_edited_run_yaml_is_refused_where_it_means_something_else(terminated, inputs, whole, tmp_path, capsys):
+    run = shutil.copytree(terminated[0], tmp_path / "run")
+    settings = yaml.safe_load((run / "run.yaml").read_text())
+    changed = {"lr": 0.02, "max_steps": 30, "batch_size": 3, "lora_alpha": 8, "weight_decay": 0.1, "warmup": 0.5}
+    (run / "run.yaml").write_text(yaml.safe_dump({**settings, **changed}))
+    assert main(["train", "--resume", str(run), "--seed", "5"]) == 2
+    error = capsys.readouterr().err
+    assert error.count("the run began with") == len(changed) + 1
+    assert "lr: the run began with null, run.yaml now says 0.02" in error
+    assert "seed: the run began with 0, given 5" in error
+    assert f"To go on, mend {run / 'run.yaml'} and leave out what is given beside --resume" in error
+    # Other spellings of the same, a key that is missing where it has its default, and other places of the same data.
+    del settings["seed"]
+    moved = shutil.copy(inputs[0], tmp_path / "moved.jsonl")
+    spelled = {"lora_dropout": "1e-1", "lora_alpha": 32, "data": [str(moved)]}
+    (run / "run.yaml").write_text(yaml.safe_dump({**settings, **spelled}))
+    assert main(["train", "--resume", str(run)]) == 0
+    assert outcome(run) == whole
 
 
 def test_changed_data_and_a_changed_base_are_refused(terminated, inputs, tmp_path, capsys):

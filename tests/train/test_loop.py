@@ -92,6 +92,27 @@ def test_settings_that_cannot_be_are_all_named_at_once():
         assert f"--{name} must" in str(error.value)
 
 
+@pytest.mark.parametrize("task", ["seq_cls", "token_cls", "embedding"])
+def test_settings_without_an_effect_are_all_refused_at_once(task):
+    with pytest.raises(ConfigError) as error:
+        settings(
+            task=task, train_on="all", eval_answers=7, metrics=True, eval_data="e.jsonl", eval_fraction=0.2,
+            patience=5, eval_steps=0,
+        )  # fmt: skip
+    for message in (
+        "--train-on all needs --task causal_lm",
+        "--eval-answers needs --task causal_lm or seq2seq_lm",
+        "--eval-data and --eval-fraction both say what is held out",
+        "--patience 5 waits for held-out losses",
+    ):
+        assert message in str(error.value)
+    with pytest.raises(ConfigError, match="--metrics needs held-out data"):
+        settings(metrics=True, eval_fraction=0)
+    # Defaults, and what says that nothing is to be done.
+    settings(task=task, eval_answers=0, eval_steps=0, eval_data="e.jsonl")
+    settings(patience=0, eval_steps=0)
+
+
 def test_one_target_that_is_not_a_plain_name_is_a_regular_expression():
     assert settings().targets == "all-linear"
     assert settings(target_modules=("q_proj",)).targets == ("q_proj",)

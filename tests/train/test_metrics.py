@@ -103,4 +103,4 @@ def test_perplexity_is_the_exponential_of_the_loss_and_of_its_bounds():
     found = metrics.perplexity(metrics.Estimate(1.0, 0.5, 2.0))
     assert (found.value, found.lower, found.upper) == pytest.approx((math.e, math.exp(0.5), math.exp(2.0)))
     assert metrics.perplexity(metrics.Estimate(2.0)) == metrics.Estimate(math.exp(2.0))
-    assert metrics.perplexity(metrics.Estimate(1e4)).value == math.inf
+    assert math.inf > metrics.perplexity(metrics.Estimate(1e4)).value > 1e308, "JSON knows no infinity"

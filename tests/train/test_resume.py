@@ -23,7 +23,7 @@ from rankwise.train.progress import Reporter
 from rankwise.train.random_state import random_state, set_random_state
 from rankwise.train.run import run_training
 from rankwise.train.run_folder import RunFolder
-from rankwise.train.start import Start
+from rankwise.train.start import Start, settings_of
 
 EXAMPLES = [TextExample((5, 6, 7 + n, 8, 9 + n), (False, False, True, True, True), "here") for n in range(6)]
 HELD_OUT = EXAMPLES[:2]
@@ -86,7 +86,9 @@ def run(engine, tmp_path, monkeypatch):
         FILES.count, FILES.crash_at = 0, crash_at
         try:
             with RunFolder(config, resume) as folder:
-                folder.write_settings()
+                if not folder.read_start():
+                    folder.write_settings()
+                    folder.write_start(Start("data", "base", 0.05, "/", settings_of(config)))
                 run_training(Training(engine, EXAMPLES, config), HELD_OUT, [], config, folder, reporter)
                 folder.save_adapter(engine.model, [])
         finally:
@@ -225,7 +227,7 @@ def test_a_full_disk_is_one_error_that_says_how_to_go_on(run, tmp_path, monkeypa
 
 
 def test_changed_data_and_a_changed_base_are_both_named():
-    start = Start("data", "base", 0.1, "/")
+    start = Start("data", "base", 0.1, "/", {})
     start.check("data", "base")
     with pytest.raises(ConfigError) as error:
         start.check("other", "another")
@@ -233,13 +235,23 @@ def test_changed_data_and_a_changed_base_are_both_named():
     assert "the base model's weights are not those" in str(error.value)
 
 
-@pytest.mark.parametrize("field", ["data_sha256", "learning_rate", "directory"])
+@pytest.mark.parametrize("field", ["data_sha256", "learning_rate", "directory", "settings"])
 def test_a_start_with_a_value_of_another_kind_is_made_anew(field, tmp_path):
     run = RunFolder(TrainConfig(model="m", data=["d.jsonl"], out=tmp_path / "run"))
-    start = Start("data", "base", 0.1, "/")
+    start = Start("data", "base", 0.1, "/", {})
     run.path.mkdir()
     run.write_start(start)
     assert run.read_start() == start
     file = run.path / "start.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | {field: [7]}))
     assert run.read_start() is None
+
+
+def test_a_damaged_start_is_read_from_the_newest_checkpoint(run, tmp_path):
+    run()
+    folder = RunFolder(TrainConfig(model="m", data=Path("d"), out=tmp_path / "run"))
+    start = folder.read_start()
+    (tmp_path / "run/start.json").write_text("{")
+    assert folder.read_start() == start
+    assert start is not None
+    assert start.settings["max_steps"] == STEPS
