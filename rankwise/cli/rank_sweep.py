@@ -121,7 +121,7 @@ def main(options: list[str]) -> int:
     content = as_dict(found) | {"illustrations": asdict(illustrations)}
     atomic.write_text(config.out / "sweep.html", page(found, config.as_dict(), illustrations))
     atomic.write_text(config.out / "sweep.svg", picture(found))
-    atomic.write_text(config.out / "sweep.json", json.dumps(content) + "\n")
+    atomic.write_text(config.out / "sweep.json", json.dumps(content, allow_nan=False) + "\n")
     print(table(found), verdict(found), *(f"- {note}" for note in notes(found)), sep="\n\n", end="\n\n")
     print(f"page: {config.out / 'sweep.html'}")
     return 0

@@ -1,5 +1,6 @@
 """A sweep as a table for the terminal and as plain data for sweep.json."""
 
+import math
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -102,7 +103,13 @@ def as_dict(sweep: Sweep) -> dict[str, Any]:
         "ranks": [asdict(line) for line in lines(sweep)],
         "variance_components": {sweep.label(r.rank): asdict(r.beyond_margin.components) for r in c.ranks},
         "rate_factors": {sweep.label(rank): factor for rank, factor in sweep.factors.items()},
-        "rate_checks": {sweep.label(check.rank): check.losses for check in sweep.rate_checks},
+        # A rate at which the training went astray has no loss.
+        "rate_checks": {
+            sweep.label(check.rank): {
+                factor: loss if math.isfinite(loss) else None for factor, loss in check.losses.items()
+            }
+            for check in sweep.rate_checks
+        },
         "counts": sweep.counts.tolist(),
         "differences": {
             sweep.label(rank): (losses - reference).round(6).tolist()

@@ -97,7 +97,10 @@ def test_a_rate_that_diverges_is_passed_over_but_not_that_of_the_settings():
         result = run(rank, seed, factor)
         return RunResult(result.losses + np.inf, result.counts, 0.0, 1) if factor >= at and rank else result
 
-    assert sweep(diverging, [1, 2, 4], range(2)).factors[4] == 1
+    found = sweep(diverging, [1, 2, 4], range(2))
+    assert found.factors[4] == 1
+    plain = json.loads(json.dumps(as_dict(found), allow_nan=False))
+    assert None in plain["rate_checks"]["4"].values()
     with pytest.raises(RankwiseError, match=r"r = 1, seed 0.*lower --lr"):
         sweep(lambda *key: diverging(*key, at=0.0), [1, 2, 4], range(2))
 
