@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Literal
 
 from rankwise.cli.arguments import parse
-from rankwise.data.shapes import ASKING
+from rankwise.data.shapes import ASKING, Layout
 from rankwise.errors import ConfigError
 
 
@@ -19,6 +19,8 @@ class GenerateConfig:
     """The prompt."""
     file: Path | None = None
     """A file of rows of any shape that asks, with or without answers; what the model says is printed as JSONL."""
+    columns: tuple[str, ...] = ()
+    """Names of the file's own columns, such as prompt=question."""
     adapter: Path | None = None
     """Adapter folder, or the folder of a run."""
     model: str | None = None
@@ -39,6 +41,9 @@ def main(options: list[str]) -> int:
     config = parse(GenerateConfig, options, "generate")
     if (config.prompt is None) == (config.file is None):
         raise ConfigError("give either --prompt TEXT or --file FILE.jsonl")
+    if config.columns and config.file is None:
+        raise ConfigError("--columns goes with --file")
+    layout = Layout.parse(None, config.columns)
     if config.max_new_tokens < 1:
         raise ConfigError(f"--max-new-tokens must be at least 1, found {config.max_new_tokens}")
     if config.first is not None and config.first < 1:
@@ -52,7 +57,7 @@ def main(options: list[str]) -> int:
     from rankwise.models.adapted import load_adapted
     from rankwise.train.progress import Reporter
 
-    rows = read_prompts(config.file)[: config.first] if config.file else []
+    rows = read_prompts(config.file, layout)[: config.first] if config.file else []
     reporter = Reporter()
     with reporter.stage("loading"):
         adapted = load_adapted(config.model, config.adapter, config.task, config.base_dtype)

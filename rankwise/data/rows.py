@@ -100,17 +100,17 @@ def read_rows(data: Data, task: str, layout: Layout | None = None) -> Sequence[R
     return scan.rows
 
 
-def read_prompts(data: Data) -> list[Row]:
-    """All rows of a file of prompts of any shape; answers may be there and are kept.
+def read_prompts(data: Data, layout: Layout | None = None) -> list[Row]:
+    """All rows of a file of prompts of any shape, in columns of its own names; answers may be there and are kept.
 
     Raises DataError with file and line of every bad row.
     """
-    entries, rows, problems = _entries(data), [], []
+    layout, entries, rows, problems = layout or Layout(), _entries(data), [], []
     for record in read_sources(entries):
         if isinstance(record, Problem):
             problems.append(record)
             continue
-        fields, faults = standard_prompt(record.fields)
+        fields, faults = standard_prompt(layout.rename(record.fields))
         problems += [Problem(record.place, fault) for fault in faults]
         rows.append(_with(record, fields))
     if not rows and not problems:

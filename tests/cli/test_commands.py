@@ -164,6 +164,7 @@ def test_a_wrong_setting_is_one_clear_message_and_exit_code_2(train, capsys, opt
     ("command", "message"),
     [
         ("eval --model m --data d --max-length -5", "--max-length must be at least 2, found -5"),
+        ("generate --model m --prompt a --columns prompt=q", "--columns goes with --file"),
         ("generate --model m --file f --first -22", "--first must be at least 1, found -22"),
         ("generate --model m --file f --first 0", "--first must be at least 1, found 0"),
     ],

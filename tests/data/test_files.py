@@ -527,6 +527,12 @@ def test_every_example_of_the_documentation_has_the_shape_that_it_stands_under(t
     assert {*seen} == {shape.name for shape in SHAPES}
 
 
+def test_prompts_may_lie_in_columns_of_other_names(tmp_path):
+    path = write(tmp_path / "a.jsonl", {"question": "a", "answer": "b"}, {"question": "c"})
+    rows = read_prompts(path, Layout(None, {"prompt": "question", "completion": "answer"}))
+    assert fields(rows) == [{"prompt": "a", "completion": "b"}, {"prompt": "c"}]
+
+
 def test_prompts_of_every_shape_can_be_asked(tmp_path):
     rows = [
         {"prompt": "a"},
