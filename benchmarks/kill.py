@@ -4,10 +4,11 @@ A tiny random Llama is trained by `rankwise train`, with dropout, held-out evalu
 Three things then happen to the run, each followed by `rankwise train --resume`:
   kills   SIGKILL at a random moment, again and again, until the run comes through;
   cuts    a file of the newest checkpoint (every fifth time of both) is cut at a random length;
-  limits  no file may grow beyond a random size (RLIMIT_FSIZE), as on a full disk: it must say so, and exit with 2.
+  limits  no file may grow beyond a random size (RLIMIT_FSIZE): it must say so, and exit with 2;
+  disks   its file system (a small tmpfs, which takes the right to mount one) is filled up to a random rest: the same.
 Adapter and metrics (without times) must be equal to the uninterrupted run's, byte for byte.
 
-    python benchmarks/kill.py --kills 50 --cuts 50 --limits 50
+    python benchmarks/kill.py --kills 50 --cuts 50 --limits 50 --disks 50
 
 Every run is a process of its own, forked from one that has imported everything, which saves the seconds that importing
 takes. The last line is JSON.
@@ -20,6 +21,7 @@ import os
 import random
 import resource
 import shutil
+import subprocess
 import sys
 import tempfile
 import time
@@ -29,6 +31,8 @@ from pathlib import Path
 PROCESSES = multiprocessing.get_context("forkserver")
 DATA = Path(__file__).parents[1] / "examples" / "text_to_sql" / "valid.jsonl"
 STEPS = 24
+DISK = 8 * 2**20
+"""Bytes of the small file system."""
 
 
 def command(options: list[str], messages: Connection, largest_file: int | None) -> None:
@@ -135,6 +139,32 @@ class Bench:
             self.come_through(folder)
         return {"limits": reached, "limits_said": said}
 
+    def disks(self, count: int) -> dict[str, int]:
+        """Fill the run's file system at a random step, and make room again."""
+        place, reached, said = self.scratch / "disk", 0, 0
+        folder, filler = place / "run", place / "filler"
+        place.mkdir()
+        subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={DISK}", "tmpfs", str(place)], check=True)
+        try:
+            while reached < count:
+                code = self.run(folder, kill_after=self.draw.uniform(0, self.seconds))
+                if code != 0:
+                    free = shutil.disk_usage(place).free
+                    filler.write_bytes(bytes(max(0, free - self.draw.randrange(free // 16))))
+                    code = self.run(folder)
+                    filler.unlink()
+                if code == 0:
+                    assert outcome(folder) == outcome(self.whole)
+                    shutil.rmtree(folder)
+                    continue
+                assert code == 2, f"exit code {code}: {self.said}"
+                reached += 1
+                said += "No space left on device; free some space" in self.said
+                self.come_through(folder)
+        finally:
+            subprocess.run(["umount", str(place)], check=True)
+        return {"disks": reached, "disks_said": said}
+
 
 def tiny_model(folder: Path) -> Path:
     """A random Llama with SmolLM2's tokenizer."""
@@ -174,6 +204,7 @@ def main() -> None:
     parser.add_argument("--kills", type=int, default=50)
     parser.add_argument("--cuts", type=int, default=50)
     parser.add_argument("--limits", type=int, default=50)
+    parser.add_argument("--disks", type=int, default=0, help="50 is as much as the others (0)")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     os.environ |= {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
@@ -181,7 +212,7 @@ def main() -> None:
     result: dict[str, int | bool | float] = {"steps": STEPS}
     with tempfile.TemporaryDirectory() as scratch:
         bench = Bench(Path(scratch), options.seed)
-        for name in ("kills", "cuts", "limits"):
+        for name in ("kills", "cuts", "limits", "disks"):
             result |= getattr(bench, name)(getattr(options, name)) if getattr(options, name) else {}
             print(result, flush=True)
     print(json.dumps({**result, "all_equal": True}))
