@@ -88,17 +88,34 @@ class Bench:
         assert outcome(folder) == outcome(self.whole), f"{folder} ends with other bytes"
         shutil.rmtree(folder)
 
+    def killed(self, folder: Path) -> bool:
+        """Run until a random moment; whether that came before the end, after which the run is compared."""
+        code = self.run(folder, kill_after=self.draw.uniform(0, self.seconds))
+        if code == 0 or (folder / "result.json").is_file():
+            assert outcome(folder) == outcome(self.whole)
+            shutil.rmtree(folder)
+            return False
+        assert code == -9, f"exit code {code}: {self.said}"
+        return True
+
+    def refused(self, folder: Path, code: int | None, words: str) -> bool | None:
+        """Whether a run that could not write said so in these words, after which it comes through; None: it could."""
+        if code == 0:
+            assert outcome(folder) == outcome(self.whole)
+            shutil.rmtree(folder)
+            return None
+        assert code == 2, f"exit code {code}: {self.said}"
+        said = words in self.said
+        self.come_through(folder)
+        return said
+
     def kills(self, count: int) -> dict[str, int]:
         """SIGKILL at random moments; a run that ends before its kill is compared, and another one begins."""
         folder, done, while_writing, runs = self.scratch / "killed", 0, 0, 0
         while done < count:
-            code = self.run(folder, kill_after=self.draw.uniform(0, self.seconds))
-            if code == 0:
-                assert outcome(folder) == outcome(self.whole)
-                shutil.rmtree(folder)
+            if not self.killed(folder):
                 runs += 1
                 continue
-            assert code == -9, f"exit code {code}: {self.said}"
             done += 1
             while_writing += any(folder.rglob("*.tmp")) if folder.exists() else 0
         self.come_through(folder)
@@ -125,18 +142,11 @@ class Bench:
         folder, reached, said = self.scratch / "limited", 0, 0
         largest = max(file.stat().st_size for file in self.whole.rglob("*") if file.is_file())
         while reached < count:
-            code = self.run(folder, kill_after=self.draw.uniform(0, self.seconds))
-            if code != 0:
+            if self.killed(folder):
                 code = self.run(folder, largest_file=self.draw.randrange(largest))
-            if code == 0:
-                # It came through before it had to write so large a file.
-                assert outcome(folder) == outcome(self.whole)
-                shutil.rmtree(folder)
-                continue
-            assert code == 2, f"exit code {code}: {self.said}"
-            reached += 1
-            said += "File too large; raise the limit" in self.said
-            self.come_through(folder)
+                told = self.refused(folder, code, "File too large; raise the limit")
+                reached += told is not None
+                said += bool(told)
         return {"limits": reached, "limits_said": said}
 
     def disks(self, count: int) -> dict[str, int]:
@@ -147,20 +157,14 @@ class Bench:
         subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={DISK}", "tmpfs", str(place)], check=True)
         try:
             while reached < count:
-                code = self.run(folder, kill_after=self.draw.uniform(0, self.seconds))
-                if code != 0:
+                if self.killed(folder):
                     free = shutil.disk_usage(place).free
-                    filler.write_bytes(bytes(max(0, free - self.draw.randrange(free // 16))))
+                    filler.write_bytes(bytes(free - self.draw.randrange(free // 16)))
                     code = self.run(folder)
                     filler.unlink()
-                if code == 0:
-                    assert outcome(folder) == outcome(self.whole)
-                    shutil.rmtree(folder)
-                    continue
-                assert code == 2, f"exit code {code}: {self.said}"
-                reached += 1
-                said += "No space left on device; free some space" in self.said
-                self.come_through(folder)
+                    told = self.refused(folder, code, "No space left on device; free some space")
+                    reached += told is not None
+                    said += bool(told)
         finally:
             subprocess.run(["umount", str(place)], check=True)
         return {"disks": reached, "disks_said": said}

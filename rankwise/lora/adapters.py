@@ -139,14 +139,18 @@ def adapters_by_row(model: nn.Module, adapters: Sequence[str | None]) -> Iterato
     The rows are those of the first dimension of what every layer receives; where that is a multiple of them, as in a
     decoder under beam search, each comes so often in succession. Rows with the same adapter go together. The backward
     pass must end in the block too where it computes layers anew (gradient checkpointing).
-    Raises ConfigError for a name that is not there, a merged model, or an adapter that trains modules in full, rows of
-    an embedding or biases: those cannot differ within a batch. A layer raises it that receives another number of rows.
+    Raises ConfigError for a name that is not there, a merged model, or an adapter of bare parameters or biases: those
+    cannot differ within a batch. A layer raises it that receives another number of rows.
     """
     named = [name for name in adapters if name is not None]
     check_names(model, named)
     for name, layer in named_wrappers(model):
-        if not isinstance(layer, LoraLayer) and layer.adapters() & set(named):
-            raise ConfigError(f"{name} is trained in full, or has bare parameters adapted; that cannot differ by row")
+        if isinstance(layer, LoraLayer) or not layer.adapters() & set(named):
+            continue
+        if not isinstance(layer, TrainedCopy | TokenRows):
+            raise ConfigError(f"{name} has bare parameters adapted; that cannot differ by row")
+        if layer.weight_is_read:
+            raise ConfigError(f"the model computes with the weight of {name} itself, which cannot differ by row")
     if any(bias.adapter in named for bias in injection(model).biases):
         raise ConfigError("an adapter that trains the model's biases cannot serve single rows")
     if merged_adapters(model):
@@ -157,7 +161,7 @@ def adapters_by_row(model: nn.Module, adapters: Sequence[str | None]) -> Iterato
         name: torch.tensor([index for index, own in enumerate(adapters) if own == name])
         for name in dict.fromkeys(named)
     }
-    layers = [layer for _, layer in named_wrappers(model) if isinstance(layer, LoraLayer)]
+    layers = [w for _, w in named_wrappers(model) if isinstance(w, LoraLayer | TrainedCopy | TokenRows)]
     with ExitStack() as stack:
         # What an adapter at work trains in full is no row's: a row without an adapter is the base's.
         for _, layer in named_wrappers(model):
@@ -165,9 +169,9 @@ def adapters_by_row(model: nn.Module, adapters: Sequence[str | None]) -> Iterato
                 stack.enter_context(layer.off())
         stack.enter_context(biases_off(model))
         for layer in layers:
-            device = next(iter(layer.shares.parameters())).device
-            layer.rows = ByRow(len(adapters), {name: index.to(device) for name, index in rows.items()})
-            stack.callback(setattr, layer, "rows", None)
+            device = next(layer.parameters()).device
+            layer.by_row = ByRow(len(adapters), {name: index.to(device) for name, index in rows.items()})
+            stack.callback(setattr, layer, "by_row", None)
         yield
 
 

@@ -326,14 +326,9 @@ def trainable_parameters(model: nn.Module) -> list[nn.Parameter]:
     An adapter that is merged does not train.
     """
     injected = injection(model)
-    at_work = injected.active.keys() - merged_adapters(model).keys()
-    own = [
-        parameter
-        for _, layer in named_wrappers(model)
-        for name in layer.active
-        if name in at_work
-        for parameter in layer.parameters_of(name)
-    ]
+    merged = merged_adapters(model)
+    at_work = [name for name in injected.active if name not in merged]
+    own = [p for _, layer in named_wrappers(model) for name in at_work for p in layer.parameters_of(name)]
     own += [bias.trained for bias in injected.biases if bias.adapter in at_work]
     return [parameter for parameter in own if parameter.requires_grad]
 

@@ -31,6 +31,8 @@ class Wrapper(nn.Module):
     base: BaseLayer
     weight_is_read = False
     """Whether the model computes with the weight itself, past this layer."""
+    by_row: ByRow | None = None
+    """Given while every row of the batch uses an adapter of its own."""
 
     def __init__(self, base: BaseLayer) -> None:
         super().__init__()
@@ -101,8 +103,6 @@ class LoraLayer(Wrapper):
     """Whether this stands in the place of a module, and not of a bare parameter."""
     groups = 1
     """Parts of the matrix that share the rank among them (a convolution's groups)."""
-    rows: ByRow | None = None
-    """Given while every row of the batch uses an adapter of its own."""
     stacks = 1
     """Parts of the matrix whose updates are independent (a convolution's groups, a mixture's experts)."""
 
@@ -199,7 +199,7 @@ class LoraLayer(Wrapper):
 
     def with_changes(self, x: Tensor, plain: Tensor) -> Tensor:
         """`plain`, the base's output for x, and the changes by the adapters at work."""
-        if self.rows is not None:
+        if self.by_row is not None:
             return self._change_rows(x, plain)
         result = plain
         for adapter, weight in self.beside().items():
@@ -223,7 +223,9 @@ class LoraLayer(Wrapper):
 
     def _reads_as_one(self) -> bool:
         """Whether adapters change the weight. Raises ConfigError if there is not one such weight for all inputs."""
-        if self.rows is not None or any((own := self.update(name)).dropout and own.training for name in self.beside()):
+        if self.by_row is not None or any(
+            (own := self.update(name)).dropout and own.training for name in self.beside()
+        ):
             raise ConfigError(
                 "the model computes with the weight of an adapted layer without calling the layer, so lora_dropout and "
                 "adapters by row cannot be; leave such layers out (exclude_modules), or use no dropout"
@@ -256,8 +258,8 @@ class LoraLayer(Wrapper):
         return (change if weight == 1 else change * weight).to(plain.dtype)
 
     def _change_rows(self, x: Tensor, result: Tensor) -> Tensor:
-        assert self.rows is not None
-        for adapter, rows in self.rows.among(x).items():
+        assert self.by_row is not None
+        for adapter, rows in self.by_row.among(x).items():
             if adapter in self.shares:
                 change = self.change(self.update(adapter), x[rows], result[rows])
                 result = result.index_add(0, rows, change)
@@ -374,13 +376,13 @@ class LoraLayer(Wrapper):
     @contextmanager
     def off(self) -> Iterator[None]:
         merged = {name: getattr(self.base, name) for name in self.unmerged}
-        rows, self.rows = self.rows, None
+        by_row, self.by_row = self.by_row, None
         for name, parameter in self.unmerged.items():
             setattr(self.base, name, parameter)
         try:
             with super().off():
                 yield
         finally:
-            self.rows = rows
+            self.by_row = by_row
             for name, parameter in merged.items():
                 setattr(self.base, name, parameter)

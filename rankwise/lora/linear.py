@@ -97,7 +97,7 @@ class LoraLinear(LoraLayer):
 
     def _only_plain_update(self) -> Update | None:
         """The one update at work, if its change is scale·B·A·x and nothing more."""
-        if self.rows is not None or self.parts is not None or self.merged or len(self.active) != 1:
+        if self.by_row is not None or self.parts is not None or self.merged or len(self.active) != 1:
             return None
         [(adapter, weight)] = self.active.items()
         # Past nn.Module's search for attributes, which costs as much as a quarter of a token's product.

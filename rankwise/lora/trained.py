@@ -37,14 +37,25 @@ class TrainedCopy(Wrapper):
         return next((self.shares[adapter] for adapter in self.active), self.base)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        if self.parts is None:
+        if self.parts is None and self.by_row is None:
             return self.chosen()(*args, **kwargs)
         if len(args) != 1 or kwargs:
             raise ConfigError("a module trained in full that is called with more than its input cannot share a pass")
+        if self.parts is None:
+            return self._each_row(args[0])
         inputs, dim = self.parts.split(args[0])
         copies: dict[str, Any] = dict(self.shares.items())
         own = [copies.get(name, self.base)(x) for name, x in zip(self.parts.adapters, inputs, strict=True)]
         return torch.cat(own, dim)
+
+    def _each_row(self, x: Tensor) -> Tensor:
+        """x: [rows, …] → what each row's own copy makes of it, or else the original."""
+        assert self.by_row is not None
+        result = self.base(x)
+        for adapter, rows in self.by_row.among(x).items():
+            if adapter in self.shares:
+                result = result.index_copy(0, rows, self.shares[adapter](x[rows]).to(result.dtype))
+        return result
 
 
 class Rows(nn.Module):
@@ -95,14 +106,22 @@ class TokenRows(Wrapper):
         return found
 
     def forward(self, x: Tensor) -> Tensor:
-        """x: token indices [...] → [..., d]"""
+        """x: token indices [...] → [..., d]; for an output head hidden states [..., k] → logits [..., vocabulary]"""
         result = self.base(x)
-        for rows in map(self.rows, self.active):
-            place = rows.place[x]
-            own = F.embedding(place.clamp_min(0), rows.values.to(result.dtype))
-            own = own * getattr(self.base, "embed_scale", 1.0)
-            result = torch.where((place >= 0)[..., None], own, result)
+        for adapter in self.active:
+            result = self.with_rows(self.rows(adapter), x, result)
+        for adapter, places in self.by_row.among(x).items() if self.by_row else ():
+            if adapter in self.adapters():
+                own = self.with_rows(self.rows(adapter), x[places], result[places])
+                result = result.index_copy(0, places, own)
         return result
+
+    def with_rows(self, rows: Rows, x: Tensor, result: Tensor) -> Tensor:
+        """`result`, the base's output for x, with what these rows make of it."""
+        place = rows.place[x]
+        own = F.embedding(place.clamp_min(0), rows.values.to(result.dtype))
+        own = own * getattr(self.base, "embed_scale", 1.0)
+        return torch.where((place >= 0)[..., None], own, result)
 
     @property
     def weight(self) -> Tensor:
@@ -121,15 +140,11 @@ class TokenRows(Wrapper):
 class TokenHead(TokenRows):
     """An output head of which some tokens' rows train."""
 
-    def forward(self, x: Tensor) -> Tensor:
-        """x: hidden states [..., k] → logits [..., vocabulary]"""
-        result = self.base(x)
-        for rows in map(self.rows, self.active):
-            tokens = torch.tensor(rows.tokens, device=x.device)
-            bias = None if self.base.bias is None else self.base.bias[tokens]
-            own = F.linear(x, rows.values.to(x.dtype), bias)
-            result = result.index_copy(-1, tokens, own.to(result.dtype))
-        return result
+    def with_rows(self, rows: Rows, x: Tensor, result: Tensor) -> Tensor:
+        tokens = torch.tensor(rows.tokens, device=x.device)
+        bias = None if self.base.bias is None else self.base.bias[tokens]
+        own = F.linear(x, rows.values.to(x.dtype), bias)
+        return result.index_copy(-1, tokens, own.to(result.dtype))
 
 
 class TiedTokenRows(TokenRows):

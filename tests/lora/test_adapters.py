@@ -277,3 +277,42 @@ def test_what_cannot_be_is_refused_before_anything_changes():
         inject_(model, LoraConfig(r=3, init_lora_weights="orthogonal"), adapter="odd")
     assert adapter_names(model) == ["one"]
     assert torch.equal(model(IDS).logits, before)
+
+
+@pytest.mark.parametrize(
+    ("family", "first", "second"),
+    [
+        ("bert", {"task_type": "SEQ_CLS"}, {"task_type": "SEQ_CLS", "target_modules": ["query"]}),
+        ("qwen2", {"modules_to_save": ["lm_head"]}, {"modules_to_save": ["lm_head"], "r": 3}),
+        ("llama-tied", {"trainable_token_indices": [3, 9]}, {"trainable_token_indices": [5, 3], "r": 3}),
+        ("qwen2", {"trainable_token_indices": {"embed_tokens": [3], "lm_head": [4]}}, {"target_modules": ["q_proj"]}),
+    ],
+)
+def test_heads_and_rows_of_embeddings_that_train_differ_by_row(family, first, second):
+    model = tiny(family, torch.float64)
+    ids = torch.tensor([[3, 4, 5], [9, 3, 5], [3, 4, 5], [5, 9, 3]])
+    inject_(model, LoraConfig(**{"r": 2, **first}), adapter="one")
+    randomise_adapter(model)
+    inject_(model, LoraConfig(**{"r": 2, **second}), adapter="two")
+    randomise_adapter(model, seed=2)
+    expected, gradients = {}, {}
+    for name in ("one", "two"):
+        activate_(model, name)
+        expected[name] = model(ids).logits
+        parameters = trainable_parameters(model)
+        rows = [index for index, own in enumerate(("two", None, "one", "one")) if own == name]
+        gradients[name] = torch.autograd.grad(expected[name][rows].square().sum(), parameters, allow_unused=True)
+    with adapters_off(model):
+        expected[None] = model(ids).logits
+    by_row = ("two", None, "one", "one")
+    activate_(model, "one")
+    with adapters_by_row(model, by_row):
+        together = model(ids).logits
+        for index, name in enumerate(by_row):
+            torch.testing.assert_close(together[index], expected[name][index], rtol=1e-10, atol=1e-10)
+        own = trainable_parameters(model)
+    found = torch.autograd.grad(together.square().sum(), own, allow_unused=True)
+    assert len(found) == len(gradients["one"])
+    for one, other in zip(found, gradients["one"], strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(model(ids).logits, expected["one"])
