@@ -152,6 +152,8 @@ class Bench:
     def disks(self, count: int) -> dict[str, int]:
         """Fill the run's file system at a random step, and make room again."""
         place, reached, said = self.scratch / "disk", 0, 0
+        checkpoint = next((self.whole / "checkpoints").iterdir())
+        largest = sum(file.stat().st_size for file in checkpoint.iterdir())
         folder, filler = place / "run", place / "filler"
         place.mkdir()
         subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={DISK}", "tmpfs", str(place)], check=True)
@@ -159,7 +161,7 @@ class Bench:
             while reached < count:
                 if self.killed(folder):
                     free = shutil.disk_usage(place).free
-                    filler.write_bytes(bytes(free - self.draw.randrange(free // 16)))
+                    filler.write_bytes(bytes(free - self.draw.randrange(largest)))
                     code = self.run(folder)
                     filler.unlink()
                     told = self.refused(folder, code, "No space left on device; free some space")
