@@ -80,7 +80,8 @@ class Layout:
         """The row with its columns under their standard names."""
         if not self.columns:
             return fields
-        rest = {name: own for name, own in fields.items() if name not in {*self.columns, *self.columns.values()}}
+        named = {*self.columns, *self.columns.values()}
+        rest = {name: own for name, own in fields.items() if name not in named}
         return {**rest, **{name: fields[column] for name, column in self.columns.items() if column in fields}}
 
 

@@ -6,7 +6,7 @@ from torch import nn
 
 from rankwise.errors import ConfigError, MergeError, listing, nearest
 from rankwise.lora.config import LoraConfig, pattern_matches
-from rankwise.lora.places import merged_adapters, named_lora_layers, named_wrappers
+from rankwise.lora.places import named_lora_layers, named_wrappers
 from rankwise.lora.report import AdaptedMatrix
 from rankwise.lora.targets import is_inside
 from rankwise.lora.trained import TrainedBias, TrainedCopy
@@ -18,11 +18,8 @@ def configured_as(name: str, modules: dict[str, nn.Module]) -> str:
     return parent if isinstance(modules.get(parent), nn.MultiheadAttention) else name
 
 
-def check_merged(model: nn.Module, config: LoraConfig, trained: Iterable[str]) -> None:
+def check_merged(model: nn.Module, config: LoraConfig, trained: Iterable[str], merged: Mapping[str, float]) -> None:
     """Merged adapters stay at work beside a new one, which is impossible if they train modules of its `trained` too."""
-    merged = merged_adapters(model)
-    if not merged:
-        return
     problems = ["a DoRA adapter cannot work beside a merged one"] if config.use_dora else []
     if config.bias != "none":
         problems.append(f'bias="{config.bias}": the biases are merged')

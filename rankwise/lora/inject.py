@@ -53,8 +53,8 @@ def check_free(model: nn.Module, adapter: str) -> None:
     """Raise ConfigError if this cannot name a new adapter of the model, or none can come in now."""
     check_outside_blocks(model)
     present = getattr(model, ATTRIBUTE, None)
-    inner = next((name for name, module in model.named_modules() if hasattr(module, ATTRIBUTE)), None)
-    if present is None and inner is not None:
+    inside = (name for name, module in model.named_modules() if hasattr(module, ATTRIBUTE))
+    if present is None and (inner := next(inside, None)) is not None:
         raise ConfigError(
             f"an adapter was put into {inner}, a part of this model; put this one there too, or take that one out: "
             f"rankwise.eject_(model.{inner})"
@@ -96,9 +96,9 @@ def _plan(model: nn.Module, config: LoraConfig, adapter: str, in_file: int | Non
         full_name = f"{name}.{parameter}"
         matrices += (AdaptedMatrix(full_name, d, k, config.rank_of(full_name), count),)
     check_nesting(model, [*names, *tokens], heads)
-    check_merged(model, config, [*heads, *tokens])
-    if present is not None:
-        refuse_change_of_merged_biases(model, present.biases, merged_adapters(model))
+    if present is not None and (merged := merged_adapters(model)):
+        check_merged(model, config, [*heads, *tokens], merged)
+        refuse_change_of_merged_biases(model, present.biases, merged)
     check_biases_of_B(names, modules, config)
     if not from_file:
         check_patterns([configured_as(matrix.name, modules) for matrix in matrices], config)
