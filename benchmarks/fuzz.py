@@ -100,7 +100,8 @@ class Inputs:
         content = b"\n".join(damaged_document(row, draw) if draw.random() < 0.5 else _dump(row) for row in rows)
         if kind == "jsonl":
             return content
-        return damaged_bytes(gzip.compress(content), draw) if draw.random() < 0.5 else gzip.compress(content)
+        packed = gzip.compress(content, mtime=0)
+        return damaged_bytes(packed, draw) if draw.random() < 0.5 else packed
 
     def _adapter(self, draw: random.Random) -> Path:
         folder = self.folder / "adapter"

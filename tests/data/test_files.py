@@ -148,7 +148,7 @@ def test_lists_in_a_table_are_json_text(tmp_path):
             b'[\n{"prompt": "a"}\n]',
             "problems: 3\n.*a file that is one JSON value of many lines is named .json",
         ),
-        ("data.jsonl", gzip.compress(b"{}"), "is gzipped; give its name the ending .gz"),
+        ("data.jsonl", gzip.compress(b"{}", mtime=0), "is gzipped; give its name the ending .gz"),
         ("data.xlsx", b"PK\x03\x04...", "save the sheet as CSV"),
     ],
 )
