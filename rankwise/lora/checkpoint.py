@@ -17,7 +17,7 @@ from rankwise import atomic
 from rankwise.errors import CheckpointError, ConfigError, RankwiseError, listing, nearest
 from rankwise.lora import format
 from rankwise.lora.adapters import adapter_names, check_names, delete_adapter_
-from rankwise.lora.base_weight import bias_name, is_conv1d
+from rankwise.lora.base_weight import is_conv1d
 from rankwise.lora.config import LoraConfig, matches_name
 from rankwise.lora.convolution import LoraConv
 from rankwise.lora.inject import DEFAULT, check_free, inject_unset_, injection, set_active
@@ -214,7 +214,7 @@ def _slots(
             for name, layer in wrappers
             if isinstance(layer, LoraLayer) and adapter in layer.shares
         }
-        slots |= {f"{modules[bias.module]}.{bias_name(bias.module)}": bias.trained for bias in biases}
+        slots |= {f"{modules[bias.module]}.bias": bias.trained for bias in biases}
     return slots
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from rankwise.errors import ConfigError
-from rankwise.lora.base_weight import bias_name, dimensions
+from rankwise.lora.base_weight import dimensions
 from rankwise.lora.config import LoraConfig
 from rankwise.lora.fit import (
     check_biases_of_B,
@@ -131,13 +131,13 @@ def _extra(
 def _bias_parameters(
     matrices: tuple[AdaptedMatrix, ...], heads: list[str], modules: dict[str, nn.Module], config: LoraConfig
 ) -> dict[str, nn.Parameter]:
-    """The base's biases that train, by the name of their module; those of `heads` train with the whole module."""
+    """The base's biases that train, by the name of their module; those of `heads` train with the whole module.
+
+    As in PEFT they are the parameters of the name "bias": an nn.MultiheadAttention's in_proj_bias stays frozen.
+    """
     adapted = [m.name for m in matrices if m.name in modules]
     names = {"none": [], "lora_only": adapted, "all": list(modules)}[config.bias]
-    # As in PEFT, the joint bias of an adapted nn.MultiheadAttention stays frozen.
-    joint = {name for name in adapted if isinstance(modules[name], nn.MultiheadAttention)}
-    names = [name for name in names if name not in joint]
-    found = {name: getattr(modules[name], bias_name(modules[name]), None) for name in names}
+    found = {name: getattr(modules[name], "bias", None) for name in names}
     return {name: bias for name, bias in found.items() if isinstance(bias, nn.Parameter) and not is_inside(name, heads)}
 
 

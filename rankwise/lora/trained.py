@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from rankwise.errors import ConfigError
-from rankwise.lora.base_weight import bias_name, working_dtype
+from rankwise.lora.base_weight import BaseLayer, working_dtype
 from rankwise.lora.config import LoraConfig
 from rankwise.lora.layers import Wrapper
 from rankwise.lora.parts import Parts
@@ -184,10 +184,10 @@ def tied_to(embedding: nn.Module, modules: Mapping[str, nn.Module]) -> dict[str,
 class TrainedBias:
     """The bias of one module, of which one adapter trains a copy."""
 
-    def __init__(self, module: nn.Module, adapter: str, config: LoraConfig) -> None:
+    def __init__(self, module: BaseLayer, adapter: str, config: LoraConfig) -> None:
         self.module = module
         self.adapter = adapter
-        self.original: nn.Parameter = getattr(module, bias_name(module))
+        self.original: nn.Parameter = module.bias
         self.trained = nn.Parameter(self.original.detach().clone(), requires_grad=not config.inference_mode)
         self.shown = False
         """Whether the module uses the copy."""
@@ -195,18 +195,16 @@ class TrainedBias:
     @torch.no_grad()
     def reset(self) -> None:
         """Let the copy hold what the original holds."""
-        name = bias_name(self.module)
         if self.original.is_meta:  # Module.to_empty has put a new parameter in place, which then got the base's values.
-            self.original = getattr(self.module, name).requires_grad_(False)
+            self.original = self.module.bias.requires_grad_(False)
             self.trained = nn.Parameter(self.original.clone(), self.trained.requires_grad)
-            setattr(self.module, name, self.trained if self.shown else self.original)
+            self.module.bias = self.trained if self.shown else self.original
         self.trained.copy_(self.original)
 
     def show(self, adapters: Container[str]) -> None:
         """Let the module use the copy if its adapter is among `adapters`, or else the original."""
         if self.shown != (self.adapter in adapters):  # A merge may have replaced either, and stays.
             self.shown = not self.shown
-            name, bias = bias_name(self.module), self.trained if self.shown else self.original
-            other = getattr(self.module, name)
+            bias, other = self.trained if self.shown else self.original, self.module.bias
             bias.data = bias.data.to(other.device, other.dtype)  # Module.to has reached the other one alone.
-            setattr(self.module, name, bias)
+            self.module.bias = bias

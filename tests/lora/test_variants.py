@@ -59,6 +59,14 @@ def test_every_start_begins_as_the_base_which_keeps_its_bits(start, dora, tmp_pa
     close(again(IDS).logits, trained)
 
 
+@pytest.mark.parametrize("start", ["pissa", "olora"])
+def test_with_dropout_too_a_start_from_the_base_begins_as_the_base(start):
+    model = tiny("llama", torch.float64)
+    before = model(IDS).logits
+    inject_(model, LoraConfig(r=4, target_modules=LINEAR, init_lora_weights=start, lora_dropout=0.5))
+    close(model.train()(IDS).logits, before)
+
+
 def test_a_start_from_the_base_is_saved_as_plain_lora_of_twice_the_rank(tmp_path):
     model = tiny("llama")
     config = LoraConfig(
