@@ -132,8 +132,8 @@ class TrainConfig:
     preconditioned: bool = False
     """Precondition the gradients of A and B by r × r matrices: a step then depends less on the rank and the scale."""
     eval_steps: int | None = None
-    """Measure the held-out loss every so many steps and keep the best adapter; 0: never. Without it, five times a run
-    if that costs at most a tenth of the training."""
+    """Measure the held-out loss every so many steps and keep the best adapter; 0: never. Without it, five times a
+    run, on as many of the rows as a tenth of the training's work allows."""
     patience: int = 3
     """Stop after so many of these evaluations without a new best; 0: never."""
     save_steps: int | None = None

@@ -14,7 +14,7 @@ from rankwise.train.loop import Step, Training
 from rankwise.train.progress import Reporter
 from rankwise.train.run_folder import RunFolder
 from rankwise.train.trackers import tracking
-from rankwise.train.watch import Watch, evaluation_interval
+from rankwise.train.watch import Watch, evaluations
 
 LOOKING = 0.25
 """Of a step's time, how long rows of a large file are then looked through."""
@@ -50,7 +50,12 @@ def run_training(
     is no longer finite: what was done before stays.
     """
     total, watch = len(training.plan), Watch(training.parameters, config.patience)
-    evaluate_every = evaluation_interval(config, training.plan, held_out)
+    evaluate_every, watched = evaluations(config, training.plan, held_out)
+    if evaluate_every and len(watched) < len(held_out):
+        reporter.say(
+            f"while training, the held-out loss is that of {len(watched):,} of the {len(held_out):,} rows, every "
+            f"{evaluate_every:,} steps"
+        )
     save_every = config.save_steps or max(1, total // 10)
     steps = _restored(run, training, watch, reporter) if run.resume else []
     saved, at_once = training.done, False
@@ -70,7 +75,7 @@ def run_training(
         left = () if watch.gave_up else training.steps(lambda: interrupt.signal is not None or watch.gave_up)
         try:
             for step in left:
-                step = _measured(step, training, watch, held_out, evaluate_every)
+                step = _measured(step, training, watch, watched, evaluate_every)
                 for note in (steps.append, run.add_step, track, view.step):
                     note(step)
                 if step.number % save_every == 0:

@@ -11,26 +11,29 @@ from rankwise.train.batches import Plan
 from rankwise.train.config import TrainConfig
 
 EVALUATIONS = 5
-"""Most in a run, by default."""
+"""Most in a run, by default: early stopping waits for three, so fewer would never end a run before its end."""
+FEWEST_ROWS = 50
+"""Held-out rows of an evaluation, by default, where there are so many."""
 MOST = 0.1
-"""Of the training's work may go into them, by default."""
+"""Of the training's work may go into evaluations, by default."""
 FORWARD = 1 / 3
 """The work of a forward pass alone, as a share of a training step's."""
 
 
-def evaluation_interval(config: TrainConfig, plan: Plan[Any], held_out: Sequence[Any]) -> int:
-    """Steps between two evaluations, 0 for none. The default counts tokens, not time, so that runs repeat.
+def evaluations(config: TrainConfig, plan: Plan[Any], held_out: Sequence[Any]) -> tuple[int, Sequence[Any]]:
+    """Steps between two evaluations (0: none), and the rows of each. The default counts tokens, so that runs repeat.
 
-    With a tenth of one file held out, the default evaluates a run of one epoch twice and one of two epochs five times.
-    One evaluation would only be that of the end.
+    By default as many of the rows, at even distances, as may be evaluated five times; fewer times where these would be
+    too few rows. One evaluation would only be that of the end.
     """
-    if not held_out:
-        return 0
-    if config.eval_steps is not None:
-        return config.eval_steps
-    one = FORWARD * sum(len(example.ids) for example in held_out)
-    count = min(EVALUATIONS, int(MOST * plan.tokens / one))
-    return ceil(len(plan) / count) if count > 1 else 0
+    if not held_out or config.eval_steps is not None:
+        return config.eval_steps or 0, held_out
+    most = MOST / FORWARD * plan.tokens
+    share = most / EVALUATIONS / sum(len(example.ids) for example in held_out)
+    count = min(len(held_out), max(FEWEST_ROWS, int(share * len(held_out))))
+    rows = [held_out[number * len(held_out) // count] for number in range(count)]
+    times = min(EVALUATIONS, int(most / sum(len(example.ids) for example in rows)))
+    return (ceil(len(plan) / times) if times > 1 else 0), rows
 
 
 class Watch:

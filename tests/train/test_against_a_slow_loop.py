@@ -12,11 +12,12 @@ from torch import nn
 from rankwise import LoraConfig, TrainConfig, inject_, trainable_parameters
 from rankwise.data.examples import TextExample
 from rankwise.engine.language import LanguageEngine
+from rankwise.train.batches import planned_steps
 from rankwise.train.loop import Training
 from rankwise.train.progress import Reporter
 from rankwise.train.run import run_training
 from rankwise.train.run_folder import RunFolder
-from rankwise.train.watch import evaluation_interval
+from rankwise.train.watch import EVALUATIONS, FEWEST_ROWS, FORWARD, MOST, evaluations
 
 
 def rows(count, seed):
@@ -175,6 +176,19 @@ def test_evaluations_are_a_default_only_where_they_cost_at_most_a_tenth():
     for epochs, interval in ((1, 0), (10, 8)):
         config = settings(epochs=epochs, eval_steps=None)
         plan = Training(LanguageEngine(model(), 2, TRAIN), TRAIN, config).plan
-        assert evaluation_interval(config, plan, HELD_OUT) == interval
-        assert evaluation_interval(config, plan, []) == 0
-    assert evaluation_interval(settings(eval_steps=7), [], HELD_OUT) == 7
+        assert evaluations(config, plan, HELD_OUT) == (interval, HELD_OUT)
+        assert evaluations(config, plan, []) == (0, [])
+    assert evaluations(settings(eval_steps=7), [], HELD_OUT) == (7, HELD_OUT)
+
+
+def test_one_epoch_is_evaluated_often_enough_to_stop_early_on_a_part_of_the_rows():
+    train, held_out = rows(900, 3), rows(200, 4)
+    plan = planned_steps(train, settings(epochs=1, eval_steps=None))
+    every, watched = evaluations(settings(eval_steps=None), plan, held_out)
+    assert -(-len(plan) // every) == EVALUATIONS > settings().patience
+    assert FEWEST_ROWS <= len(watched) < len(held_out)
+    places = [held_out.index(row) for row in watched]
+    assert places == sorted(set(places))
+    assert places[-1] >= 0.98 * len(held_out)
+    work = FORWARD * EVALUATIONS * sum(len(row.ids) for row in watched)
+    assert 0.9 * MOST * plan.tokens < work <= 1.05 * MOST * plan.tokens
