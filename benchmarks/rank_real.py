@@ -183,7 +183,7 @@ def main() -> None:
     settings: dict[str, Any] = SETTINGS[options.task] | ({"lr": options.lr} if options.lr else {})
     config = TrainConfig(
         data=(train,),
-        eval_data=held_out,
+        eval_data=(held_out,),
         out=out,
         r=max(options.ranks),
         max_steps=options.steps,

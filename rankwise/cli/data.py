@@ -39,8 +39,8 @@ class DataConfig:
     """Names of the data's own columns, such as prompt=question completion=answer."""
     train_on: TrainOn = "completion"
     """completion: every answer of a row. last: only its last answer. all: the prompts too. (causal_lm)"""
-    eval_data: Path | None = None
-    """Held-out data in the same shape."""
+    eval_data: tuple[Path, ...] = ()
+    """Held-out data in the same shape, named as the data are."""
     max_length: int = 1024
     """Longest row, in tokens."""
     long_rows: Literal["error", "cut", "drop"] = "error"

@@ -15,8 +15,8 @@ from rankwise.errors import ConfigError
 class EvalConfig:
     """Measure loss, exact match and more (accuracy, F1, MCC; recall, MRR) on a file, each with a 95 % interval."""
 
-    data: Path
-    """A file of the shape that the adapter was trained on."""
+    data: tuple[Path, ...]
+    """Rows of the shape that the adapter was trained on: files, folders or hub data sets, as in training."""
     format: Format | None = None
     """Shape of the rows; without it, the one that most rows have."""
     columns: tuple[str, ...] = ()
@@ -52,6 +52,7 @@ def main(options: list[str]) -> int:
     layout = Layout.parse(config.format, config.columns)
     from rankwise.data.examples import asked
     from rankwise.data.rows import read_rows
+    from rankwise.data.sources import check_unweighted
     from rankwise.data.tasks import examples_for
     from rankwise.engine.tasks import engine_for
     from rankwise.models.adapted import load_adapted
@@ -62,6 +63,7 @@ def main(options: list[str]) -> int:
 
     if config.metrics:
         text_metrics.check_installed()
+    check_unweighted(config.data)
     reporter = Reporter()
     with reporter.stage("loading"):
         adapted = load_adapted(config.model, config.adapter, config.task, config.base_dtype)

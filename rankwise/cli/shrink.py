@@ -8,7 +8,8 @@ from typing import Literal
 import tyro
 
 from rankwise.cli.arguments import parse
-from rankwise.data.shapes import Task
+from rankwise.data.shapes import Format, Layout, Task
+from rankwise.data.transcripts import TrainOn
 from rankwise.errors import ConfigError, listing
 
 
@@ -18,10 +19,16 @@ class ShrinkConfig:
 
     adapter: tyro.conf.Positional[Path]
     """Adapter folder of any PEFT LoRA adapter, or the folder of a run."""
-    data: Path
-    """Held-out rows: a JSONL file of the shape that the adapter was trained on, with rows that were not trained."""
+    data: tuple[Path, ...]
+    """Held-out rows of the shape that the adapter was trained on: files, folders or hub data sets, not trained on."""
     out: Path
     """Folder of the smaller adapter; it must not exist yet."""
+    format: Format | None = None
+    """Shape of the rows; without it, the one that most rows have."""
+    columns: tuple[str, ...] = ()
+    """Names of the data's own columns, such as prompt=question completion=answer."""
+    train_on: TrainOn = "completion"
+    """What the loss counts, as in training."""
     model: str | None = None
     """Base model; without it, the one that the adapter names."""
     task: Task | None = None
@@ -41,8 +48,10 @@ class ShrinkConfig:
 def main(options: list[str]) -> int:
     config = parse(ShrinkConfig, options, "shrink")
     _check(config)
+    layout = Layout.parse(config.format, config.columns)
     from rankwise import atomic
     from rankwise.data.rows import read_rows
+    from rankwise.data.sources import check_unweighted
     from rankwise.data.tasks import examples_for
     from rankwise.engine.tasks import engine_for
     from rankwise.lora.checkpoint import save_adapter
@@ -51,17 +60,15 @@ def main(options: list[str]) -> int:
     from rankwise.rank.shrink import HeldOut, shrink_, split_held_out
     from rankwise.train.progress import Reporter
 
+    check_unweighted(config.data)
     reporter = Reporter()
     with reporter.stage("loading"):
         adapted = load_adapted(config.model, config.adapter, config.task)
-    rows = split_held_out(read_rows(config.data, adapted.task), config.seed)
+    rows = split_held_out(read_rows(config.data, adapted.task, layout), config.seed)
     length = min(config.max_length, longest_input(adapted.model))
-    held_out = HeldOut(
-        *(
-            examples_for(adapted.task, part, adapted.tokenizer, adapted.labels, length, config.long_rows)
-            for part in (rows.calibration, rows.choice, rows.confirmation)
-        )
-    )
+    how = adapted.tokenizer, adapted.labels, length, config.long_rows, config.train_on
+    parts = rows.calibration, rows.choice, rows.confirmation
+    held_out = HeldOut(*(examples_for(adapted.task, part, *how) for part in parts))
     engine = engine_for(adapted.task, adapted.model, pad_id(adapted.tokenizer), held_out.choice)
     with reporter.stage("shrinking") as stage:
         report = shrink_(engine, held_out, config.delta, config.reader, on_progress=stage.update)

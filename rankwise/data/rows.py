@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 from rankwise.data.files import Problem, Row
 from rankwise.data.shapes import ASKING, Found, Layout, detect, standard_fields, standard_prompt
-from rankwise.data.sources import read_sources
+from rankwise.data.sources import check_unweighted, read_sources
 from rankwise.data.stored import Chosen, Stored
 from rankwise.errors import DataError, listing
 
@@ -300,7 +300,8 @@ def divide(
     Raises DataError as `scan_rows` and `split_rows` do, and if no training row is left.
     """
     scan = scan_rows(data, task, layout)
-    if eval_data is not None:
+    if eval_data:
+        check_unweighted(_entries(eval_data))
         if scan.found.shape and scan.found.shape.task != "causal_lm":
             # A classifier's loss and scores need what it was trained on: one label, several, or tags.
             layout = replace(layout or Layout(), format=scan.found.shape.name)

@@ -38,6 +38,13 @@ class Source:
         return cls(name, value)
 
 
+def check_unweighted(entries: Sequence[str | Path]) -> None:
+    """Raise DataError if an entry has a weight: rows that are evaluated count once each."""
+    weighted = [str(entry) for entry in entries if Source.parse(str(entry)).weight != 1]
+    if weighted:
+        raise DataError(f"{', '.join(weighted)}: a weight says how often rows train; leave it out of held-out data")
+
+
 def read_sources(entries: Sequence[str | Path]) -> Iterator[Row | Problem]:
     """All rows of all entries, in their order. Raises DataError for an entry that cannot be read."""
     named = [Source.parse(str(entry)) for entry in entries]

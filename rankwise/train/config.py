@@ -68,8 +68,9 @@ class TrainConfig:
     """Names of the data's own columns, such as prompt=question completion=answer."""
     train_on: TrainOn = "completion"
     """completion: every answer of a row. last: only its last answer. all: the prompts too. (causal_lm)"""
-    eval_data: Path | None = None
-    """Held-out data in the same shape; without it, --eval-fraction of the training data is held out."""
+    eval_data: tuple[Path, ...] = ()
+    """Held-out data in the same shape, named as --data is; without it, --eval-fraction of the training data is held
+    out."""
     eval_fraction: float | Literal["auto"] = "auto"
     """Share of the training data to hold out when there is no --eval-data; auto: a tenth, but at most 600 rows, which
     tell enough and are soon evaluated; 0: no evaluation."""
@@ -155,11 +156,11 @@ class TrainConfig:
     """Decides the adapter's start, the order of the rows, dropout and the held-out split."""
 
     def __post_init__(self) -> None:
-        for name in ("out", "eval_data"):
+        object.__setattr__(self, "out", None if self.out is None else Path(self.out))
+        for name in ("data", "eval_data"):
             value = getattr(self, name)
-            object.__setattr__(self, name, None if value is None else Path(value))
-        entries: Any = (self.data,) if isinstance(self.data, str | Path) else self.data
-        object.__setattr__(self, "data", tuple(map(Path, entries)))
+            entries: Any = (value,) if isinstance(value, str | Path) else value
+            object.__setattr__(self, name, tuple(map(Path, entries)))
         problems = list(self._problems())
         if problems:
             raise ConfigError("these settings cannot be:\n" + listing(problems))
@@ -187,15 +188,15 @@ class TrainConfig:
                 yield f"--{name.replace('_', '-')} must be a number of at least {least}, found {value}"
         if self.max_steps and self.max_steps > MOST_STEPS:
             yield f"--max-steps can be at most {MOST_STEPS:,}, found {self.max_steps:,}"
-        if self.eval_steps and self.eval_data is None and not self.eval_fraction:
+        if self.eval_steps and not self.eval_data and not self.eval_fraction:
             yield "--eval-steps needs held-out data; give --eval-data, or an --eval-fraction above 0"
-        if self.eval_data is not None and self.eval_fraction != "auto":
+        if self.eval_data and self.eval_fraction != "auto":
             yield "--eval-data and --eval-fraction both say what is held out; give one of them"
         if self.patience not in (0, self._default("patience")) and self.eval_steps == 0:
             yield f"--patience {self.patience} waits for held-out losses, which --eval-steps 0 never measures; give one"
         if self.eval_answers not in (0, self._default("eval_answers")) and self.task not in ASKING:
             yield f"--eval-answers needs --task {' or '.join(ASKING)}; other tasks have no answers"
-        if self.metrics and self.eval_data is None and not self.eval_fraction:
+        if self.metrics and not self.eval_data and not self.eval_fraction:
             yield "--metrics needs held-out data; give --eval-data, or an --eval-fraction above 0"
         if self.metrics and self.task not in ASKING:
             yield f"--metrics needs --task {' or '.join(ASKING)}; what other tasks measure is always measured"
@@ -232,7 +233,7 @@ class TrainConfig:
         """Why the ranks are not chosen after training; None if they are. `held_out`: rows, where that is known."""
         if self.r != "auto":
             return "--r is given"
-        if self.eval_data is None and not self.eval_fraction:
+        if not self.eval_data and not self.eval_fraction:
             return "nothing is held out to choose ranks by"
         if self.use_dora:
             return "an adapter with --use-dora cannot be cut"
@@ -262,14 +263,15 @@ class TrainConfig:
     def as_dict(self) -> dict[str, Any]:
         """Plain values for YAML, enough to repeat the run."""
         plain = {name: str(value) if isinstance(value, Path) else value for name, value in asdict(self).items()}
-        data = [str(entry) for entry in self.data]
+        sources = {name: [str(entry) for entry in getattr(self, name)] for name in ("data", "eval_data")}
         lists = {
             "layers_to_transform": list(self.layers_to_transform),
             "target_modules": list(self.target_modules),
             "columns": list(self.columns),
             "tracker": list(self.tracker),
         }
-        return {**plain, "data": data[0] if len(data) == 1 else data, **lists}
+        named = {name: entries[0] if len(entries) == 1 else entries for name, entries in sources.items()}
+        return {**plain, **named, **lists}
 
     def as_yaml(self) -> str:
         """The content of run.yaml; `--config` reads it back."""

@@ -100,15 +100,22 @@ def test_a_classifier_learns_and_is_evaluated_and_merged_with_its_labels(tmp_pat
 
 
 def test_eval_measures_what_train_measured(train, capsys, tmp_path):
-    held_out = jsonl(tmp_path / "held_out.jsonl", SQL[30:])
-    _, run = train("--eval-data", held_out, "--eval-answers", "2")
+    held_out = [jsonl(tmp_path / f"held_out_{part}.jsonl", SQL[30 + part :: 2]) for part in (0, 1)]
+    _, run = train("--eval-data", *held_out, "--eval-answers", "2")
     result = json.loads((run / "result.json").read_text())
     capsys.readouterr()
-    assert main(["eval", "--adapter", str(run), "--data", held_out, "--answers", "2"]) == 0
+    assert main(["eval", "--adapter", str(run), "--data", *held_out, "--answers", "2"]) == 0
     assert json.loads(capsys.readouterr().out)["loss"] == pytest.approx(result["eval_loss_after"], rel=1e-5)
     model = read_adapter(run / "adapter").config.base_model_name_or_path
-    assert main(["eval", "--model", str(model), "--data", held_out, "--answers", "0"]) == 0
-    assert json.loads(capsys.readouterr().out)["loss"] == pytest.approx(result["eval_loss_before"], rel=1e-5)
+    assert main(["eval", "--model", str(model), "--data", *held_out, "--answers", "0"]) == 0
+    measured = json.loads(capsys.readouterr().out)
+    assert measured["loss"] == pytest.approx(result["eval_loss_before"], rel=1e-5)
+    assert measured["rows"] == len(SQL[30:])
+    for command in (["eval", "--model", str(model)], ["shrink", str(run), "--out", str(tmp_path / "small")]):
+        assert main([*command, "--data", f"{held_out[0]}:2"]) == 2
+        assert "a weight says how often rows train; leave it out of held-out data" in capsys.readouterr().err
+    assert train("--eval-data", f"{held_out[0]}:2", "--out", str(tmp_path / "other"))[0] == 2
+    assert "leave it out of held-out data" in capsys.readouterr().err
 
 
 def test_generate_answers_one_prompt_or_a_file_with_base_adapter_or_both(train, capsys, tmp_path, tiny_llama_folder):
@@ -250,7 +257,7 @@ def test_a_wrong_flag_names_the_nearest_one(train, capsys, options, messages):
         ("lr: fast", "lr must be a number or auto, found 'fast'"),
         ("batches: 3", "batches must be random or alike, found 3"),
         ("columns: [{}]", "columns must be text, or a list of them, found [{}]"),
-        ("eval_data: ''", "eval_data must be the name of a file or folder, found ''"),
+        ("eval_data: ''", "eval_data must be the name of a file or folder, or a list of them, found ''"),
         ("out: 2026-13-45", "is not valid YAML: month must be in 1..12"),
         ("max_steps: 2\nmax_steps: 3", "'max_steps' is given 2 times"),
         ("max_steps: 2\nmax-steps: 3\nseed: x", "'max_steps' is given 2 times\n  - seed must be a whole number"),

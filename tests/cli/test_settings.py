@@ -22,7 +22,7 @@ OTHER = {
     "format": "text",
     "columns": ["prompt=question", "completion=answer"],
     "train_on": "last",
-    "eval_data": "held out.jsonl",
+    "eval_data": ["held out.jsonl", "more"],
     "eval_fraction": 0.25,
     "eval_answers": 7,
     "metrics": True,

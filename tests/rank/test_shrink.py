@@ -468,6 +468,11 @@ def test_the_command_writes_the_smaller_adapter_and_what_it_promises(spoken, tmp
     assert sum(promise["ranks_after"].values()) < sum(promise["ranks_before"].values())
     assert sum(promise["rows"].values()) == 80
     assert main(["eval", "--adapter", str(tmp_path / "small"), "--data", str(data), "--answers", "0"]) == 0
+    other = tmp_path / "other_names.jsonl"
+    other.write_text(data.read_text().replace('"prompt"', '"question"').replace('"completion"', '"answer"'))
+    named = ["--columns", "prompt=question", "completion=answer", "--out", str(tmp_path / "again")]
+    assert main(["shrink", str(adapter), "--data", str(other), *named]) == 0
+    assert json.loads((tmp_path / "again" / "shrink.json").read_text()) == promise
 
 
 def test_wrong_inputs_of_the_command_are_named_before_anything_is_written(spoken, tmp_path, capsys):

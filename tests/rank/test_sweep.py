@@ -307,7 +307,12 @@ def test_a_sweep_in_shared_passes_gives_what_it_gives_run_by_run(tiny_llama_fold
 
 def test_a_rate_that_diverges_in_a_shared_pass_is_infinitely_bad_and_harms_no_other(tiny_llama_folder, sql, tmp_path):
     config = SweepConfig(
-        model=str(tiny_llama_folder), data=(Path(sql[1]),), eval_data=Path(sql[3]), out=tmp_path, max_steps=3, lr=0.01
+        model=str(tiny_llama_folder),
+        data=(Path(sql[1]),),
+        eval_data=(Path(sql[3]),),
+        out=tmp_path,
+        max_steps=3,
+        lr=0.01,
     )
     runs = PairedRuns(config, 2)
     keys = [Key(1, 0), Key(2, 0, 1e30), Key(2, 1)]
@@ -353,7 +358,7 @@ def test_a_kept_adapter_is_cut_to_ranks_by_module_and_the_model_is_the_base_agai
     config = TrainConfig(
         model=str(tiny_llama_folder),
         data=(tmp_path / "train.jsonl",),
-        eval_data=tmp_path / "test.jsonl",
+        eval_data=(tmp_path / "test.jsonl",),
         out=tmp_path / "out",
         target_modules=("gate_proj", "up_proj"),
         lr=0.02,
