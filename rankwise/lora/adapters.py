@@ -1,7 +1,7 @@
 """Many adapters over one base: which of them work, for all rows of a batch, row by row or part by part."""
 
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from math import isfinite
 
@@ -17,7 +17,9 @@ from rankwise.lora.inject import (
     drop_idle_,
     eject_,
     injection,
+    parameters_of,
     set_active,
+    wake,
 )
 from rankwise.lora.layers import LoraLayer
 from rankwise.lora.linear import LoraLinear
@@ -25,7 +27,7 @@ from rankwise.lora.merge import refuse_dora_beside_merged
 from rankwise.lora.parts import Parts
 from rankwise.lora.places import merged_adapters, named_base_modules, named_lora_layers, named_wrappers
 from rankwise.lora.rows import ByRow
-from rankwise.lora.trained import TokenRows, TrainedCopy
+from rankwise.lora.trained import TokenRows, TrainedCopy, biases_off_in
 
 
 def adapter_names(model: nn.Module) -> list[str]:
@@ -71,6 +73,13 @@ def _check_whole_shares(model: nn.Module, active: Mapping[str, float]) -> None:
         own = [adapter for adapter in active if adapter in layer.adapters()]
         if not isinstance(layer, TrainedCopy | TokenRows):
             continue
+        if isinstance(layer, TrainedCopy) and own:
+            inside = set(layer.base.modules())
+            others = {b.adapter for b in injection(model).biases if b.adapter in active and b.module in inside}
+            problems += [
+                f"{own[0]} trains {name} in full and {other} a bias in it; only one of them can work at a time"
+                for other in others - {own[0]}
+            ]
         if isinstance(layer, TrainedCopy) and len(own) > 1:
             problems.append(f"{', '.join(own)} all train {name} in full; only one of them can work at a time")
         elif isinstance(layer, TokenRows):
@@ -98,8 +107,7 @@ def delete_adapter_(model: nn.Module, adapter: str) -> None:
     injected = injection(model)
     active = {name: weight for name, weight in injected.active.items() if name != adapter}
     refuse_change_of_merged_biases(model, injection(model).biases, active)
-    if any(adapter in layer.merged for _, layer in named_lora_layers(model)):
-        raise ConfigError(f"{adapter!r} is merged; go back first: rankwise.unmerge_(model)")
+    check_unmerged(model, adapter)
     if len(injected.configs) == 1:
         eject_(model)
         return
@@ -117,16 +125,19 @@ def delete_adapter_(model: nn.Module, adapter: str) -> None:
 def reset_adapter_(model: nn.Module, adapter: str = DEFAULT, generator: torch.Generator | None = None) -> None:
     """Give an adapter the start values of a new one, in place: after `model.to_empty`, or to train again.
 
-    The base must have its values. `generator` as in `inject_`. Raises ConfigError if the model carries no such adapter.
+    The base must have its values. `generator` as in `inject_`. Raises ConfigError if the model carries no such adapter,
+    or if it is merged.
     """
     check_names(model, [adapter])
+    check_unmerged(model, adapter)
     injected = injection(model)
     for _, layer in named_lora_layers(model):
         if adapter in layer.shares:
             layer.reset(adapter, injected.configs[adapter], generator)
     for _, layer in named_wrappers(model):
         if isinstance(layer, TrainedCopy | TokenRows) and adapter in layer.shares:
-            layer.reset(adapter)
+            with biases_off_in(layer.base, injected.biases):
+                layer.reset(adapter)
     for bias in injected.biases:
         if bias.adapter == adapter:
             bias.reset()
@@ -139,9 +150,13 @@ def adapters_by_row(model: nn.Module, adapters: Sequence[str | None]) -> Iterato
     The rows are those of the first dimension of what every layer receives; where that is a multiple of them, as in a
     decoder under beam search, each comes so often in succession. Rows with the same adapter go together. The backward
     pass must end in the block too where it computes layers anew (gradient checkpointing).
-    Raises ConfigError for a name that is not there, a merged model, or an adapter of bare parameters or biases: those
-    cannot differ within a batch. A layer raises it that receives another number of rows.
+    What was named trains from then on as if it had been activated, unless gradients are off.
+    Raises ConfigError for no rows, a name that is not there, a merged model, or an adapter of bare parameters or
+    biases: those cannot differ within a batch. A layer raises it that receives another number of rows, and a module
+    trained in full that does not return a tensor of as many.
     """
+    if not adapters:
+        raise ConfigError("adapters_by_row takes an adapter's name, or None, for each row of the batch; found none")
     named = [name for name in adapters if name is not None]
     check_names(model, named)
     for name, layer in named_wrappers(model):
@@ -158,9 +173,11 @@ def adapters_by_row(model: nn.Module, adapters: Sequence[str | None]) -> Iterato
     if first := _puts_time_first(model):
         raise ConfigError(f"{first} puts time before the rows of a batch, so adapters cannot be told by row")
     rows = {
-        name: torch.tensor([index for index, own in enumerate(adapters) if own == name])
-        for name in dict.fromkeys(named)
+        name or "": torch.tensor([index for index, own in enumerate(adapters) if own == name])
+        for name in dict.fromkeys(adapters)
     }
+    if torch.is_grad_enabled():
+        _let_train_too(model, dict.fromkeys(named))
     layers = [w for _, w in named_wrappers(model) if isinstance(w, LoraLayer | TrainedCopy | TokenRows)]
     with ExitStack() as stack:
         # What an adapter at work trains in full is no row's: a row without an adapter is the base's.
@@ -170,8 +187,8 @@ def adapters_by_row(model: nn.Module, adapters: Sequence[str | None]) -> Iterato
         stack.enter_context(biases_off(model))
         for layer in layers:
             device = next(layer.parameters()).device
+            stack.callback(setattr, layer, "by_row", layer.by_row)
             layer.by_row = ByRow(len(adapters), {name: index.to(device) for name, index in rows.items()})
-            stack.callback(setattr, layer, "by_row", None)
         yield
 
 
@@ -179,6 +196,7 @@ def adapters_by_row(model: nn.Module, adapters: Sequence[str | None]) -> Iterato
 def adapters_by_part(model: nn.Module, adapters: Sequence[str], sizes: Mapping[int, tuple[int, ...]]) -> Iterator[None]:
     """Let each adapter compute its part of all tokens while the block lasts, in training too; see `Parts`.
 
+    They train from then on as if they had been activated.
     Raises ConfigError for a name that is not there, a merged model, or an adapter of another kind than low-rank updates
     of linear layers and modules trained in full.
     """
@@ -193,6 +211,7 @@ def adapters_by_part(model: nn.Module, adapters: Sequence[str], sizes: Mapping[i
             raise ConfigError(f"{name} is no linear layer that the model calls; adapters cannot share a pass there")
     if any(bias.adapter in adapters for bias in injection(model).biases):
         raise ConfigError("an adapter that trains the model's biases cannot share a pass with others")
+    _let_train_too(model, adapters)
     parts = Parts(tuple(adapters), sizes)
     for layer in layers:
         layer.parts = parts
@@ -203,12 +222,26 @@ def adapters_by_part(model: nn.Module, adapters: Sequence[str], sizes: Mapping[i
             layer.parts = None
 
 
+def _let_train_too(model: nn.Module, adapters: Iterable[str]) -> None:
+    """Let adapters train that work in a block. They go on after it, where the backward pass may come."""
+    resting = injection(model).resting
+    for adapter in adapters:
+        if any(resting.get(adapter, ())):
+            wake(parameters_of(model, adapter), resting[adapter])
+
+
 def _puts_time_first(model: nn.Module) -> str | None:
     """What in a model takes [time, rows, …], where rows cannot be told once there are as many of both."""
     if getattr(getattr(model, "config", None), "model_type", None) == "xlnet":
         return "XLNet"
     named = ((name, getattr(module, "batch_first", True)) for name, module in named_base_modules(model))
     return next((name or type(model).__name__ for name, rows_first in named if rows_first is False), None)
+
+
+def check_unmerged(model: nn.Module, adapter: str) -> None:
+    """Raise ConfigError if an adapter is merged: the weights would not follow a change of it."""
+    if adapter in merged_adapters(model):
+        raise ConfigError(f"{adapter!r} is merged; go back first: rankwise.unmerge_(model)")
 
 
 def check_weights(weights: object) -> None:

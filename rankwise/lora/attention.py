@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from rankwise.lora.layers import LoraLayer
+from rankwise.lora.linear import has_hooks, nested_like
 
 
 class LoraAttention(LoraLayer):
@@ -23,7 +24,18 @@ class LoraAttention(LoraLayer):
         """nn.TransformerEncoderLayer asks this before it reads the weights past this layer in inference."""
         return False
 
-    def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """As nn.MultiheadAttention.forward."""
+        if not has_hooks(self.base) or "forward" in self.base.__dict__:
+            return self._attend(*args, **kwargs)
+        # A call of the base calls its hooks; what it computes comes from here meanwhile.
+        self.base.forward = self._attend
+        try:
+            return self.base(*args, **kwargs)
+        finally:
+            del self.base.forward
+
+    def _attend(
         self,
         query: Tensor,
         key: Tensor,
@@ -34,7 +46,9 @@ class LoraAttention(LoraLayer):
         average_attn_weights: bool = True,
         is_causal: bool = False,
     ) -> tuple[Tensor, Tensor | None]:
-        """As nn.MultiheadAttention.forward: query [L, N, E] ([N, L, E] if batch_first, [L, E] for one sequence)."""
+        """query: [L, N, E] ([N, L, E] if batch_first, [L, E] for one sequence)"""
+        if query.is_nested and query is key is value and attn_mask is None and not need_weights:
+            return self._attend_nested(query)
         batched, base = query.dim() == 3, self.base
         inputs: Any = (query, key, value)
         if not batched:
@@ -58,6 +72,14 @@ class LoraAttention(LoraLayer):
             return output, None
         weights = weights.mean(1) if average_attn_weights else weights
         return output, weights if batched else weights[0]
+
+    def _attend_nested(self, x: Tensor) -> tuple[Tensor, None]:
+        """Sequences of different lengths, which nn.TransformerEncoder makes of padded ones in inference."""
+        padded = x.to_padded_tensor(0.0)
+        lengths = torch.tensor([len(sequence) for sequence in x.unbind()])
+        padding = (torch.arange(padded.shape[1]) >= lengths[:, None]).to(x.device)
+        output, _ = self._attend(padded, padded, padded, padding, need_weights=False)
+        return nested_like(x, output), None
 
     def _project(self, query: Tensor, key: Tensor, value: Tensor, same: bool) -> tuple[Tensor, ...]:
         """[N, L or S, E] each; one product for all three where they are the same."""

@@ -19,7 +19,7 @@ from rankwise.lora import format
 from rankwise.lora.adapters import adapter_names, check_names, delete_adapter_
 from rankwise.lora.base_weight import is_conv1d
 from rankwise.lora.config import LoraConfig, matches_name
-from rankwise.lora.convolution import LoraConv
+from rankwise.lora.convolution import MIXES, LoraConv, as_matrices, by_group
 from rankwise.lora.inject import DEFAULT, check_free, inject_unset_, injection, set_active
 from rankwise.lora.layers import LoraLayer, Wrapper
 from rankwise.lora.low_rank import LowRank
@@ -37,7 +37,10 @@ class Adapter:
 
     config: LoraConfig
     low_rank: dict[str, LowRank]
-    """The update of each adapted module, by its name in the base model; a convolution's kernel is flattened into k."""
+    """The update of each adapted module, by its name in the base model; a convolution's kernel is flattened into k.
+
+    Where a convolution has groups, B holds each group's share of the rank in columns of its own.
+    """
     rest: dict[str, Tensor]
     """Everything else by its name in the file: modules trained in full, magnitudes, biases, rows of embeddings, the
     stacked updates of experts, and base weights that PEFT stored beside them."""
@@ -172,13 +175,16 @@ def swap_adapter_(model: nn.Module, folder: str | Path, adapter: str = DEFAULT) 
     if isinstance(config.init_lora_weights, str) or any(update.has_start for update in updates.values()):
         problems.append("a start that takes a part of the base away (PiSSA, OLoRA) cannot be swapped in or out")
     problems += [f"{name}: there is no place for it in the model" for name in sorted(rest)]
-    if others := set(_slots(model, adapter)) - set(format.factor_names(layers, adapter)):
-        problems.append(f"the model's adapter trains more than low-rank updates: {', '.join(sorted(others)[:5])}")
+    factors = {id(p) for name, u in updates.items() if layers[name].is_module for p in (u.lora_A, u.lora_B)}
+    if others := sorted(key for key, slot in _slots(model, adapter).items() if id(slot) not in factors):
+        problems.append(f"the model's adapter trains more than low-rank updates: {', '.join(others[:5])}")
     for name, found in low_rank.items():
         update = updates.get(name)
         if update is None:
             problems.append(f"{name}: the model's adapter does not adapt it{nearest(name, updates)}")
-        elif found.shape != update.low_rank().shape or layers[name].stacks > 1:
+        elif 1 < layers[name].groups == found.shape[1] / update.lora_A[0].numel():
+            problems.append(f"{name}: {MIXES}; load it under a name of its own (load_adapter_)")
+        elif found.shape != update.low_rank().shape:
             problems.append(
                 f"{name}: the model needs {list(update.low_rank().shape)}, the file holds {list(found.shape)}"
             )
@@ -187,13 +193,16 @@ def swap_adapter_(model: nn.Module, folder: str | Path, adapter: str = DEFAULT) 
     _raise_if(problems, folder)
     with torch.no_grad():
         for name, update in updates.items():
-            A, B = update.lora_A.flatten(1), update.lora_B.flatten(1)
+            groups = layers[name].groups
+            A = update.lora_A.view(groups, update.r // groups, -1)
+            B = update.lora_B.view(groups, -1, update.r // groups)
             A.zero_()
             B.zero_()
             if name in low_rank:
                 found = low_rank[name]
-                A[: found.rank] = found.A
-                B[:, : found.rank] = found.B * (found.scale / update.scale)
+                own = found.rank // groups
+                A[:, :own] = found.A.view(groups, own, -1)
+                B[:, :, :own] = by_group(found.B, groups) * (found.scale / update.scale)
 
 
 def _slots(
@@ -202,27 +211,26 @@ def _slots(
     """Every tensor of an adapter by its name in the file; `stored` as in `format.named_tensors`."""
     wrappers = named_wrappers(model) if wrappers is None else wrappers
     slots: dict[str, Tensor] = {}
+    depths = format.depths(wrappers, adapter)
     for name, layer in wrappers:
         if adapter in layer.adapters():
-            slots |= format.named_tensors(name, layer, adapter, stored)
+            slots |= format.named_tensors(format.path(name, depths), layer, adapter, stored)
     biases = [bias for bias in injection(model).biases if bias.adapter == adapter]
     if biases:
         modules = {module: name for name, module in named_base_modules(model)}
-        # An adapted module lies one level deeper.
-        modules |= {
-            layer.base: f"{format.path(name, layer)}.base_layer"
-            for name, layer in wrappers
-            if isinstance(layer, LoraLayer) and adapter in layer.shares
-        }
-        slots |= {f"{modules[bias.module]}.bias": bias.trained for bias in biases}
+        for bias in biases:
+            # As the path of a module below, so that wrappers around the bias's own module count too.
+            name = f"{modules[bias.module]}.bias".removeprefix(".")
+            slots[format.path(name, depths)] = bias.trained
     return slots
 
 
 def _separate_groups(model: nn.Module, adapter: str, tensors: dict[str, Tensor]) -> list[str]:
     """Bring the A of convolutions with groups into the form in which they train; returns what is wrong with them."""
     problems = []
+    depths = format.depths(named_wrappers(model), adapter)
     for name, layer in named_lora_layers(model):
-        key = f"{name}.lora_A.weight"
+        key = f"{format.path(name, depths)}.lora_A.weight"
         if isinstance(layer, LoraConv) and layer.groups > 1 and adapter in layer.shares and key in tensors:
             try:
                 tensors[key] = layer.take_stored(layer.update(adapter), tensors[key])
@@ -286,23 +294,33 @@ def _sort_tensors(
             problems.append(f"{name}: {count:,} of {tensor.numel():,} values are not finite (NaN or infinite)")
     for end_A, end_B in (("lora_A.weight", "lora_B.weight"), ("lora_embedding_A", "lora_embedding_B")):
         for name in [name for name in tensors if name.endswith("." + end_A)]:
-            module, other = format.module_of(name, end_A), name.removesuffix(end_A) + end_B
+            place = name.removesuffix("." + end_A)
+            module, other = format.module_of(place), f"{place}.{end_B}"
             A, B = rest.pop(name), rest.pop(other, None)
             if B is None or A.ndim != B.ndim or A.ndim < 2:
                 problems.append(f"{other}: missing or not a matrix")
                 continue
             bare = _parameters_in(module, config, stacked=A.shape[0] != config.rank_of(module))
-            # An attention's output projection, which PEFT reaches through the wrapper around it, has its settings.
-            full_name = bare[0] if bare else name.partition(".base_layer.")[0].removesuffix("." + end_A)
+            full_name = bare[0] if bare else _configured_as(place, config)
             r = config.rank_of(full_name)
             if bare and A.shape[0] == B.shape[1] and (len(bare) > 1 or A.shape[0] != r):
                 rest |= {name: A, other: B}
                 continue
-            low_rank[module] = LowRank(A.flatten(1), B.flatten(1), config.scale_of(full_name))
+            low_rank[module] = LowRank(*as_matrices(A, B), config.scale_of(full_name))
             # The second factor of a convolution with groups holds a group's share of r.
             if A.shape[0] != r or (B.shape[1] != r and not (B.ndim > 2 and r % B.shape[1] == 0)):
                 problems.append(f"{module}: r is {r}, found A {list(A.shape)} and B {list(B.shape)}")
     return low_rank, rest
+
+
+def _configured_as(place: str, config: LoraConfig) -> str:
+    """The name that decides the rank and scale of the module at a place in the file.
+
+    An attention's output projection, which PEFT reaches through the wrapper around it, has the attention's.
+    """
+    attention, inside, _ = place.rpartition(".base_layer.out_proj")
+    module = format.module_of(attention if inside else place).partition(".base_layer")[0]
+    return f"{module}.out_proj" if inside and _parameters_in(module, config, stacked=False) else module
 
 
 _ENDS_OF_A = ("lora_A.weight", "lora_embedding_A")
@@ -347,7 +365,7 @@ def _is_unchanged_base_weight(name: str, tensor: Tensor, model: nn.Module) -> bo
     model's."""
     wrapped = next((part for part in (".base_layer.", ".original_module.") if part in name), ".")
     module, _, parameter = name.rpartition(wrapped)
-    own = getattr(dict(named_base_modules(model)).get(module), parameter, None)
+    own = getattr(dict(named_base_modules(model)).get(format.module_of(module)), parameter, None)
     if not isinstance(own, Tensor) or own.shape != tensor.shape:
         return False
     own = own.detach().cpu()

@@ -176,6 +176,8 @@ def _config(layers: Mapping[str, LoraLayer], ranks: Mapping[str, int]) -> LoraCo
     """A configuration in which every update has its own rank and the scale 1."""
     modules = [name for name, layer in layers.items() if layer.is_module and not layer.inside_attention]
     r = max(ranks.values())
+    # An attention's output projection has the settings of the attention, whose ranks are the same.
+    ranks = {name: rank for name, rank in ranks.items() if not layers[name].inside_attention}
     own = exact_patterns({name: rank for name, rank in ranks.items() if rank != r}, ranks)
     return LoraConfig(
         r=r,

@@ -104,7 +104,8 @@ class LoraConfig:
             yield f"lora_alpha must be a number above 0, found {self.lora_alpha!r}"
         if not _is_number(self.lora_dropout) or not 0 <= self.lora_dropout < 1:
             yield f"lora_dropout must lie in [0, 1), found {self.lora_dropout!r}"
-        if not self.target_modules and not self.target_parameters and not self.trainable_token_indices:
+        nothing = not (self.target_modules or self.target_parameters or self.trainable_token_indices or self.heads)
+        if nothing:
             yield "target_modules is empty; name at least one module, or leave it out for all linear layers"
         for name in _LISTS:
             value = getattr(self, name)

@@ -12,7 +12,7 @@ from rankwise.lora.update import Update
 
 _CONVOLVE: dict[type, Any] = {nn.Conv1d: F.conv1d, nn.Conv2d: F.conv2d, nn.Conv3d: F.conv3d}
 
-_MIXES = "lora_A reads the channels of other groups than its own, so no weight of this convolution's shape can hold it"
+MIXES = "lora_A reads the channels of other groups than its own, so no weight of this convolution's shape can hold it"
 
 
 class LoraConv(LoraLayer):
@@ -68,7 +68,7 @@ class LoraConv(LoraLayer):
         if self.groups == 1 or self._mixes_groups(A):
             return A, B
         stored = A.new_zeros(len(A), self.base.in_channels, *A.shape[2:])
-        for own, place in zip(A.chunk(self.groups), self._places_of_groups(stored), strict=True):
+        for own, place in zip(A.chunk(self.groups), _places_of_groups(stored, self.groups), strict=True):
             place.copy_(own)
         return stored, B
 
@@ -80,18 +80,13 @@ class LoraConv(LoraLayer):
         """
         if stored.shape != (update.r, self.base.in_channels, *self.base.kernel_size):
             return stored
-        A = torch.cat(self._places_of_groups(stored))
+        A = torch.cat(_places_of_groups(stored, self.groups))
         if A.count_nonzero() == stored.count_nonzero():
             return A
         if update.magnitude is not None:
-            raise CheckpointError(f"{_MIXES}, and DoRA needs the lengths of its rows")
+            raise CheckpointError(f"{MIXES}, and DoRA needs the lengths of its rows")
         update.lora_A = nn.Parameter(update.lora_A.new_empty(stored.shape), update.lora_A.requires_grad)
         return stored
-
-    def _places_of_groups(self, stored: Tensor) -> list[Tensor]:
-        """For each group its rows and channels of a stored A."""
-        channels = self.base.in_channels // self.groups
-        return [rows[:, i * channels : (i + 1) * channels] for i, rows in enumerate(stored.chunk(self.groups))]
 
     def row_factors(self, update: Update) -> tuple[Tensor, Tensor]:
         """A as [groups, r / groups, k] and B as [groups, d / groups, r / groups], where there are groups.
@@ -99,8 +94,31 @@ class LoraConv(LoraLayer):
         Raises MergeError where A mixes the groups.
         """
         if self._mixes_groups(update.lora_A):
-            raise MergeError(_MIXES)
+            raise MergeError(MIXES)
         A, B = (factor.flatten(1) for factor in self._factors(update, update.lora_A.dtype))
         if self.groups == 1:
             return A, B
         return A.view(self.groups, -1, A.shape[1]), B.view(self.groups, -1, B.shape[1])
+
+
+def as_matrices(A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
+    """A and B of a module as they stand in a file → the factors of ΔW [d, k], a convolution's kernel flattened into k.
+
+    With groups, k is what one group reads; where A mixes the groups, ΔW is that of a convolution without groups.
+    """
+    groups = len(A) // B.shape[1] if B.ndim > 2 and B.shape[1] and len(A) % B.shape[1] == 0 else 1
+    if groups == 1 or len(B) % groups or A.shape[1] % groups:
+        return A.flatten(1), B.flatten(1)
+    own = torch.cat(_places_of_groups(A, groups))
+    A = own if own.count_nonzero() == A.count_nonzero() else A
+    return A.flatten(1), torch.block_diag(*B.flatten(1).chunk(groups))
+
+
+def by_group(B: Tensor, groups: int) -> Tensor:
+    """B [d, r] of `as_matrices` → [groups, d / groups, r / groups]"""
+    return torch.stack([rows.chunk(groups, dim=1)[i] for i, rows in enumerate(B.chunk(groups))])
+
+
+def _places_of_groups(A: Tensor, groups: int) -> list[Tensor]:
+    """For each group its rows and channels of an A as the file has it."""
+    return [rows.chunk(groups, dim=1)[i] for i, rows in enumerate(A.chunk(groups))]

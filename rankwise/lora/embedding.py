@@ -15,7 +15,10 @@ class LoraEmbedding(LoraLayer):
 
     def draw(self, update: Update, how: bool | str, generator: torch.Generator | None) -> None:
         """A = 0 and B from N(0, 1), the other way round than in a linear layer, as the format's readers expect."""
-        (nn.init.zeros_ if how is not False else nn.init.normal_)(update.lora_A)
+        if how is False:
+            nn.init.normal_(update.lora_A, generator=generator)
+        else:
+            nn.init.zeros_(update.lora_A)
         nn.init.normal_(update.lora_B, generator=generator)
 
     def product(self, update: Update, x: Tensor) -> Tensor:

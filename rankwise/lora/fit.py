@@ -6,7 +6,7 @@ from torch import nn
 
 from rankwise.errors import ConfigError, MergeError, listing, nearest
 from rankwise.lora.config import LoraConfig, pattern_matches
-from rankwise.lora.places import named_lora_layers, named_wrappers
+from rankwise.lora.places import named_base_modules, named_lora_layers, named_wrappers
 from rankwise.lora.report import AdaptedMatrix
 from rankwise.lora.targets import is_inside
 from rankwise.lora.trained import TrainedBias, TrainedCopy
@@ -18,8 +18,15 @@ def configured_as(name: str, modules: dict[str, nn.Module]) -> str:
     return parent if isinstance(modules.get(parent), nn.MultiheadAttention) else name
 
 
-def check_merged(model: nn.Module, config: LoraConfig, trained: Iterable[str], merged: Mapping[str, float]) -> None:
+def check_merged(
+    model: nn.Module,
+    config: LoraConfig,
+    trained: Iterable[str],
+    merged: Mapping[str, float],
+    biases: Iterable[TrainedBias],
+) -> None:
     """Merged adapters stay at work beside a new one, which is impossible if they train modules of its `trained` too."""
+    theirs = {bias.module for bias in biases if bias.adapter in merged}
     problems = ["a DoRA adapter cannot work beside a merged one"] if config.use_dora else []
     if config.bias != "none":
         problems.append(f'bias="{config.bias}": the biases are merged')
@@ -27,6 +34,11 @@ def check_merged(model: nn.Module, config: LoraConfig, trained: Iterable[str], m
         f"{name} is trained by a merged adapter"
         for name, layer in named_wrappers(model)
         if name in trained and not layer.parts_of() and layer.adapters() & merged.keys()
+    ]
+    problems += [
+        f"{name} has a bias that a merged adapter trains"
+        for name, module in named_base_modules(model)
+        if module in theirs and is_inside(name, trained)
     ]
     if problems:
         raise ConfigError(

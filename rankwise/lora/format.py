@@ -1,6 +1,7 @@
 """PEFT's adapter folder (0.21): names of files, tensors and settings, translated to and from ours."""
 
-from collections.abc import Mapping
+import re
+from collections.abc import Iterable, Mapping
 from dataclasses import fields
 from typing import Any
 
@@ -18,6 +19,8 @@ CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
 PICKLE_FILE = "adapter_model.bin"
 PREFIX = "base_model.model."
+_NO_TARGETS = "dummy-target-modules"
+"""What PEFT takes for target_modules where rows of embeddings or whole modules alone train."""
 
 # What adapter_config.json holds beyond our own settings, at the values that switch it off.
 _OFF: dict[str, Any] = {
@@ -58,10 +61,10 @@ _STARTS_FROM_WEIGHT = ("pissa", "olora")
 def named_tensors(name: str, layer: Wrapper, adapter: str, stored: bool = False) -> dict[str, Tensor]:
     """What is on disk for one layer: names in the file (without PREFIX) → the adapter's tensors, or views of them.
 
-    `stored`: A and B as they go to the file, and not as they train.
+    `name` is the layer's in the file (`path`). `stored`: A and B as they go to the file, and not as they train.
     """
     if isinstance(layer, LoraLayer):
-        return _of_update(path(name, layer), layer, layer.update(adapter), stored)
+        return _of_update(name, layer, layer.update(adapter), stored)
     if isinstance(layer, ParametersWrapper):
         # PEFT wraps one parameter after the other, so the first of them lies innermost.
         parts = [part for _, part in layer.named_parts() if adapter in part.shares]
@@ -90,31 +93,24 @@ def _of_update(name: str, layer: LoraLayer, update: Update, stored: bool) -> dic
     return tensors
 
 
-def factor_names(layers: Mapping[str, LoraLayer], adapter: str) -> list[str]:
-    """The names in the file of A and B of an adapter in these layers."""
-    found = []
-    for name, layer in layers.items():
-        update = layer.update(adapter)
-        tensors = _of_update(path(name, layer), layer, update, stored=False) if layer.is_module else {}
-        found += [key for key, tensor in tensors.items() if tensor is update.lora_A or tensor is update.lora_B]
-    return found
+def depths(wrappers: Iterable[tuple[str, Wrapper]], adapter: str) -> dict[str, int]:
+    """How many wrappers PEFT has around each module: one for the module and one for each of its adapted parameters."""
+    return {name: sum(adapter in part.shares for _, part in layer.parts_of()) for name, layer in wrappers}
 
 
-def path(name: str, layer: LoraLayer) -> str:
-    """The name in the file of an adapted module.
-
-    PEFT reaches the output projection of an nn.MultiheadAttention through the wrapper around that.
-    """
-    parent, _, last = name.rpartition(".")
-    return f"{parent}.base_layer.{last}" if layer.inside_attention else name
+def path(name: str, depths: Mapping[str, int]) -> str:
+    """The name in the file of a module, which PEFT reaches through the wrappers around those above it."""
+    parts = name.split(".")
+    above = [part + ".base_layer" * depths.get(".".join(parts[: i + 1]), 0) for i, part in enumerate(parts[:-1])]
+    return ".".join([*above, parts[-1]])
 
 
-def module_of(name: str, end: str) -> str:
-    """The module in the base model whose tensor in the file is called `name`, which ends with `end`."""
-    return name.removesuffix("." + end).replace(".base_layer.", ".")
+def module_of(name: str) -> str:
+    """The module in the base model that the file calls `name`; what stands at the end there is left as it is."""
+    return re.sub(r"(\.base_layer)+\.(?!base_layer)", ".", name)
 
 
-def to_settings(config: LoraConfig, target_modules: list[str], transposed: bool, doubled: bool) -> dict[str, Any]:
+def to_settings(config: LoraConfig, target_modules: list[str] | str, transposed: bool, doubled: bool) -> dict[str, Any]:
     """The content of adapter_config.json for a saved adapter.
 
     `transposed`: its layers store weights as [in, out]. `doubled`: it started from a part of the base, which is stored
@@ -141,7 +137,7 @@ def to_settings(config: LoraConfig, target_modules: list[str], transposed: bool,
         "r": config.r * more,
         "rank_pattern": {key: r * more for key, r in config.rank_pattern.items()},
         "revision": None,
-        "target_modules": target_modules,
+        "target_modules": target_modules or ([] if config.target_parameters else _NO_TARGETS),
         "trainable_token_indices": _plain_tokens(config.trainable_token_indices),
     }
 
@@ -169,6 +165,8 @@ def from_settings(settings: Mapping[str, Any], trainable: bool) -> LoraConfig:
     for name in ("r", "lora_alpha", "target_modules"):
         if name not in settings:
             problems.append(f"{name} is missing")
+        elif name != "target_modules" and settings[name] is None:
+            problems.append(f"{name} must be a number, found null")
     for name, value in settings.items():
         if name == "init_lora_weights":
             if value == "loftq":
@@ -186,7 +184,8 @@ def from_settings(settings: Mapping[str, Any], trainable: bool) -> LoraConfig:
     if problems:
         raise CheckpointError("\n".join(problems))
     ours = {name: settings[name] for name in _OURS if settings.get(name) is not None}
-    ours["target_modules"] = settings.get("target_modules") or ()
+    targets = settings["target_modules"] or ()
+    ours["target_modules"] = () if targets == _NO_TARGETS else targets
     ours["inference_mode"] = not trainable
     if ours.get("init_lora_weights") not in _STARTS_FROM_WEIGHT:
         ours["init_lora_weights"] = True

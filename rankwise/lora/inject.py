@@ -24,13 +24,30 @@ from rankwise.lora.fit import (
 from rankwise.lora.kinds import layer_kind
 from rankwise.lora.layers import LoraLayer, Wrapper
 from rankwise.lora.parameters import ParametersWrapper, parameter_dimensions
-from rankwise.lora.places import merged_adapters, named_base_modules, named_lora_layers, named_wrappers, replace_
+from rankwise.lora.places import (
+    ATTRIBUTE,
+    check_own_wrappers,
+    merged_adapters,
+    named_base_modules,
+    named_lora_layers,
+    named_wrappers,
+    own_weights,
+    replace_,
+    uncompiled,
+)
 from rankwise.lora.report import AdaptedMatrix, InjectReport
 from rankwise.lora.targets import is_inside, select_heads, select_parameters, select_targets, select_tokens
-from rankwise.lora.trained import TiedTokenRows, TokenHead, TokenRows, TrainedBias, TrainedCopy, tied_to
+from rankwise.lora.trained import (
+    TiedTokenRows,
+    TokenHead,
+    TokenRows,
+    TrainedBias,
+    TrainedCopy,
+    biases_off_in,
+    tied_to,
+)
 from rankwise.lora.weight_reads import weight_is_read
 
-ATTRIBUTE = "_rankwise_injection"
 DEFAULT = "default"
 
 
@@ -45,6 +62,8 @@ class Injection:
     active: dict[str, float] = field(default_factory=dict)
     """The adapters at work and the weight of each in the sum."""
     biases: list[TrainedBias] = field(default_factory=list)
+    resting: dict[str, list[bool]] = field(default_factory=dict)
+    """For each adapter that is not at work or is merged: which of its parameters train once it is at work again."""
     blocks: int = 0
     """How many blocks of `adapters_off` or `adapters_by_row` last, at whose end the adapters at work come back."""
 
@@ -53,12 +72,6 @@ def check_free(model: nn.Module, adapter: str) -> None:
     """Raise ConfigError if this cannot name a new adapter of the model, or none can come in now."""
     check_outside_blocks(model)
     present = getattr(model, ATTRIBUTE, None)
-    inside = (name for name, module in model.named_modules() if hasattr(module, ATTRIBUTE))
-    if present is None and (inner := next(inside, None)) is not None:
-        raise ConfigError(
-            f"an adapter was put into {inner}, a part of this model; put this one there too, or take that one out: "
-            f"rankwise.eject_(model.{inner})"
-        )
     if present is not None and adapter in present.configs:
         raise ConfigError(
             f"this model already carries an adapter named {adapter!r}; choose another name, or take it out first: "
@@ -88,16 +101,17 @@ def _plan(model: nn.Module, config: LoraConfig, adapter: str, in_file: int | Non
     heads = select_heads(modules, config, type(model).__name__, from_file)
     names = select_targets(model, modules, config, heads, from_file)
     tokens = select_tokens(model, modules, config, taken={*names, *heads})
+    parameters = select_parameters(modules, config, type(model).__name__, heads)
     matrices = tuple(
         AdaptedMatrix(name, *dimensions(modules[name]), config.rank_of(configured_as(name, modules))) for name in names
     )
-    for name, parameter in select_parameters(modules, config, type(model).__name__):
+    for name, parameter in parameters:
         count, d, k = parameter_dimensions(modules[name], parameter)
         full_name = f"{name}.{parameter}"
         matrices += (AdaptedMatrix(full_name, d, k, config.rank_of(full_name), count),)
-    check_nesting(model, [*names, *tokens], heads)
+    check_nesting(model, [*names, *tokens, *(name for name, _ in parameters)], heads)
     if present is not None and (merged := merged_adapters(model)):
-        check_merged(model, config, [*heads, *tokens], merged)
+        check_merged(model, config, [*heads, *tokens], merged, present.biases)
         refuse_change_of_merged_biases(model, present.biases, merged)
     check_biases_of_B(names, modules, config)
     if not from_file:
@@ -185,7 +199,7 @@ def _put_in(
     draw: bool = True,
 ) -> None:
     report, tokens, modules = plan
-    wrappers = dict(named_wrappers(model))
+    wrappers, weights = dict(named_wrappers(model)), own_weights(model) if tokens else {}
     grown: dict[str, Wrapper] = {}
     try:
         for matrix in report.matrices:
@@ -201,12 +215,13 @@ def _put_in(
             layer.add(adapter, config, configured_as(matrix.name, modules), generator, draw)
         for name in report.heads:
             grown[name] = layer = _wrapper(name, modules, wrappers, TrainedCopy)
-            layer.add(adapter, config)
+            with biases_off_in(modules[name], getattr(getattr(model, ATTRIBUTE, None), "biases", ())):
+                layer.add(adapter, config)
         for name, indices in tokens.items():
             kind = TokenHead if isinstance(modules[name], nn.Linear) else TokenRows
             grown[name] = layer = _wrapper(name, modules, wrappers, kind)
             layer.add(adapter, config, indices)
-            for tied, tied_kind in tied_to(modules[name], modules).items():
+            for tied, tied_kind in tied_to(name, modules, weights).items():
                 if not isinstance(grown.get(tied, wrappers.get(tied)), TiedTokenRows | None):
                     raise ConfigError(
                         f"{tied} uses the table of {name}, of which rows train, so it cannot be adapted or trained in "
@@ -223,6 +238,8 @@ def _put_in(
             layer.weight_is_read = True
     replace_(model, {layer.base: layer for layer in grown.values()})
     injected: Injection = getattr(model, ATTRIBUTE)
+    for layer in grown.values():
+        layer.injection = injected
     injected.configs[adapter] = config
     biases = _bias_parameters(report.matrices, list(report.heads), modules, config)
     injected.biases += [TrainedBias(modules[name], adapter, config) for name in biases]
@@ -239,12 +256,15 @@ def _wrapper(name: str, modules: dict[str, nn.Module], wrappers: dict[str, Wrapp
 
 def _freeze(model: nn.Module) -> None:
     if getattr(model, ATTRIBUTE, None) is None:
-        setattr(model, ATTRIBUTE, Injection({name: p.requires_grad for name, p in model.named_parameters()}))
+        before = {name: p.requires_grad for name, p in uncompiled(model).named_parameters()}
+        setattr(model, ATTRIBUTE, Injection(before))
         model.requires_grad_(False)
 
 
 def check_outside_blocks(model: nn.Module) -> None:
-    """Raise ConfigError in a block of `adapters_off` or `adapters_by_row`, whose end would undo a part of a change."""
+    """Raise ConfigError in a block of `adapters_off` or `adapters_by_row`, whose end would undo a part of a change, and
+    where layers are another model's."""
+    check_own_wrappers(model)
     if getattr(getattr(model, ATTRIBUTE, None), "blocks", 0):
         raise ConfigError("adapters cannot change in a block of adapters_off or adapters_by_row; do it after the block")
 
@@ -256,13 +276,13 @@ def eject_(model: nn.Module) -> nn.Module:
     """
     injected = injection(model)
     check_outside_blocks(model)
-    for bias in injected.biases:
-        bias.show(())
     for _, layer in named_lora_layers(model):
         layer.unmerge()
+    for bias in injected.biases:  # After the layers, which put back what a merge had replaced.
+        bias.show(())
     replace_(model, {layer: layer.base for _, layer in named_wrappers(model)})
     delattr(model, ATTRIBUTE)
-    for name, parameter in model.named_parameters():
+    for name, parameter in uncompiled(model).named_parameters():
         # What came into the model later stays as it is.
         parameter.requires_grad_(injected.requires_grad.get(name, parameter.requires_grad))
     return model
@@ -305,6 +325,10 @@ def drop_idle_(model: nn.Module) -> None:
 def injection(model: nn.Module) -> Injection:
     """What `inject_` noted on the model; raises ConfigError if it carries no adapter."""
     found = getattr(model, ATTRIBUTE, None)
+    if found is None and hasattr(getattr(model, "module", None), ATTRIBUTE):
+        raise ConfigError(
+            f"this is a {type(model).__name__} around the model that carries the adapter; give that one: its .module"
+        )
     if found is None:
         raise ConfigError("this model carries no adapter; put one in first: rankwise.inject_(model, LoraConfig())")
     return found
@@ -318,6 +342,40 @@ def set_active(model: nn.Module, active: dict[str, float]) -> None:
         bias.show(active)
     for _, layer in named_wrappers(model):
         layer.activate(active)
+    let_train(model)
+
+
+def let_train(model: nn.Module) -> None:
+    """Let the adapters train that are at work and not merged, and no others.
+
+    What was frozen of one when it went out of work stays so when it comes back.
+    """
+    injected, merged = injection(model), merged_adapters(model)
+    before, injected.resting = injected.resting, {}
+    for name in injected.configs:
+        if name in injected.active and name not in merged:
+            if name in before:
+                wake(parameters_of(model, name), before[name])
+        elif name in before:
+            injected.resting[name] = before[name]
+        else:
+            own = parameters_of(model, name)
+            injected.resting[name] = [parameter.requires_grad for parameter in own]
+            for parameter in own:
+                parameter.requires_grad_(False)
+
+
+def wake(parameters: list[nn.Parameter], trained: list[bool]) -> None:
+    """Let those of an adapter's parameters train again that did."""
+    for parameter, train in zip(parameters, trained, strict=False):
+        if train:
+            parameter.requires_grad_(True)
+
+
+def parameters_of(model: nn.Module, adapter: str) -> list[nn.Parameter]:
+    """All that an adapter trains, or would."""
+    own = [parameter for _, layer in named_wrappers(model) for parameter in layer.parameters_of(adapter)]
+    return own + [bias.trained for bias in injection(model).biases if bias.adapter == adapter]
 
 
 def trainable_parameters(model: nn.Module) -> list[nn.Parameter]:

@@ -33,6 +33,8 @@ class Wrapper(nn.Module):
     """Whether the model computes with the weight itself, past this layer."""
     by_row: ByRow | None = None
     """Given while every row of the batch uses an adapter of its own."""
+    injection: object | None = None
+    """The note on the model into which this was put (`Injection`); a model that shares the module has another."""
 
     def __init__(self, base: BaseLayer) -> None:
         super().__init__()
@@ -83,10 +85,11 @@ class Wrapper(nn.Module):
     def off(self) -> Iterator[None]:
         """Compute as the base alone while the block lasts."""
         active, self.active = self.active, {}
+        by_row, self.by_row = self.by_row, None
         try:
             yield
         finally:
-            self.active = active
+            self.active, self.by_row = active, by_row
 
 
 class LoraLayer(Wrapper):
@@ -376,13 +379,11 @@ class LoraLayer(Wrapper):
     @contextmanager
     def off(self) -> Iterator[None]:
         merged = {name: getattr(self.base, name) for name in self.unmerged}
-        by_row, self.by_row = self.by_row, None
         for name, parameter in self.unmerged.items():
             setattr(self.base, name, parameter)
         try:
             with super().off():
                 yield
         finally:
-            self.by_row = by_row
             for name, parameter in merged.items():
                 setattr(self.base, name, parameter)

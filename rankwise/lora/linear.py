@@ -8,7 +8,7 @@ from torch.nn import functional as F
 
 from rankwise.lora.frozen_product import PreparedWeight
 from rankwise.lora.layers import LoraLayer
-from rankwise.lora.linear_function import Term, linear_with_update
+from rankwise.lora.linear_function import Term, is_transformed, linear_with_update
 from rankwise.lora.narrow import NarrowLinear, is_plain_linear
 from rankwise.lora.parts import Parts
 from rankwise.lora.shared_input import SharedInput
@@ -30,10 +30,13 @@ class LoraLinear(LoraLayer):
         if args or kwargs:
             return super().forward(x, *args, **kwargs)
         # The autograd function is there for its backward pass, and costs more than a token's arithmetic to call.
-        if torch.is_grad_enabled() and (terms := self.terms(x)) is not None:
-            if self.shared_input is not None:
-                return self.shared_input.result(self, x)
-            return linear_with_update(x, terms, self.lengths(x))[0]
+        if torch.is_grad_enabled():
+            if is_transformed():
+                return super().forward(x)
+            if (terms := self.terms(x)) is not None:
+                if self.shared_input is not None:
+                    return self.shared_input.result(self, x)
+                return linear_with_update(x, terms, self.lengths(x))[0]
         update = self._only_plain_update()
         if update is None:
             return super().forward(x)
@@ -49,6 +52,8 @@ class LoraLinear(LoraLayer):
         return torch.add(result, change.to(result.dtype), alpha=update.scale)
 
     def with_changes(self, x: Tensor, plain: Tensor) -> Tensor:
+        if x.is_nested:
+            return nested_like(x, self.with_changes(x.to_padded_tensor(0.0), plain.to_padded_tensor(0.0)))
         if self.parts is None:
             return super().with_changes(x, plain)
         lengths = self.parts.lengths(x)
@@ -127,4 +132,18 @@ def _is_watched(base: nn.Module) -> bool:
 
     Some libraries give a layer another forward, which moves its weight to where the input is.
     """
-    return bool(base._forward_hooks or base._forward_pre_hooks or "forward" in base.__dict__)
+    return has_hooks(base) or "forward" in base.__dict__
+
+
+def nested_like(nested: Tensor, padded: Tensor) -> Tensor:
+    """The rows of `padded` [N, L, …], each as long as that of `nested`."""
+    pairs = zip(padded, nested.unbind(), strict=True)
+    return torch.nested.as_nested_tensor([row[: len(own)] for row, own in pairs])
+
+
+def has_hooks(module: nn.Module) -> bool:
+    """Whether a call of a module, or its gradient, calls something else too."""
+    own = module.__dict__  # A look-up here takes half as long as one of an attribute.
+    return bool(
+        own["_forward_hooks"] or own["_forward_pre_hooks"] or own["_backward_hooks"] or own["_backward_pre_hooks"]
+    )

@@ -11,7 +11,8 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
+from torch._C import _are_functorch_transforms_active
+from torch.autograd import forward_ad
 from torch.nn import functional as F
 
 from rankwise.lora.frozen_product import PreparedWeight, frozen_linear, frozen_product
@@ -60,19 +61,25 @@ class _LinearWithUpdate(torch.autograd.Function):
             for term, own, place in zip(layer, of_layer, places, strict=True):
                 place.addmm_(own, term.B.T, alpha=term.scale)
             results.append(result)
-        ctx.save_for_backward(x, *hidden, *stacked, *[layer[0].weight for layer in layers], *[term.B for term in terms])
+        # For a gradient that is differentiated itself, the A that are stacked; they are there anyway.
+        own_A = [term.A for term in terms] if len(layers) > 1 else []
+        weights = [layer[0].weight for layer in layers]
+        ctx.save_for_backward(x, *hidden, *stacked, *weights, *[term.B for term in terms], *own_A)
         ctx.scales = [[term.scale for term in layer] for layer in layers]
         ctx.prepared = [layer[0].prepared for layer in layers]
         ctx.set_materialize_grads(False)
         return tuple(results)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, *gradients: Tensor | None) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
         parts = len(ctx.lengths)
         x, *tensors = ctx.saved_tensors
         hidden, stacked, tensors = tensors[:parts], tensors[parts : 2 * parts], tensors[2 * parts :]
-        weights, B = tensors[: len(gradients)], tensors[len(gradients) :]
+        layers = len(gradients)
+        weights, B = tensors[:layers], tensors[layers : layers + layers * parts]
+        if torch.is_grad_enabled():  # with create_graph
+            A = tensors[layers + layers * parts :] or stacked
+            return _differentiable_backward(ctx, x, weights, A, B, gradients)
         of_x = None
         of_hidden = [torch.zeros_like(own) for own in hidden]
         of_B: list[Tensor | None] = [None] * len(B)
@@ -102,15 +109,51 @@ class _LinearWithUpdate(torch.autograd.Function):
         for part, own_rows in enumerate(_split(x.reshape(-1, x.shape[-1]), ctx.lengths)):
             if any(ctx.needs_input_grad[_argument(index, "A")] for index in range(part, len(B), parts)):
                 of_A[part::parts] = _split(of_hidden[part].T @ own_rows, ctx.ranks[part])
-        of_terms = [
-            value
-            for one_A, one_B in zip(of_A, of_B, strict=True)
-            for value in Term(None, None, one_A, one_B, None, None)  # pyright: ignore[reportArgumentType]
-        ]
-        return of_x, None, *of_terms
+        return of_x, None, *_of_terms(of_A, of_B)
 
 
 _VALUES = len(Term._fields)
+
+
+def is_transformed() -> bool:
+    """Whether torch.func or forward-mode differentiation is at work, which the function here does not know."""
+    return forward_ad._current_level >= 0 or _are_functorch_transforms_active()
+
+
+def _differentiable_backward(
+    ctx: Any,
+    x: Tensor,
+    weights: Sequence[Tensor],
+    A: Sequence[Tensor],
+    B: Sequence[Tensor],
+    gradients: Sequence[Tensor | None],
+) -> tuple[Any, ...]:
+    """What backward returns, by operations that autograd records."""
+    parts = len(ctx.lengths)
+    x_rows = _split(x.reshape(-1, x.shape[-1]), ctx.lengths)
+    of_x = [torch.zeros_like(rows) for rows in x_rows]
+    of_A: list[Tensor | None] = [None] * len(B)
+    of_B: list[Tensor | None] = [None] * len(B)
+    for layer, gradient in enumerate(gradients):
+        if gradient is None:
+            continue
+        weight = weights[layer].to(x.dtype)
+        for part, rows in enumerate(_split(gradient.reshape(-1, gradient.shape[-1]), ctx.lengths)):
+            index, scale = layer * parts + part, ctx.scales[layer][part]
+            of_hidden = rows @ B[index] * scale
+            of_x[part] = of_x[part] + rows @ weight + of_hidden @ A[index]
+            of_A[index] = of_hidden.T @ x_rows[part]
+            of_B[index] = rows.T @ (x_rows[part] @ A[index].T) * scale
+    return torch.cat(of_x).view(x.shape), None, *_of_terms(of_A, of_B)
+
+
+def _of_terms(of_A: Sequence[Tensor | None], of_B: Sequence[Tensor | None]) -> list[Any]:
+    """The gradients of the values of all terms."""
+    return [
+        value
+        for one_A, one_B in zip(of_A, of_B, strict=True)
+        for value in Term(None, None, one_A, one_B, None, None)  # pyright: ignore[reportArgumentType]
+    ]
 
 
 def _by_layer(hidden: Sequence[Tensor], ranks: Sequence[list[int]]) -> list[tuple[Tensor, ...]]:

@@ -8,9 +8,9 @@ from torch import Tensor, nn
 
 from rankwise.errors import ConfigError, MergeError, listing
 from rankwise.lora.base_weight import rounded
-from rankwise.lora.inject import ATTRIBUTE, check_outside_blocks, injection
+from rankwise.lora.inject import check_outside_blocks, injection, let_train
 from rankwise.lora.layers import LoraLayer
-from rankwise.lora.places import merged_adapters, named_lora_layers, named_wrappers, replace_
+from rankwise.lora.places import ATTRIBUTE, merged_adapters, named_lora_layers, named_wrappers, replace_
 from rankwise.lora.tied import storage_counts, storage_of
 from rankwise.lora.trained import TokenRows
 
@@ -61,6 +61,7 @@ def merge_(
     sums, problems, untied, changed, lost = {}, [], [], 0, 0
     for name, layer in layers:
         try:
+            _check_parameters(layer, chosen)
             weight = layer.base_matrix()
             matrix, bias, moved = _merged(layer, weight, chosen, dtype or torch.float64)
         except MergeError as error:
@@ -78,7 +79,22 @@ def merge_(
     for name, layer in layers:
         matrix, bias = sums.pop(name)
         layer.merge(matrix, bias, chosen)
+    let_train(model)
     return MergeReport(changed, lost, tuple(untied))
+
+
+def _check_parameters(layer: LoraLayer, adapters: Iterable[str]) -> None:
+    """Raise MergeError if a sum cannot take the place of the layer's weight, or of its bias where that is needed."""
+    own = layer.base._parameters
+    if layer.weight_name not in own:
+        raise MergeError(
+            f"its {layer.weight_name} is no parameter but computed from others (torch's parametrizations, weight_norm, "
+            "pruning), so a sum would not stay; make it one first (remove_parametrizations, remove_weight_norm, "
+            "prune.remove)"
+        )
+    updates = [layer.update(name) for name in adapters if name in layer.shares]
+    if layer.bias_name not in own and any(update.lora_bias is not None for update in updates):
+        raise MergeError(f"lora_bias needs a bias to be merged into, and its {layer.bias_name} is no parameter")
 
 
 def _merged(
@@ -120,6 +136,7 @@ def unmerge_(model: nn.Module) -> None:
     check_outside_blocks(model)
     for _, layer in named_lora_layers(model):
         layer.unmerge()
+    let_train(model)
 
 
 def merge_and_remove_(model: nn.Module) -> MergeReport:

@@ -111,6 +111,13 @@ class ParametersWrapper(Wrapper):
         super().__init__(base)
         self.parts = nn.ModuleDict()
 
+    def __getattr__(self, name: str) -> Any:
+        # A module above may compute with an adapted parameter itself, past this one's forward.
+        parts = self.__dict__.get("_modules", {}).get("parts", ())
+        if name in parts and (part := self.part(name)).beside():
+            return part.effective_weight()
+        return super().__getattr__(name)
+
     def part(self, parameter: str) -> LoraParameter:
         """The adapted parameter of this name; it becomes one if it was none."""
         if parameter not in self.parts:

@@ -1,10 +1,20 @@
 """Where adapters stand in a model: its places by their names in the base model, and what stands there."""
 
 from collections.abc import Mapping
+from typing import Any
 
 from torch import nn
 
+from rankwise.errors import ConfigError
 from rankwise.lora.layers import LoraLayer, Wrapper
+
+ATTRIBUTE = "_rankwise_injection"
+"""Under this a model keeps what is in it (`Injection`)."""
+
+
+def uncompiled(model: nn.Module) -> nn.Module:
+    """The model itself, where torch.compile gave a module around it."""
+    return getattr(model, "_orig_mod", model)
 
 
 def named_places(model: nn.Module) -> list[tuple[str, nn.Module]]:
@@ -12,7 +22,7 @@ def named_places(model: nn.Module) -> list[tuple[str, nn.Module]]:
 
     What stands in several places is named by the first.
     """
-    found, stack, seen = [], [("", model)], set()
+    found, stack, seen = [], [("", uncompiled(model))], set()
     while stack:
         name, module = place = stack.pop()
         if module in seen:
@@ -37,6 +47,30 @@ def named_wrappers(model: nn.Module) -> list[tuple[str, Wrapper]]:
 def named_lora_layers(model: nn.Module) -> list[tuple[str, LoraLayer]]:
     """The layers (and bare parameters) that carry low-rank updates, with their names in the base model."""
     return [(name + end, part) for name, layer in named_wrappers(model) for end, part in layer.parts_of()]
+
+
+def check_own_wrappers(model: nn.Module) -> None:
+    """Raise ConfigError if some layers stand here that adapters of another model put in place."""
+    own = getattr(model, ATTRIBUTE, None)
+    if foreign := [name for name, layer in named_wrappers(model) if layer.injection is not own]:
+        inner = [name for name, module in named_base_modules(model) if name and hasattr(module, ATTRIBUTE)]
+        where = f"{inner[0]}, a part of this model" if inner else "another model, which shares or holds modules of this"
+        raise ConfigError(
+            f"an adapter was put into {where} ({foreign[0] or 'all of it'}); put this one there too, or take that one "
+            f"out: rankwise.eject_({f'model.{inner[0]}' if inner else 'the other'})"
+        )
+
+
+def own_weights(model: nn.Module) -> dict[str, Any]:
+    """The base's own weight (or None) in each place of the base model, whatever is merged."""
+    return {name: _own_weight(found) for name, found in named_places(model)}
+
+
+def _own_weight(found: nn.Module) -> Any:
+    if not isinstance(found, Wrapper):
+        return getattr(found, "weight", None)
+    parts = [part for _, part in found.parts_of() if part.weight_name == "weight"]
+    return parts[0].own("weight") if parts else getattr(found.base, "weight", None)
 
 
 def replace_(model: nn.Module, replacements: Mapping[nn.Module, nn.Module]) -> None:

@@ -14,7 +14,7 @@ class ByRow(NamedTuple):
     of: int
     """Rows of the batch."""
     places: dict[str, Tensor]
-    """For each adapter, the rows that use it."""
+    """For each adapter, the rows that use it; those of the base under ""."""
 
     def among(self, x: Tensor) -> dict[str, Tensor]:
         """`places` in x [rows, ...]; where x has a multiple of the rows, each comes so often in succession.

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from rankwise.errors import ConfigError, listing
-from rankwise.lora.adapters import check_names
+from rankwise.lora.adapters import check_names, check_unmerged
 from rankwise.lora.base_weight import as_matrix, dimensions, working_dtype
 from rankwise.lora.config import exact_patterns
-from rankwise.lora.inject import DEFAULT, adapters_off, injection, set_active
+from rankwise.lora.inject import DEFAULT, adapters_off, check_outside_blocks, injection, set_active
 from rankwise.lora.linear import LoraLinear
 from rankwise.lora.places import named_lora_layers
 from rankwise.lora.variants.corda import corda
@@ -31,10 +31,13 @@ def start_from_data_(
     `loss(batch)` runs the model on a batch; its value matters for "lora_ga" alone, which needs the gradient of the base
     weights and so as much memory as they take, in fp32. "eva" and "corda" keep Σ x·xᵀ [k, k] of each layer. Only linear
     layers can start from data. Returns each module's rank: "eva" spreads the sum of the ranks over the layers anew.
-    Raises ConfigError, before the model is run, for another start or other layers, or if "corda" or "lora_ga" finds a
-    weight that is not dense (quantised); the model is then as it was.
+    Raises ConfigError, before the model is run, for another start or other layers, if the adapter is merged, in a block
+    of `adapters_off` or `adapters_by_row`, or if "corda" or "lora_ga" finds a weight that is not dense (quantised); the
+    model is then as it was.
     """
     check_names(model, [adapter])
+    check_outside_blocks(model)
+    check_unmerged(model, adapter)
     config = injection(model).configs[adapter]
     how = config.init_lora_weights
     if how not in FROM_DATA:
@@ -67,10 +70,11 @@ def start_from_original_(model: nn.Module, original: Mapping[str, Tensor], adapt
 
     `original`: the base's weights [d, k] before they were quantised, by parameter name ("…q_proj.weight"). A quantised
     weight is read by what the layer makes of the unit vectors, so any kind of layer will do.
-    Raises ConfigError, before anything is changed, for a weight that is missing or has another shape, and for layers
-    that are not linear.
+    Raises ConfigError, before anything is changed, for a weight that is missing or has another shape, for layers that
+    are not linear, and for an adapter that is merged.
     """
     check_names(model, [adapter])
+    check_unmerged(model, adapter)
     layers = {name: layer for name, layer in named_lora_layers(model) if adapter in layer.shares}
     problems = []
     for name, layer in layers.items():
@@ -87,7 +91,8 @@ def start_from_original_(model: nn.Module, original: Mapping[str, Tensor], adapt
         kind: Any = {"dtype": update.lora_A.dtype, "device": update.lora_A.device}
         weight = layer.own(layer.weight_name)
         units = torch.eye(update.lora_A.shape[1], device=weight.device)
-        outputs = layer.base(units.to(weight.dtype) if weight.is_floating_point() else units).to(**kind)
+        with layer.off():  # Another adapter may be merged.
+            outputs = layer.base(units.to(weight.dtype) if weight.is_floating_point() else units).to(**kind)
         bias = layer.own(layer.bias_name)
         quantised = (outputs if bias is None else outputs - bias.to(**kind)).T
         update.set(*loftq(original[f"{name}.weight"].to(**kind) - quantised, update.r, update.scale))
@@ -103,12 +108,18 @@ def _start_eva(model: nn.Module, layers: dict[str, Any], sums: dict[str, Tensor]
         for name, layer in layers.items()
     }
     ranks = spread_ranks({name: share for name, (_, share) in found.items()}, budget)
-    config = replace(injected.configs[adapter], rank_pattern=exact_patterns(ranks, ranks))
+    config = injected.configs[adapter]
+    alphas = {
+        name: layer.update(adapter).scale * (ranks[name] ** 0.5 if config.use_rslora else ranks[name])
+        for name, layer in layers.items()
+    }
+    config = replace(config, rank_pattern=exact_patterns(ranks, ranks), alpha_pattern=exact_patterns(alphas, ranks))
     active = dict(injected.active)
     for name, layer in layers.items():
+        trains = layer.update(adapter).lora_A.requires_grad
         layer.remove(adapter)
         layer.add(adapter, config, name)
-        update = layer.update(adapter)
+        update = layer.update(adapter).requires_grad_(trains)
         update.set(found[name][0][: ranks[name]], torch.zeros_like(update.lora_B))
     injected.configs[adapter] = config
     set_active(model, active)

@@ -11,6 +11,9 @@ from rankwise.lora.base_weight import dimensions, is_conv1d
 from rankwise.lora.config import ALL_LINEAR, LoraConfig, matches_head, matches_name, matches_target
 from rankwise.lora.kinds import computes_otherwise, unsupported_reason
 from rankwise.lora.narrow import is_plain_linear
+from rankwise.lora.places import own_weights
+
+_CONTAINERS = (nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.ParameterDict)
 
 
 def is_linear(module: nn.Module) -> bool:
@@ -40,7 +43,12 @@ def select_heads(modules: Mapping[str, nn.Module], config: LoraConfig, kind: str
     unmatched = [entry for entry in config.modules_to_save or () if not any(matches_head(n, entry) for n in names)]
     unmatched = [] if from_file else unmatched
     problems = [f"modules_to_save {entry!r} matches no module{nearest(entry, _endings(names))}" for entry in unmatched]
-    if config.task_heads and not chosen:
+    problems += [
+        f"{name} is a {type(modules[name]).__name__}, which a model never calls itself; name what is in it"
+        for name in chosen
+        if isinstance(modules[name], _CONTAINERS)
+    ]
+    if config.task_heads and not chosen and not from_file:
         wanted = " or ".join(config.task_heads)
         problems.append(
             f"task_type {config.task_type} trains a head named {wanted}; this model has none (modules_to_save names "
@@ -90,8 +98,10 @@ def select_targets(
     return sorted({*chosen, *outputs}, key=list(free).index) if outputs else chosen
 
 
-def select_parameters(modules: Mapping[str, nn.Module], config: LoraConfig, kind: str) -> list[tuple[str, str]]:
-    """(module, parameter) of each bare parameter that gets an update, in the model's order.
+def select_parameters(
+    modules: Mapping[str, nn.Module], config: LoraConfig, kind: str, heads: Iterable[str]
+) -> list[tuple[str, str]]:
+    """(module, parameter) of each bare parameter that gets an update, in the model's order; none inside `heads`.
 
     Raises TargetError for an entry that matches none; `kind` is the model's type, for messages.
     """
@@ -99,7 +109,7 @@ def select_parameters(modules: Mapping[str, nn.Module], config: LoraConfig, kind
         (name, parameter)
         for name, module in modules.items()
         for parameter, _ in module.named_parameters(recurse=False)
-        if name
+        if name and not is_inside(name, heads)
     ]
     wanted = config.target_parameters or ()
     chosen = [(m, p) for m, p in there if any(matches_name(f"{m}.{p}", entry) for entry in wanted)]
@@ -131,10 +141,11 @@ def select_tokens(
         wanted = {found[0]: wanted}
     chosen: dict[str, tuple[int, ...]] = {}
     problems: list[str] = []
+    weights = own_weights(model)
     for pattern, indices in wanted.items():
         for name in _matching("trainable_token_indices", [pattern], modules, problems):
             module = modules[name]
-            shared = [other for other in chosen if modules[other].weight is getattr(module, "weight", None)]
+            shared = [other for other in chosen if weights[other] is weights[name]]
             if not isinstance(module, nn.Embedding | nn.Linear):
                 kind = type(module).__name__
                 problems.append(f"trainable_token_indices {name}: a {kind} is neither an embedding nor an output head")
@@ -201,10 +212,16 @@ def _in_layers(names: list[str], config: LoraConfig, problems: list[str]) -> lis
     return [name for name in names if index.get(name) in wanted]
 
 
-def shortest_names(adapted: Iterable[str], others: Iterable[str]) -> list[str]:
-    """The shortest dotted suffixes that match the adapted modules and none of the other ones, sorted."""
+def shortest_names(adapted: Iterable[str], others: Iterable[str]) -> list[str] | str:
+    """The shortest dotted suffixes that match the adapted modules and none of the other ones, sorted.
+
+    A regular expression of all names, if another module's name ends as a whole one of theirs.
+    """
+    adapted = sorted(adapted)
     taken = {ending for name in others for ending in _suffixes(name)}
-    return sorted({next((s for s in _suffixes(name) if s not in taken), name) for name in adapted})
+    if not taken.isdisjoint(adapted):
+        return "|".join(map(re.escape, adapted))
+    return sorted({next(s for s in _suffixes(name) if s not in taken) for name in adapted})
 
 
 def _nothing_matched(pattern: str, as_regex: bool, modules: Mapping[str, nn.Module]) -> str:

@@ -3,7 +3,8 @@
 Each is a copy; the base's own numbers stay as they were.
 """
 
-from collections.abc import Container, Mapping, Sequence
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from copy import deepcopy
 from typing import Any
 
@@ -45,17 +46,34 @@ class TrainedCopy(Wrapper):
             return self._each_row(args[0])
         inputs, dim = self.parts.split(args[0])
         copies: dict[str, Any] = dict(self.shares.items())
-        own = [copies.get(name, self.base)(x) for name, x in zip(self.parts.adapters, inputs, strict=True)]
-        return torch.cat(own, dim)
+        own = [(copies.get(name, self.base), x) for name, x in zip(self.parts.adapters, inputs, strict=True)]
+        return torch.cat(self._results(own, dim), dim)
 
     def _each_row(self, x: Tensor) -> Tensor:
-        """x: [rows, …] → what each row's own copy makes of it, or else the original."""
+        """x: [rows, …] → what each row's own copy makes of it, or else the original.
+
+        No module sees rows of others: a BatchNorm would count them.
+        """
         assert self.by_row is not None
-        result = self.base(x)
-        for adapter, rows in self.by_row.among(x).items():
-            if adapter in self.shares:
-                result = result.index_copy(0, rows, self.shares[adapter](x[rows]).to(result.dtype))
-        return result
+        places = self.by_row.among(x)
+        own: list[tuple[nn.Module, Tensor]] = [(self.shares[a], rows) for a, rows in places.items() if a in self.shares]
+        if others := [rows for a, rows in places.items() if a not in self.shares]:
+            own.append((self.base, torch.cat(others)))
+        results = self._results([(module, x[rows]) for module, rows in own], 0)
+        return torch.cat(results)[torch.cat([rows for _, rows in own]).argsort()]
+
+    def _results(self, own: Sequence[tuple[nn.Module, Tensor]], dim: int) -> list[Tensor]:
+        """What each module makes of its input. Raises ConfigError for more than a tensor of as many rows in `dim`."""
+        results = [module(x) for module, x in own]
+        for (_, x), result in zip(own, results, strict=True):
+            if not isinstance(result, Tensor) or result.ndim <= dim or result.shape[dim] != x.shape[dim]:
+                found = list(result.shape) if isinstance(result, Tensor) else type(result).__name__
+                raise ConfigError(
+                    f"adapters can only share a pass, or serve single rows, where a module trained in full returns a "
+                    f"tensor with a row for each of its input; a {type(self.base).__name__} returned {found} for "
+                    f"{list(x.shape)}"
+                )
+        return results
 
 
 class Rows(nn.Module):
@@ -119,7 +137,10 @@ class TokenRows(Wrapper):
     def with_rows(self, rows: Rows, x: Tensor, result: Tensor) -> Tensor:
         """`result`, the base's output for x, with what these rows make of it."""
         place = rows.place[x]
-        own = F.embedding(place.clamp_min(0), rows.values.to(result.dtype))
+        # As in the base's own table, the row of padding gets no gradient.
+        padding = getattr(self.base, "padding_idx", None)
+        padding = rows.tokens.index(padding) if padding in rows.tokens else None
+        own = F.embedding(place.clamp_min(0), rows.values.to(result.dtype), padding)
         own = own * getattr(self.base, "embed_scale", 1.0)
         return torch.where((place >= 0)[..., None], own, result)
 
@@ -170,14 +191,19 @@ class TiedTokenHead(TiedTokenRows, TokenHead):
     """An output head on the table of an embedding with trained rows: those tokens' logits use the rows too."""
 
 
-def tied_to(embedding: nn.Module, modules: Mapping[str, nn.Module]) -> dict[str, type[TiedTokenRows]]:
-    """The other modules that use an embedding's very table, by name, and the kind of wrapper for each."""
+def tied_to(
+    embedding: str, modules: Mapping[str, nn.Module], weights: Mapping[str, Any]
+) -> dict[str, type[TiedTokenRows]]:
+    """The other modules that use an embedding's very table, by name, and the kind of wrapper for each.
+
+    `weights`: the base's own, by the name of the module.
+    """
     kinds = {nn.Embedding: TiedTokenRows, nn.Linear: TiedTokenHead}
     return {
         name: kind
         for name, module in modules.items()
         for base, kind in kinds.items()
-        if isinstance(module, base) and module is not embedding and module.weight is embedding.weight
+        if isinstance(module, base) and name != embedding and weights[name] is weights[embedding]
     }
 
 
@@ -188,23 +214,52 @@ class TrainedBias:
         self.module = module
         self.adapter = adapter
         self.original: nn.Parameter = module.bias
-        self.trained = nn.Parameter(self.original.detach().clone(), requires_grad=not config.inference_mode)
+        self._trained = nn.Parameter(self.original.detach().clone(), requires_grad=not config.inference_mode)
         self.shown = False
         """Whether the module uses the copy."""
+
+    @property
+    def trained(self) -> nn.Parameter:
+        """The copy."""
+        # FSDP2 puts a parameter of its own in the place of each; no merge can then have replaced it.
+        if self.shown and hasattr(self.module.bias, "full_tensor"):
+            self._trained = self.module.bias
+        return self._trained
 
     @torch.no_grad()
     def reset(self) -> None:
         """Let the copy hold what the original holds."""
         if self.original.is_meta:  # Module.to_empty has put a new parameter in place, which then got the base's values.
             self.original = self.module.bias.requires_grad_(False)
-            self.trained = nn.Parameter(self.original.clone(), self.trained.requires_grad)
+            self._trained = nn.Parameter(self.original.clone(), self.trained.requires_grad)
             self.module.bias = self.trained if self.shown else self.original
         self.trained.copy_(self.original)
 
     def show(self, adapters: Container[str]) -> None:
         """Let the module use the copy if its adapter is among `adapters`, or else the original."""
         if self.shown != (self.adapter in adapters):  # A merge may have replaced either, and stays.
+            bias, other = self.original if self.shown else self.trained, self.module.bias
             self.shown = not self.shown
-            bias, other = self.trained if self.shown else self.original, self.module.bias
             bias.data = bias.data.to(other.device, other.dtype)  # Module.to has reached the other one alone.
             self.module.bias = bias
+
+    @contextmanager
+    def off(self) -> Iterator[None]:
+        """Let the module use the original while the block lasts."""
+        adapters = (self.adapter,) if self.shown else ()
+        self.show(())
+        try:
+            yield
+        finally:
+            self.show(adapters)
+
+
+@contextmanager
+def biases_off_in(module: nn.Module, biases: Iterable[TrainedBias]) -> Iterator[None]:
+    """Let a module hold the base's own biases while the block lasts, also where an adapter trains copies of them."""
+    inside = set(module.modules())
+    with ExitStack() as stack:
+        for bias in biases:
+            if bias.module in inside:
+                stack.enter_context(bias.off())
+        yield
