@@ -26,7 +26,8 @@ class Stream:
     """[1, T], restarting with each example"""
     packing: Packing
     predictors: Tensor
-    """[n], where in the stream the hidden state lies that predicts each trained token, text or word"""
+    """[n], where in the stream the hidden state lies that predicts each trained token, text or word; of a text all that
+    its head or its pooling reads"""
     targets: Tensor
     """[n], the trained tokens, labels or tags; [n, labels] 0 or 1 where a text may have several labels"""
     texts: tuple[Ids, ...]
@@ -190,9 +191,11 @@ def _stream(
     filler = rounded_up(len(ids)) - len(ids)
     if filler:
         packing = Packing((*packing.lengths, filler), (*packing.before, None))
-    tokens, positions = [*ids, *[0] * filler], [*positions, *range(filler)]
-    # Some heads read the ends of texts and not what the predictors are.
-    read = {*predictors, *(end - 1 for end in accumulate(packing.lengths))}
+    # A token that is there: that of padding may have an embedding of zeros, whose norm has no gradient. Its positions
+    # go no further than those of the texts, as the model may have no more.
+    longest = max(positions) + 1
+    tokens, positions = [*ids, *ids[:1] * filler], [*positions, *(place % longest for place in range(filler))]
+    read = set(predictors)
     unread = (place for place in range(len(tokens)) if place not in read)
     spare = list(islice(unread, rounded_up(len(predictors)) - len(predictors)))
     return Stream(
@@ -228,9 +231,11 @@ _PACKERS: dict[type, Callable[[Any, torch.device], Stream]] = {
 }
 
 
-def pad(rows: Sequence[Sequence[int]], pad_id: int, device: torch.device, left: bool = False) -> tuple[Tensor, Tensor]:
-    """(ids, attention mask), both [B, longest], padded at the right end or the left one."""
-    longest = max(map(len, rows))
+def pad(
+    rows: Sequence[Sequence[int]], pad_id: int, device: torch.device, left: bool = False, least: int = 0
+) -> tuple[Tensor, Tensor]:
+    """(ids, attention mask), both [B, longest or `least`], padded at the right end or the left one."""
+    longest = max(least, *map(len, rows))
     ids = torch.full((len(rows), longest), pad_id, device=device)
     mask = torch.zeros_like(ids)
     for index, row in enumerate(rows):

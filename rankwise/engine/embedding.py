@@ -1,7 +1,7 @@
 """Embeddings of texts, packed or padded, and the contrastive loss of pairs of them."""
 
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -10,10 +10,9 @@ from torch.nn import functional as F
 
 from rankwise.data.examples import Ids
 from rankwise.data.pairs import PairExample
-from rankwise.engine.batch import Stream, pack_whole, pad
+from rankwise.engine.batch import Stream, pack_whole
 from rankwise.engine.contrast import Contrast
 from rankwise.engine.engine import WholeTextEngine
-from rankwise.errors import ConfigError
 from rankwise.models.pooling import pooling_of
 
 ROWS_TOGETHER = 16
@@ -45,8 +44,8 @@ class EmbeddingEngine(WholeTextEngine[PairExample]):
         count = max(1, len(order) // ROWS_TOGETHER)
         return [order[start::count] for start in range(count)]
 
-    def losses(self, batches: Mapping[str, Sequence[PairExample]], label_smoothing: float = 0.0) -> list[Tensor]:
-        raise ConfigError("the loss of pairs is one of a whole batch, so adapters cannot share a pass")
+    def why_no_shared_pass(self) -> str | None:
+        return "the loss of pairs is one of a whole batch, so adapters cannot share a pass"
 
     def _logits_in(self, stream: Stream) -> tuple[Tensor, Tensor]:
         raise NotImplementedError("the loss of pairs needs their examples, not their stream")
@@ -85,7 +84,7 @@ class EmbeddingEngine(WholeTextEngine[PairExample]):
         return sums / torch.tensor([len(text) for text in texts], device=self._device)[:, None]
 
     def _padded_texts(self, texts: Sequence[Ids]) -> Tensor:
-        ids, mask = pad(texts, self.pad_id, self._device)
+        ids, mask = self.pad(texts)
         with self._recomputing():
             hidden = self.model(input_ids=ids, attention_mask=mask).last_hidden_state
         if self.pooling == "mean":

@@ -10,18 +10,17 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
-from rankwise.data.examples import E
+from rankwise.data.examples import E, longest_text
 from rankwise.engine.attention import PACKED
-from rankwise.engine.batch import Stream, join
+from rankwise.engine.batch import Stream, join, pad
 from rankwise.engine.blocks import blocks_of, inputs_of, is_watched
+from rankwise.engine.check import BESIDE, difference, narrowest_window, pieces, put_out, rounding, token_difference
 from rankwise.engine.frozen_states import FrozenStates
 from rankwise.engine.last_block import PAYS_UP_TO, only_at
 from rankwise.engine.recompute import recomputing
 from rankwise.errors import ConfigError
 from rankwise.lora.adapters import adapters_by_part
 
-# Packing changes the order of sums and nothing else; fp32 logits of real models then differ by less than this share.
-_SAME = 1e-3
 EVALUATED_AT_ONCE = 1024
 """Tokens in one forward pass of an evaluation, padding included; a single longer example is one too."""
 # What a model raises whose parts do not work as the engine expects.
@@ -53,8 +52,11 @@ class Engine(ABC, Generic[E]):
         self._may_recompute = [module for module in model.modules() if hasattr(module, "gradient_checkpointing")]
         self._last_block = self.blocks[-1] if self.blocks else None
         self._cuts_up_to = 0.0
+        self._least_padded = 0
         self.padded_because = self._why_not_packed(sample)
         self.packs = self.padded_because is None
+        if self.padded_because is not None and self._depends_on_padding(sample):
+            self.padded_because += "; what it computes of a text depends on the padding beside it, so on other rows too"
         self.whole_last_block_because = self._why_not_cut(sample)
         self._cuts_up_to = PAYS_UP_TO if self.whole_last_block_because is None else 0.0
 
@@ -75,21 +77,26 @@ class Engine(ABC, Generic[E]):
 
         Raises ConfigError if the adapters, or this model's, cannot share a pass.
         """
-        if not self.packs:
-            raise ConfigError(
-                f"adapters share a pass only in packed streams; this model is padded: {self.padded_because}"
-            )
-        if self.recomputes or self._recomputed_by_transformers():
-            raise ConfigError(
-                "adapters share no pass whose activations are computed again: by then each would compute for all"
-            )
+        reason = self.why_no_shared_pass()
+        if reason is not None:
+            raise ConfigError(reason)
         streams = [self.stream(batch) for batch in batches.values()]
         tokens, counts = ([x.tokens for x in streams], [len(x.targets) for x in streams])
-        cut = [count + len(x.spare) for count, x in zip(counts, streams, strict=True)]
+        cut = [len(x.predictors) + len(x.spare) for x in streams]
         sizes = {sum(parts): tuple(parts) for parts in (tokens, cut, counts)}
         with adapters_by_part(self.model, list(batches), sizes):
             losses = self._losses_in(join(streams), label_smoothing)
         return [part.mean() for part in losses.split(counts)]
+
+    def why_no_shared_pass(self) -> str | None:
+        """Why adapters of this model can share no pass, whatever they are; None if nothing is known against it."""
+        if not self.packs:
+            return f"adapters share a pass only in packed streams; this model is padded: {self.padded_because}"
+        if self.recomputes or self._recomputed_by_transformers():
+            return "adapters share no pass whose activations are computed again: by then each would compute for all"
+        if self.stretches_with_longest is not None:
+            return f"adapters share no pass: {self.stretches_with_longest}"
+        return None
 
     def example_losses(self, examples: Sequence[E]) -> tuple[Tensor, Tensor]:
         """([B] cross-entropy in nats summed over all that is counted, [B] how much that is), example by example."""
@@ -133,6 +140,13 @@ class Engine(ABC, Generic[E]):
     def inner(self) -> "Engine[E]":
         """The engine that runs the passes: this one. What stands around an engine (rank/nested.py) names that."""
         return self
+
+    @property
+    def stretches_with_longest(self) -> str | None:
+        """Why the hidden states of a text are others beside a longer one; None if they are the same."""
+        kinds = {kind for config in self._configs for kind in _rope_types(getattr(config, "rope_parameters", None))}
+        found = sorted(kind for kind in kinds if "dynamic" in kind or kind == "longrope")
+        return f"its {found[0]} rotary positions depend on the longest text of a batch" if found else None
 
     @property
     def _device(self) -> torch.device:
@@ -236,8 +250,43 @@ class Engine(ABC, Generic[E]):
             return "its attention cannot be exchanged in transformers"
         if self.blocks is None and self._recomputed_by_transformers():
             return "it computes its activations again in the backward pass, and no list of blocks was found in it"
-        short: list[E] = [example.short() for example in sample[:3]]
-        return self.why_not("packing", short, self._padded(short)[0])
+        short = pieces(sample, narrowest_window(self._configs))
+        parts = [self.model.base_model, *([self._last_block] if self._last_block is not None else [])]
+        with put_out(parts) as padded:
+            expected = self._padded(short)[0]
+        with put_out(parts) as packed:
+            reason = self.why_not("packing", short, expected)
+        if reason is not None:
+            return reason
+        changed = token_difference(self.stream(short), packed, padded)
+        if changed < rounding(expected.dtype):
+            return None
+        return f"packing would change its hidden states by {changed:.1e}"
+
+    @torch.no_grad()
+    def _depends_on_padding(self, sample: Sequence[E]) -> bool:
+        """Whether more padding changes what the model computes of an example, at all of its tokens."""
+        short = pieces(sample)[:1]
+        found = []
+        try:
+            for least in (0, longest_text(short[0]) + BESIDE):
+                self._least_padded = least
+                with put_out([self.model.base_model]) as hidden:
+                    logits = self._padded(short)[0]
+                found.append((logits, *hidden.values()))
+        except FAILURES:  # It has no more positions.
+            return False
+        finally:
+            self._least_padded = 0
+        (alone, *states), (beside, *others) = found
+        tokens = min([len(short[0].texts[0]), *(x.shape[1] for x in states)])
+        changed = [difference(beside, alone)]
+        changed += [difference(y[0, :tokens], x[0, :tokens]) for x, y in zip(states, others, strict=True)]
+        return max(changed) >= rounding(alone.dtype)
+
+    def pad(self, rows: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
+        """(ids, attention mask) of a padded batch, both [B, longest]."""
+        return pad(rows, self.pad_id, self._device, least=self._least_padded)
 
     @torch.no_grad()
     def _why_not_cut(self, sample: Sequence[E]) -> str | None:
@@ -249,7 +298,7 @@ class Engine(ABC, Generic[E]):
             return "there are hooks in it"
         if getattr(self.model.config, "layerdrop", 0):
             return "the model leaves out blocks at random"
-        short: list[E] = [example.short() for example in sample[:3]]
+        short = pieces(sample)
         whole = self.packed(short)
         self._cuts_up_to = 1.0
         return self.why_not("cutting it", short, whole)
@@ -266,8 +315,8 @@ class Engine(ABC, Generic[E]):
             return f"{technique} failed: {str(error).splitlines()[0]}"
         if logits.shape != expected.shape:
             return f"{technique} would give logits of shape {[*logits.shape]} in place of {[*expected.shape]}"
-        difference = (logits - expected).abs().max().item() / max(expected.abs().max().item(), 1.0)
-        return None if difference < _SAME else f"{technique} would change its logits by {difference:.1e}"
+        changed = difference(logits, expected)
+        return None if changed < rounding(logits.dtype) else f"{technique} would change its logits by {changed:.1e}"
 
 
 class WholeTextEngine(Engine[E]):
@@ -276,12 +325,14 @@ class WholeTextEngine(Engine[E]):
     _first_position = 0
 
     def _why_not_packed(self, sample: Sequence[E]) -> str | None:
-        reason = super()._why_not_packed(sample)
-        if reason is None:
-            return None
+        reasons = []
         # RoBERTa and its kin count positions from the one after that of padding.
-        self._first_position = self.pad_id + 1
-        return None if super()._why_not_packed(sample) is None else reason
+        for first in (0, self.pad_id + 1):
+            self._first_position = first
+            reasons.append(super()._why_not_packed(sample))
+            if reasons[-1] is None:
+                return None
+        return reasons[0]
 
     def _body(self, stream: Stream) -> Tensor:
         inputs = stream.inputs()
@@ -295,6 +346,15 @@ class WholeTextEngine(Engine[E]):
         """[n, k] the last hidden states of the tokens at `read` [n] of a stream."""
         with self._packed_pass(stream, read):
             return self._body(stream)[0, read]
+
+
+def _rope_types(parameters: Any) -> Iterator[str]:
+    """The kinds of rotary positions that a configuration names, once or for each kind of layer."""
+    for key, value in (parameters or {}).items():
+        if key == "rope_type":
+            yield value
+        elif isinstance(value, dict):
+            yield from _rope_types(value)
 
 
 def _at_least_fp32(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:

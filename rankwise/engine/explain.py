@@ -10,12 +10,16 @@ from rankwise.engine.batch import Stream
 from rankwise.engine.blocks import is_watched
 from rankwise.engine.elementwise import GatedMlp, RmsNorm, stand_ins
 from rankwise.engine.engine import Engine
+from rankwise.engine.heap import can_keep_freed_memory
 from rankwise.engine.language import LanguageEngine
 from rankwise.engine.last_block import PAYS_UP_TO
 from rankwise.engine.seq2seq import Seq2SeqEngine
 from rankwise.engine.state_cache import plan_states
 from rankwise.lora.linear import LoraLinear
+from rankwise.lora.narrow import is_narrow
 from rankwise.lora.places import named_base_modules, named_lora_layers
+from rankwise.lora.prepared import COPIES, preparable, shared_inputs
+from rankwise.plan.memory import most_bytes_of_copies
 
 
 def explain(
@@ -45,9 +49,13 @@ def explain(
         [
             *lines,
             _of_last_block(engine, streams),
-            *_of_layers(engine),
+            *_of_layers(engine, rows[0]),
+            _of_prepared(engine),
+            _of_several(engine),
             *_of_memory(engine),
             _of_states(engine, cached or rows, cache_bytes),
+            *_of_router(engine),
+            *_of_answers(engine),
         ]
     )
 
@@ -84,7 +92,7 @@ def _of_last_block(engine: Engine[Any], streams: Sequence[Stream]) -> str:
     line = "last block at trained tokens only: "
     if engine.whole_last_block_because is not None:
         return f"{line}no, because {engine.whole_last_block_because}"
-    counts = [(len(stream.targets), stream.tokens) for stream in streams]
+    counts = [(len(stream.predictors), stream.tokens) for stream in streams]
     cut = [(read, tokens) for read, tokens in counts if engine.cuts_last_block(read, tokens)]
     if not cut:
         return f"{line}nothing to gain, more than {PAYS_UP_TO:.0%} of the tokens train"
@@ -93,22 +101,70 @@ def _of_last_block(engine: Engine[Any], streams: Sequence[Stream]) -> str:
     return f"{line}yes, {where}; keys and values at all"
 
 
-def _of_layers(engine: Engine[Any]) -> list[str]:
+def _of_layers(engine: Engine[Any], row: Any) -> list[str]:
     layers = named_lora_layers(engine.model)
     by_hand = sum(isinstance(x, LoraLinear) and x.has_own_backward(engine.model.dtype) for _, x in layers)
     line = f"backward pass written by hand: {by_hand} of {len(layers)} adapted layers"
     if by_hand < len(layers):
         line += " (not with dropout, DoRA, a bias of B, and for quantised or other than linear layers)"
     lines = [line, f"the backward pass ends at the lowest adapter: {layers[0][0]}"] if layers else []
-    return [*lines, _of_elementwise(engine)]
+    return [*lines, _of_shared_inputs(engine, row), _of_elementwise(engine)]
+
+
+def _of_shared_inputs(engine: Engine[Any], row: Any) -> str:
+    layers = [layer for _, layer in named_lora_layers(engine.model) if isinstance(layer, LoraLinear)]
+    with shared_inputs(engine.model, lambda: engine.logits([row.short()])):
+        groups = [layer.shared_input for layer in layers if layer.shared_input is not None]
+    line = "layers that share their input together: "
+    if not groups:
+        return f"{line}no, because no adapted linear layers are called one after the other with the same input"
+    return (
+        f"{line}yes, {len(groups)} of {len(layers)} in {len(set(map(id, groups)))} groups, as far as they are by hand"
+    )
 
 
 def _of_elementwise(engine: Engine[Any]) -> str:
     found = stand_ins(engine.model)
-    kinds = {"RMS norms": found.count(RmsNorm), "gated MLPs": found.count(GatedMlp)}
-    parts = [f"{count} {kind}" for kind, count in kinds.items() if count] + ["rotary positions"] * bool(found.files)
-    reason = "no, because the model has no RMS norm, gated MLP or rotary positions of the kind that is known"
-    return f"element-wise work without temporaries: {'yes, ' + ', '.join(parts) if parts else reason}"
+    counts = {"RMS norms": found.count(RmsNorm), "gated MLPs": found.count(GatedMlp)}
+    used = [f"{count} {kind}" for kind, count in counts.items() if count] + ["rotary positions"] * bool(found.files)
+    lacking = [kind for kind, count in (counts | {"rotary positions": len(found.files)}).items() if not count]
+    parts = [f"yes, {', '.join(used)}"] if used else []
+    if lacking:
+        reason = "the model has none that give the numbers of the kind that is known, or they are watched or train"
+        parts.append(f"no {', '.join(lacking)}, because {reason}")
+    return f"element-wise work without temporaries: {'; '.join(parts)}"
+
+
+def _of_prepared(engine: Engine[Any]) -> str:
+    line, layers = "frozen weights prepared: ", preparable(engine.model)
+    if not layers:
+        return f"{line}no, because no adapted layer is by hand with an fp32 weight on a CPU whose products are oneDNN's"
+    size, most = COPIES * sum(layer.base.weight.nbytes for layer in layers), most_bytes_of_copies()
+    if size > most:
+        return f"{line}no, because the copies would take {size / 1e9:.2f} GB, more than an eighth of the memory"
+    return f"{line}yes, those of {len(layers)} layers; the copies take {size / 1e9:.2f} GB"
+
+
+def _of_several(engine: Engine[Any]) -> str:
+    reason = engine.why_no_shared_pass() or "this run trains one (rankwise rank sweep and train_together train several)"
+    return f"several adapters in one pass: no, because {reason}"
+
+
+def _of_router(engine: Engine[Any]) -> list[str]:
+    """Of a mixture's auxiliary loss, if the model adds one to its own."""
+    if not getattr(engine.model.config.get_text_config(), "output_router_logits", False):
+        return []
+    return ["auxiliary loss of the router: left out; a frozen router cannot learn from it, and an adapted one does not"]
+
+
+def _of_answers(engine: Engine[Any]) -> list[str]:
+    if not isinstance(engine, LanguageEngine | Seq2SeqEngine):
+        return []
+    merged = "no, because the weights are in bf16" if is_narrow(engine.model) else "yes"
+    return [
+        f"answers from merged weights: {merged}",
+        "answers end where they can no longer match: yes, where nothing but exact matches are counted",
+    ]
 
 
 def _of_states(engine: Engine[Any], examples: Sequence[Any], most_bytes: float) -> str:
@@ -126,7 +182,12 @@ def _of_memory(engine: Engine[Any]) -> list[str]:
         kept = f"{narrow / 1e9:.2f} of {stored / 1e9:.2f} GB in bf16, computed with in fp32; no prepared copies"
     else:
         kept = f"{stored / 1e9:.2f} GB as the model computes with them (--base-dtype bf16 halves them)"
-    return [f"base weights: {kept}", f"activations computed again: {_of_recomputing(engine)}"]
+    freed = "yes" if can_keep_freed_memory() else "no, because this system has no glibc"
+    return [
+        f"base weights: {kept}",
+        f"activations computed again: {_of_recomputing(engine)}",
+        f"freed memory kept: {freed}",
+    ]
 
 
 def _of_recomputing(engine: Engine[Any]) -> str:

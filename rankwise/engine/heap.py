@@ -2,6 +2,7 @@
 
 import ctypes
 import sys
+from typing import Any
 
 # From glibc's malloc.h.
 _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3
@@ -21,9 +22,15 @@ def keep_freed_memory() -> None:
     A step frees all its activations, so the next one would wait for tens of thousands of page faults. Holds for the
     whole process; without glibc nothing happens.
     """
-    if sys.platform != "linux":
-        return
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    if mallopt is not None:
+    if mallopt := _mallopt():
         mallopt(_TRIM_THRESHOLD, _NEVER)
         mallopt(_MMAP_THRESHOLD, _LARGEST)
+
+
+def can_keep_freed_memory() -> bool:
+    """Whether glibc is there to do it."""
+    return _mallopt() is not None
+
+
+def _mallopt() -> Any:
+    return getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None

@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 
 from rankwise.data.examples import TextExample
-from rankwise.engine.batch import Stream, pack, pad
+from rankwise.engine.batch import Stream, pack
+from rankwise.engine.check import pieces
 from rankwise.engine.engine import FAILURES, Engine
 from rankwise.engine.head import OutputHead, head_that_gives, why_not_plain
 
@@ -34,7 +35,7 @@ class LanguageEngine(Engine[TextExample]):
         reason = why_not_plain(self.model)
         if reason is not None:
             return reason
-        short = [example.short() for example in sample[:3]]
+        short = pieces(sample)
         try:
             hidden = self._hidden(short)[0]
             self.head = head_that_gives(self.logits(short)[0], hidden, self.model)
@@ -85,6 +86,8 @@ class LanguageEngine(Engine[TextExample]):
 
     def _pad(self, examples: Sequence[TextExample]) -> tuple[Tensor, Tensor, Tensor]:
         """ids and attention mask [B, T]; [B, T - 1], which positions predict a trained token."""
-        ids, mask = pad([example.ids for example in examples], self.pad_id, self._device)
-        trained = pad([example.trained for example in examples], False, self._device)[0][:, 1:].bool()
-        return ids, mask, trained
+        ids, mask = self.pad([example.ids for example in examples])
+        trained = torch.zeros_like(mask, dtype=torch.bool)
+        for row, example in zip(trained, examples, strict=True):
+            row[: len(example.ids)] = torch.tensor(example.trained)
+        return ids, mask, trained[:, 1:]

@@ -8,8 +8,11 @@ import torch
 from torch import Tensor, nn
 
 from rankwise.data.seq2seq import Seq2SeqExample
-from rankwise.engine.batch import Stream, pad
+from rankwise.engine.batch import Stream
+from rankwise.engine.check import pieces
 from rankwise.engine.engine import FAILURES, Engine
+from rankwise.errors import ModelError
+from rankwise.models.load import decoder_inputs
 
 
 class Seq2SeqEngine(Engine[Seq2SeqExample]):
@@ -21,6 +24,13 @@ class Seq2SeqEngine(Engine[Seq2SeqExample]):
     """
 
     def __init__(self, model: Any, pad_id: int, sample: Sequence[Seq2SeqExample]) -> None:
+        """Raises ModelError for a model whose decoder's inputs are not known."""
+        shifted = decoder_inputs(model)
+        if shifted is None:
+            raise ModelError(
+                f"{type(model).__name__} does not say how its decoder begins; use a model such as T5 or BART"
+            )
+        self._decoder_inputs = shifted
         self.whole_head_because: str | None = "it is checked first"
         super().__init__(model, pad_id, sample)
         self.whole_head_because = self._why_whole_head(sample)
@@ -45,14 +55,14 @@ class Seq2SeqEngine(Engine[Seq2SeqExample]):
         raise NotImplementedError(self.padded_because)
 
     def _padded(self, examples: Sequence[Seq2SeqExample]) -> tuple[Tensor, Tensor]:
-        ids, mask = pad([example.source for example in examples], self.pad_id, self._device)
-        targets, real = pad([example.target for example in examples], self.pad_id, self._device)
+        ids, mask = self.pad([example.source for example in examples])
+        targets, real = self.pad([example.target for example in examples])
         counted = real.bool()
         inputs = {
             "input_ids": ids,
             "attention_mask": mask,
             # Padding comes after all that is counted, so a causal decoder needs no mask for it.
-            "decoder_input_ids": self.model.prepare_decoder_input_ids_from_labels(targets),
+            "decoder_input_ids": self._decoder_inputs(targets),
             "use_cache": False,
         }
         with self._recomputing():
@@ -72,7 +82,7 @@ class Seq2SeqEngine(Engine[Seq2SeqExample]):
 
     @torch.no_grad()
     def _why_whole_head(self, sample: Sequence[Seq2SeqExample]) -> str | None:
-        short = [example.short() for example in sample[:3]]
+        short = pieces(sample)
         expected = self._padded(short)[0]
         self.whole_head_because = None
         try:

@@ -10,7 +10,7 @@ import hashlib
 import json
 import os
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -67,6 +67,8 @@ def plan_states(engine: Engine[Any], examples: Sequence[Any], most_bytes: float)
         return "it needs packed streams"
     if engine.blocks is None:
         return "no list of blocks was found in the model"
+    if engine.stretches_with_longest is not None:
+        return engine.stretches_with_longest
     sample = [example.short() for example in examples[:3]]
     try:
         with torch.enable_grad():
@@ -77,6 +79,8 @@ def plan_states(engine: Engine[Any], examples: Sequence[Any], most_bytes: float)
     state = entering[depth]
     if depth == 0:
         return "the lowest block trains, or what lies below it"
+    if _frozen_adapters_below(engine, depth):
+        return "an adapter that does not train is at work below the lowest block that trains"
     if state.dtype not in (torch.float32, torch.float64):
         return f"the model computes in {state.dtype}"
     reason = _why_not(engine, sample, depth)
@@ -99,6 +103,19 @@ def _why_not(engine: Engine[Any], sample: Sequence[Any], depth: int) -> str | No
         return engine.why_not("beginning at a block", sample, expected)
     finally:
         engine.states = None
+
+
+def _frozen_adapters_below(engine: Engine[Any], depth: int) -> bool:
+    """Whether an adapter changes the states and is not in the hash of what decides them."""
+    assert engine.blocks is not None
+    above = {id(module) for block in engine.blocks[depth:] for module in block.modules()}
+    below = [layer for _, layer in named_wrappers(engine.model) if id(layer) not in above]
+    return any(
+        parameters and not any(parameter.requires_grad for parameter in parameters)
+        for layer in below
+        for name in layer.active
+        if (parameters := layer.parameters_of(name))
+    )
 
 
 def _groups(examples: Sequence[Any]) -> list[list[Any]]:
@@ -131,9 +148,12 @@ def _read_or_compute(engine: Engine[Any], plan: StatePlan, most_bytes: float) ->
     for (group, stream), path in zip(plan.groups, paths, strict=True):
         found = _read(path, stream.tokens)
         if found is None:
+            computed = _states(engine, group, plan.depth)
             with atomic.replacing(path) as temporary, temporary.open("wb") as file:
-                np.save(file, _states(engine, group, plan.depth))
-            found = np.load(path, mmap_mode="r")
+                np.save(file, computed)
+            # Another run may have made room meanwhile.
+            found = _read(path, stream.tokens)
+            found = computed if found is None else found
         states.learn(stream, found)
     return states
 
@@ -150,12 +170,16 @@ def _read(path: Path, tokens: int) -> NDArray[Any] | None:
 
 def _make_room(folder: Path, needed: set[Path], most_bytes: float) -> None:
     """Delete files other than the needed ones, the longest unused first, until they take at most so many bytes."""
-    others = sorted((path.stat().st_mtime, path) for path in folder.glob("*.npy") if path not in needed)
-    total = sum(path.stat().st_size for _, path in others)
-    for _, path in others:
+    others: list[tuple[float, int, Path]] = []
+    for path in folder.glob("*.npy"):
+        with suppress(FileNotFoundError):  # Another run makes room in the same folder.
+            if path not in needed:
+                others.append((path.stat().st_mtime, path.stat().st_size, path))
+    total = sum(size for _, size, _ in others)
+    for _, size, path in sorted(others):
         if total <= most_bytes:
             return
-        total -= path.stat().st_size
+        total -= size
         path.unlink(missing_ok=True)
 
 

@@ -2,7 +2,8 @@
 
 import hashlib
 import shutil
-from collections.abc import Mapping, Sequence
+import sys
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -76,13 +77,29 @@ def load_model(
         )
     if task == "embedding" and model.config.is_encoder_decoder:
         raise ModelError(f"{name} has an encoder and a decoder; texts are embedded with models that have one of them")
-    if task == "seq2seq_lm" and not hasattr(model, "prepare_decoder_input_ids_from_labels"):
+    if task == "seq2seq_lm" and decoder_inputs(model) is None:
         raise ModelError(f"{name} does not say how its decoder begins; use a model such as T5 or BART")
-    if task == "seq_cls" and model.config.pad_token_id is None:
-        model.config.pad_token_id = model.config.eos_token_id
+    if task == "seq2seq_lm" and hasattr(model.config, "ngram"):
+        raise ModelError(
+            f"{name} predicts several tokens at once, by a loss of its own; use a model such as T5 or BART"
+        )
+    settings = model.config.get_text_config()
+    if task == "seq_cls" and settings.pad_token_id is None:
+        # A decoder's head finds the end of a text by it; an engine sets it to what it fills with.
+        settings.pad_token_id = pad_id(load_tokenizer(name))
     if base_dtype == "bf16":
         compute_in_(model, torch.float32, TASK_TYPES[task].head_names)
     return model.to(_device()).eval()
+
+
+def decoder_inputs(model: Any) -> Callable[[torch.Tensor], torch.Tensor] | None:
+    """From target tokens [B, t] to what the decoder reads before each of them, as the model's file does it; None if
+    that does not say."""
+    own = getattr(model, "prepare_decoder_input_ids_from_labels", None)
+    shift = getattr(sys.modules[type(model).__module__], "shift_tokens_right", None)
+    if own is not None or shift is None:
+        return own
+    return lambda targets: shift(targets, model.config.pad_token_id, model.config.decoder_start_token_id)
 
 
 def load_tokenizer(name: str) -> Any:

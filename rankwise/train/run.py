@@ -50,12 +50,7 @@ def run_training(
     is no longer finite: what was done before stays.
     """
     total, watch = len(training.plan), Watch(training.parameters, config.patience)
-    evaluate_every, watched = evaluations(config, training.plan, held_out)
-    if evaluate_every and len(watched) < len(held_out):
-        reporter.say(
-            f"while training, the held-out loss is that of {len(watched):,} of the {len(held_out):,} rows, every "
-            f"{evaluate_every:,} steps"
-        )
+    evaluate_every, watched = _watched(config, training, held_out, reporter)
     save_every = config.save_steps or max(1, total // 10)
     steps = _restored(run, training, watch, reporter) if run.resume else []
     saved, at_once = training.done, False
@@ -100,6 +95,18 @@ def run_training(
         stopped_early=complete and training.done < total,
         adapter_step=watch.best_step if complete and watch.best else training.done,
     )
+
+
+def _watched(
+    config: TrainConfig, training: Training, held_out: Sequence[Any], reporter: Reporter
+) -> tuple[int, Sequence[Any]]:
+    every, rows = evaluations(config, training.plan, held_out)
+    if every and len(rows) < len(held_out):
+        reporter.say(
+            f"while training, the held-out loss is that of {len(rows):,} of the {len(held_out):,} rows, every "
+            f"{every:,} steps"
+        )
+    return every, rows
 
 
 def _measured(step: Step, training: Training, watch: Watch, held_out: Sequence[Any], every: int) -> Step:

@@ -105,11 +105,11 @@ def test_adapters_that_share_a_pass_have_the_losses_and_gradients_of_each_by_its
     rows = [LabelExample((5, 7, 9 + n), n % 4, "here") for n in range(5)] if labels else conversations(5, 18, 1)
     engine = (ClassifierEngine if labels else LanguageEngine)(model, 0, rows)
     batches = {DEFAULT: rows[:3], "other": rows[2:]}
-    ours = engine.losses(batches)
     own = []
     for adapter in batches:
         activate_(model, adapter)
         own.append(trainable_parameters(model))
+    ours = engine.losses(batches)
     gradients_of_ours = torch.autograd.grad(sum(ours), [*own[0], *own[1]])
     for adapter, loss, parameters in zip(batches, ours, own, strict=True):
         activate_(model, adapter)
