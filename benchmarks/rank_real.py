@@ -129,7 +129,7 @@ def predicted(runs: Any, reporter: Any) -> dict[str, Any]:
     from rankwise.cli.rank_predict import prediction
 
     found, seconds = timed(lambda: prediction(runs, reporter))
-    return {"range": found.range, "capacity": found.capacity, "seconds": seconds}
+    return {"range": found.as_dict()["range"], "capacity": found.capacity, "seconds": seconds}
 
 
 def nested(runs: Any, reporter: Any) -> dict[str, Any]:
@@ -234,8 +234,9 @@ def side_by_side(found: Any, found_by: dict[str, Any], spent: dict[str, float]) 
     one = found.costs[comparisons.reference].seconds
     tried = sorted(rank for rank in found.losses if rank > 0)
 
-    def row(instrument: str, rank: float, seconds: float) -> dict[str, Any]:
-        named = next((r for r in tried if r >= rank), tried[-1])
+    def row(instrument: str, rank: float | None, seconds: float) -> dict[str, Any]:
+        """`rank` None: more than was looked for."""
+        named = next((r for r in tried if rank is not None and r >= rank), tried[-1])
         regret = estimate(found.losses[named] - found.losses[comparisons.sufficient], found.counts)
         bounds = {"regret": regret.mean, "from": regret.lower, "to": regret.upper}
         return {"instrument": instrument, "rank": rank, "tried rank": named, **bounds, "trainings": seconds / one}

@@ -17,7 +17,8 @@ class InspectConfig:
     adapter: tyro.conf.Positional[Path]
     """Adapter folder, or the folder of a run."""
     model: str | None = None
-    """Base model; with it, how strong each update is beside its weight, and its intruder dimensions."""
+    """Base model; with it, how strong each update is beside its weight, its intruder dimensions, and whether vLLM has
+    LoRA for its architecture."""
     json: bool = False
     """Print JSON."""
 
@@ -32,12 +33,13 @@ def main(options: list[str]) -> int:
     from rankwise.train.progress import Reporter
 
     folder = adapter_folder(config.adapter)
-    found = inspect_adapter(folder)
-    if config.model is not None:
+    if config.model is None:
+        found = inspect_adapter(folder)
+    else:
         reporter = Reporter()
         with reporter.stage("loading"):
             model = load_adapted(config.model, folder).model
         with reporter.stage("comparing with the base weights") as stage:
-            found = beside_base(found, model, DEFAULT, stage.update)
+            found = beside_base(inspect_adapter(folder, type(model).__name__), model, DEFAULT, stage.update)
     print(json.dumps(asdict(found), indent=2) if config.json else found)
     return 0

@@ -28,7 +28,7 @@ from rankwise.lora.config import LoraConfig
 from rankwise.lora.inject import DEFAULT, eject_, injection, trainable_parameters
 from rankwise.lora.report import InjectReport
 from rankwise.models.adapted import write_labels
-from rankwise.models.load import load_model, load_tokenizer, longest_input, pad_id
+from rankwise.models.load import base_sha256, load_model, load_tokenizer, longest_input, pad_id
 from rankwise.models.pooling import unread_layers
 from rankwise.plan.memory import FLOAT
 from rankwise.plan.plan import adapter_file_bytes
@@ -68,10 +68,10 @@ class Cost:
 class PairedRuns:
     """run(rank, seed, factor) for rankwise.rank.sweep, by the settings of `rankwise train`."""
 
-    def __init__(self, config: TrainConfig, largest: int, adapters: Path | None = None) -> None:
+    def __init__(self, config: TrainConfig, largest: int, adapters: Path | None = None, least_rows: int = 1) -> None:
         """`largest`: the rank from whose start all others begin. `adapters`: where those of two seeds are kept.
 
-        Raises ConfigError, DataError or ModelError."""
+        Raises ConfigError, also for fewer held-out rows than `least_rows`, DataError or ModelError."""
         self.config = config
         self.largest = largest
         self.adapters = adapters
@@ -81,8 +81,11 @@ class PairedRuns:
         if problems:
             raise ConfigError(f"ranks are compared with plain LoRA; leave out {' and '.join(problems)}")
         train, held_out = read_data(config)
-        if not held_out:
-            raise ConfigError("ranks are compared on held-out rows; give --eval-data, or an --eval-fraction above 0")
+        if len(held_out) < least_rows:
+            raise ConfigError(
+                f"ranks are compared on at least {least_rows} held-out rows, found {len(held_out)}; give more in "
+                "--eval-data, or a larger --eval-fraction"
+            )
         self._tokenizer = load_tokenizer(config.model)
         self.labels = labels_of(train)
         self._problem_type = problem_type(train)
@@ -162,15 +165,18 @@ class PairedRuns:
             reports = [self._inject(engine.model, key, f"run{index}") for index, key in enumerate(keys)]
             trainings = [self._training(engine, key, f"run{index}") for index, key in enumerate(keys)]
             runs = dict(zip(trainings, zip(keys, reports, strict=True), strict=True))
+            shared_by = tuple(sorted({key.rank for key in keys}))
+            is_own_peak = forget_peak_memory()
             for training, step in train_together(trainings):
                 if step.number == step.of:
-                    yield runs[training][0], self._shared_result(training, *runs[training])
+                    peak = peak_memory_bytes() if is_own_peak else 0
+                    yield runs[training][0], self._shared_result(training, *runs[training], shared_by, peak)
             for training, (key, report) in runs.items():
                 # At another rate nothing but the rate can be wrong: with that of the settings the run went through.
                 if training.failed and key.factor == 1:
                     raise training.failed
                 if training.failed:
-                    yield key, self._shared_result(training, key, report)
+                    yield key, self._shared_result(training, key, report, shared_by, 0)
 
     def _inject(self, model: nn.Module, key: Key, adapter: str) -> InjectReport:
         """Put in the adapter of a run."""
@@ -183,11 +189,12 @@ class PairedRuns:
         activate_(engine.model, adapter)
         return Training(engine, self.train, self._config(key.seed, self.rate * key.factor))
 
-    def _shared_result(self, training: Training, key: Key, report: InjectReport) -> RunResult:
-        # The memory of a pass is that of all that share it.
+    def _shared_result(
+        self, training: Training, key: Key, report: InjectReport, shared_by: tuple[int, ...], peak_bytes: int
+    ) -> RunResult:
         activate_(training.engine.model, training.adapters)
-        cost = Cost(training.seconds, peak_bytes=0, diverged=training.failed is not None)
-        return self._result(training.engine, key, report, cost)
+        cost = Cost(training.seconds, peak_bytes, diverged=training.failed is not None)
+        return replace(self._result(training.engine, key, report, cost), shared_by=shared_by)
 
     def _result(self, engine: Engine[Any], key: Key, report: InjectReport, cost: Cost) -> RunResult:
         """What the run left whose adapter is at work."""
@@ -219,6 +226,21 @@ class PairedRuns:
             return None
         finally:
             eject_(engine.model)
+
+    def base_sha256(self) -> str:
+        """Of the base's weights, a classifier's head as the first seed draws it among them."""
+        return base_sha256(self.engine(self.config.seed).model)
+
+    def check_settings(self, setting: str, values: Sequence[Any]) -> None:
+        """Raise ConfigError or TargetError for a value with which no run can begin."""
+        engine, given = self.engine(self.config.seed), self.config
+        try:
+            for value in values:
+                self.config = replace(given, **{setting: value})
+                with _taken_out_again(engine.model):
+                    self._inject(engine.model, Key(self.largest, given.seed), DEFAULT)
+        finally:
+            self.config = given
 
     def measure(self, engine: Engine[Any]) -> tuple[Array, Array]:
         """([N] summed losses, [N] counts) of the held-out examples."""
@@ -290,8 +312,10 @@ class SettingRuns:
     """run(number, seed, factor) for rankwise.rank.sweep.sweep_setting, at the largest rank of `runs`."""
 
     def __init__(self, runs: PairedRuns, setting: str, values: Sequence[Any]) -> None:
+        """Raises ConfigError or TargetError, before any run, for a value with which none can begin."""
         self._runs, self._setting, self._values = runs, setting, values
         self._config, self._rate = runs.config, runs.rate
+        runs.check_settings(setting, values)
 
     def __call__(self, number: int, seed: int, factor: float) -> RunResult:
         runs = self._runs

@@ -10,6 +10,7 @@ import tyro
 
 from rankwise.cli.arguments import parse
 from rankwise.cli.one_result import leave_result
+from rankwise.errors import ConfigError
 from rankwise.train.config import TrainConfig
 
 if TYPE_CHECKING:
@@ -32,7 +33,7 @@ class PredictConfig(TrainConfig):
     signal_batches: int = 16
     """Batches of --batch-size rows, half of them in each half; each costs two backward passes."""
     directions: int = 64
-    """Most directions that are looked for in a layer."""
+    """Most directions that are looked for in a layer; a narrower matrix has no more than its width."""
     r: tyro.conf.Suppress[int] = 8
     eval_answers: tyro.conf.Suppress[int] = 0
 
@@ -52,19 +53,29 @@ def main(options: list[str]) -> int:
 
 
 def prediction(runs: "PairedRuns", reporter: "Reporter", signal_batches: int = 16) -> "Prediction":
-    """Look for as many directions as the largest rank of `runs`; a classifier's head is trained first."""
-    from rankwise.lora.inject import inject_
+    """Look for as many directions as the largest rank of `runs`; a classifier's head is trained first.
+
+    Raises ConfigError for fewer than two batches of training rows.
+    """
+    from rankwise.lora.inject import inject_, largest_ranks
     from rankwise.rank.measure import per_example
     from rankwise.rank.predict import Prediction, predict
     from rankwise.train.batches import planned_steps
 
     config = runs.config
+    count = min(signal_batches, len(runs.train) // config.batch_size) // 2 * 2
+    if not count:
+        raise ConfigError(
+            f"the gradient is compared between two halves of at least one batch of {config.batch_size}, and the "
+            f"training data hold {len(runs.train)} rows; give more rows"
+            + (f", or --batch-size {len(runs.train) // 2}" if len(runs.train) > 1 else "")
+        )
     engine = runs.engine(config.seed)
-    report = inject_(engine.model, runs.lora(runs.largest))
+    lora = runs.lora(runs.largest)
+    report = inject_(engine.model, lora.lowered_to(largest_ranks(engine.model, lora)))
     if runs.labels:
         with reporter.stage("training the head"):
             runs.fit_head(engine, HEAD_BATCHES)
-    count = min(signal_batches, len(runs.train) // config.batch_size) // 2 * 2
     steps = planned_steps(runs.train, replace(config, max_steps=count, accumulate=1))
     batches = [batch for step in steps for batch in step]
     with reporter.stage(f"{2 * len(batches)} backward passes"):

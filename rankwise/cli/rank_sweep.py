@@ -1,6 +1,7 @@
 """`rankwise rank sweep`"""
 
 import json
+import math
 import shutil
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -43,7 +44,7 @@ class SweepConfig(TrainConfig):
     delta: float | None = None
     """How much worse a rank may be than the largest, in nats; without it, 5 % of the largest rank's gain."""
     check_rates: bool = True
-    """Try other learning rates at three ranks (about seven runs more), at all ranks if the three do not agree."""
+    """Try other learning rates at three ranks (about six runs more), at all ranks if no rate suits the three."""
     with_full: bool = False
     """Also train all of the model with every seed (its rate is a tenth, checked too), to compare with."""
     keep_adapters: bool = True
@@ -69,9 +70,8 @@ class SweepConfig(TrainConfig):
             yield f"--seeds must be at least 2 (one says nothing on how much seeds differ), found {self.seeds}"
         if self.at_once is not None and self.at_once < 1:
             yield f"--at-once must be at least 1, found {self.at_once}"
-        if self.delta is not None and not self.delta > 0:
-            yield f"--delta must be above 0, found {self.delta}"
-
+        if self.delta is not None and not 0 < self.delta < math.inf:
+            yield f"--delta must be a finite number above 0, found {self.delta}"
         if self.with_full and self.base_dtype != "fp32":
             yield f"--with-full trains the weights themselves, which --base-dtype {self.base_dtype} keeps too coarse"
 
@@ -81,7 +81,7 @@ class SweepConfig(TrainConfig):
         elif len(set(values.split(","))) < max(2, len(values.split(","))):
             yield f"--over needs at least two values, all different, found {self.over}"
         elif name != "target_modules" and not all(_is_positive(value) for value in values.split(",")):
-            yield f"--over {name} needs numbers above 0, found {values}"
+            yield f"--over {name} needs finite numbers above 0, found {values}"
         if self.at_once not in (None, 1):
             yield "--at-once is for ranks; beside --over runs train one after the other"
         if self.with_full:
@@ -94,7 +94,7 @@ class SweepConfig(TrainConfig):
 
 def _is_positive(text: str) -> bool:
     try:
-        return float(text) > 0
+        return 0 < float(text) < math.inf
     except ValueError:
         return False
 
@@ -103,18 +103,20 @@ def main(options: list[str]) -> int:
     config = parse(SweepConfig, options, "rank sweep")
     from rankwise import atomic
     from rankwise.cli.paired_runs import PairedRuns
+    from rankwise.rank.crossed import LEAST_EXAMPLES
     from rankwise.rank.page import page, picture
     from rankwise.rank.report import as_dict, table
-    from rankwise.rank.runs import Runs
+    from rankwise.rank.runs import check_folder
     from rankwise.rank.verdict import notes, verdict
     from rankwise.train.progress import Reporter
 
     reporter = Reporter()
     settings = _settings(config)
-    Runs(config.out, settings)  # A folder that cannot be used is found before a model is loaded.
+    check_folder(config.out, settings, partly=True)  # Before a model is loaded, whose weights are one more setting.
     adapters = config.out / "adapters" if config.keep_adapters and config.over is None else None
     with reporter.stage(f"loading {config.model}"):
-        runs = PairedRuns(config, max(config.rank_list), adapters)
+        runs = PairedRuns(config, max(config.rank_list), adapters, LEAST_EXAMPLES)
+        settings["base_sha256"] = runs.base_sha256()
     found = _swept(config, runs, settings, reporter.say)
     with reporter.stage("looking into the adapters"):
         illustrations = _illustrations(found, runs)
@@ -148,25 +150,25 @@ def _swept(config: SweepConfig, runs: "PairedRuns", settings: dict[str, Any], sa
 
 def _illustrations(found: "Sweep", runs: "PairedRuns") -> "Illustrations":
     """Of the adapters that were kept; those of rates that only the check tried are removed."""
-    from rankwise.rank.illustrate import Illustrations, adapter_name, illustrate
-    from rankwise.rank.verdict import learned
+    from rankwise.rank.illustrate import Illustrations, adapter_name, illustrate, unused_adapters
+    from rankwise.rank.verdict import answers
 
     folder = runs.adapters
     if folder is None or not folder.is_dir():
         return Illustrations()
-    used = {adapter_name(found, rank, seed) for rank in found.factors for seed in found.seeds}
-    for path in folder.iterdir():
-        if path.name not in used:
-            shutil.rmtree(path)
+    for name in unused_adapters(found):
+        if (folder / name).is_dir() and not (folder / name).is_symlink():
+            shutil.rmtree(folder / name)
     largest = folder / adapter_name(found, found.comparisons.reference, found.seeds[0])
     cut_to = None
-    if learned(found) and largest.is_dir():
+    if answers(found) and largest.is_dir():
         cut_to = runs.cut_ranks(largest, found.comparisons.margin)
     return illustrate(found, folder, cut_to)
 
 
 def _settings(config: SweepConfig) -> dict[str, Any]:
-    """What decides the result of a single run: all settings but the number of seeds and the margin, and the data."""
+    """What decides the result of a single run, but for the base's weights: all settings but the number of seeds and
+    the margin, and the data."""
     from rankwise.cli.paired_runs import rows_sha256
 
     settings = config.as_dict()

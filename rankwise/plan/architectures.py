@@ -251,14 +251,13 @@ def _encoder(s: Settings, kind: str, task: str, labels: int) -> ModelShape:
     roberta = not distil and not bert
     d, heads = s.number("hidden_size", "dim"), s.number("num_attention_heads", "n_heads")
     f = s.number("intermediate_size", "hidden_dim")
-    attention: Attention = "padded" if distil and of_texts else "packed"
     names = tuple(f"attention.self.{part}" for part in ("query", "key", "value"))
     names = (*names, "attention.output.dense", "intermediate.dense", "output.dense")
     if distil:
         names = (*(f"attention.{part}_lin" for part in ("q", "k", "v", "out")), "ffn.lin1", "ffn.lin2")
     activation = s.get("hidden_act", "activation", default="gelu")
     norms = {"before norms": 2 * d}
-    block = _apart_block(names, d, f, heads, norms, attention=attention, activation=activation)
+    block = _apart_block(names, d, f, heads, norms, attention="packed", activation=activation)
     first = "pre_classifier" if distil else "bert.pooler.dense" if bert else "classifier.dense"
     vocabulary = s.number("vocab_size")
     types = 0 if distil else s.number("type_vocab_size", default=2)
@@ -272,7 +271,7 @@ def _encoder(s: Settings, kind: str, task: str, labels: int) -> ModelShape:
         heads=heads,
         head_width=d // heads,
         causal=False,
-        attention=attention,
+        attention="packed",
         vocabulary=vocabulary,
         width=d,
         # RoBERTa's positions begin at 2.

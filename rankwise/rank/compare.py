@@ -40,6 +40,8 @@ class Comparison:
     """passes: worse by less than δ, with 95 % confidence. worse: by more than δ, as sure. Else the data cannot tell."""
     equivalent: bool
     """Neither worse nor better by δ, both with 95 % confidence (two one-sided tests, Schuirmann 1987)."""
+    better: bool
+    """Better by more than δ, with the same confidence: then the reference is a poor one."""
     beyond_margin: Estimate
     """Of the difference minus δ, which decides."""
 
@@ -72,6 +74,11 @@ class Comparisons:
             passed = comparison.rank
         return passed
 
+    @property
+    def better(self) -> list[Comparison]:
+        """Those that are better than the reference by more than δ."""
+        return [comparison for comparison in self.ranks if comparison.better]
+
     def of(self, rank: int) -> Comparison:
         return next(comparison for comparison in self.ranks if comparison.rank == rank)
 
@@ -98,7 +105,7 @@ def compare(
     base. S and N must be at least 2.
     """
     others = len(losses.keys() - {0}) - 1
-    confidence = CONFIDENCE if reference is None else 1 - (1 - CONFIDENCE) / others
+    confidence = CONFIDENCE if reference is None else joint_confidence(others)
     reference = max(losses) if reference is None else reference
     best, base = losses[reference], losses[0]
     allowed = SHARE * (base - best) if margin is None else np.broadcast_to(margin * counts, best.shape)
@@ -118,11 +125,17 @@ def compare(
                 delta + over.upper,
                 outcome,
                 passes and under.lower > 0,
+                under.upper < 0,
                 over,
             )
         )
     gain = estimate(base - best, counts)
     return Comparisons(reference, _mean(best, counts), _mean(base, counts), delta, gain, tuple(compared))
+
+
+def joint_confidence(comparisons: int) -> float:
+    """Of each of so many, with which all together have 95 % (Bonferroni)."""
+    return 1 - (1 - CONFIDENCE) / comparisons
 
 
 def _mean(sums: Array, counts: Array) -> float:

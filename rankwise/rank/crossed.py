@@ -4,9 +4,14 @@ The model is x[s, i] = mean + seed[s] + example[i] + rest[s, i], all three rando
 of the mean over all x is then seed²/S + example²/N + rest²/(S·N), estimated by the mean squares of the analysis of
 variance, with Satterthwaite's degrees of freedom: with few seeds that differ much they are near S - 1, with seeds that
 agree near N - 1. Sources: Searle, Casella and McCulloch 1992, "Variance Components", section 4; Satterthwaite 1946.
+
+Where a few examples carry much of the mean, a t bound over the examples is too near to it. So the examples' part of a
+bound is at least that of the bootstrap-t (Hall 1988): the distance from the mean is √(t²·s² + (q² - t_N²)·s_N²), with
+s the standard error of the mean, s_N that of the means of the examples, t_N its quantile and q the bootstrap's.
 """
 
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,6 +23,12 @@ CONFIDENCE = 0.95
 """Of each one-sided bound; an interval between two of them covers 90 %."""
 POWER = 0.8
 """What a plan asks for: how often a true statement is found."""
+LEAST_EXAMPLES = 10
+"""With fewer held-out examples no bound keeps its level."""
+_RESAMPLES = 999
+"""Drawn for one bound; (999 + 1)·5 % is a whole number."""
+_FAR = 30.0
+"""In standard errors: beyond it scipy's noncentral t ends in nan, and the normal part of it no longer matters."""
 
 
 @dataclass(frozen=True)
@@ -49,7 +60,10 @@ class Components:
         error, freedom = self.standard_error(seeds, examples), self.degrees_of_freedom(seeds, examples)
         if error == 0:
             return float(distance > 0)
-        return float(stats.nct.sf(stats.t.ppf(confidence, freedom), freedom, distance / error))
+        quantile, away = stats.t.ppf(confidence, freedom), distance / error
+        if abs(away) > _FAR:
+            return float(stats.chi2.cdf(freedom * (max(away, 0.0) / quantile) ** 2, freedom))
+        return float(stats.nct.sf(quantile, freedom, away))
 
 
 @dataclass(frozen=True)
@@ -62,6 +76,10 @@ class Estimate:
     examples: int
     confidence: float = CONFIDENCE
     """Of each bound; 95 % where nothing else is said."""
+    skew: tuple[float, float] = (0.0, 0.0)
+    """What the skew of the examples adds to the squared distance of the lower and of the upper bound."""
+    heaviest: float = 0.0
+    """The largest part of one example in the squared deviations of all examples."""
 
     @property
     def standard_error(self) -> float:
@@ -69,19 +87,19 @@ class Estimate:
 
     @property
     def half_width(self) -> float:
-        """Distance from the mean to its one-sided bound."""
+        """Distance from the mean to its one-sided bound, but for the skew."""
         freedom = self.components.degrees_of_freedom(self.seeds, self.examples)
         return float(stats.t.ppf(self.confidence, freedom)) * self.standard_error
 
     @property
     def lower(self) -> float:
         """One-sided bound."""
-        return self.mean - self.half_width
+        return self.mean - (self.half_width**2 + self.skew[0]) ** 0.5
 
     @property
     def upper(self) -> float:
         """One-sided bound."""
-        return self.mean + self.half_width
+        return self.mean + (self.half_width**2 + self.skew[1]) ** 0.5
 
 
 def estimate(sums: Array, counts: Array, confidence: float = CONFIDENCE) -> Estimate:
@@ -102,7 +120,38 @@ def estimate(sums: Array, counts: Array, confidence: float = CONFIDENCE) -> Esti
         float(max(0.0, square_examples - square_rest) / seeds),
         float(square_rest),
     )
-    return Estimate(float(mean), components, seeds, examples, confidence)
+    deviations = of_examples - mean
+    squares = np.square(deviations)
+    heaviest = float(squares.max() / squares.sum()) if squares.any() else 0.0
+    skew = _widened_by_skew(deviations, confidence)
+    return Estimate(float(mean), components, seeds, examples, confidence, skew, heaviest)
+
+
+def _widened_by_skew(deviations: Array, confidence: float) -> tuple[float, float]:
+    """(q² - t_N²)·s_N² for the lower and the upper bound, never below 0. The same deviations give the same."""
+    n, error = len(deviations), deviations.std(ddof=1) / len(deviations) ** 0.5
+    if error == 0:
+        return 0.0, 0.0
+    drawn = _drawn_counts(n)
+    means, squares = np.empty(_RESAMPLES), np.empty(_RESAMPLES)
+    for start in range(0, _RESAMPLES, 111):
+        block = slice(start, start + 111)
+        counts = drawn[block].astype(float)
+        means[block], squares[block] = counts @ deviations / n, counts @ np.square(deviations) / n
+    # Where all drawn examples are equal, t has no bound; this one is large enough to fail any test.
+    errors = np.maximum(np.sqrt(np.maximum(squares - np.square(means), 0) / (n - 1)), 1e-3 * error)
+    least = stats.t.ppf(confidence, n - 1)
+    high, low = np.quantile(means / errors, (confidence, 1 - confidence))
+    below, above = (float((max(q, least) ** 2 - least**2) * error**2) for q in (high, -low))
+    return below, above
+
+
+@lru_cache(maxsize=2)
+def _drawn_counts(examples: int) -> NDArray[np.uint8]:
+    """[_RESAMPLES, examples]: how often each example is drawn, with replacement."""
+    rng = np.random.default_rng(0)
+    drawn = [np.bincount(rng.integers(examples, size=examples), minlength=examples) for _ in range(_RESAMPLES)]
+    return np.stack(drawn).astype(np.uint8)
 
 
 def needed(found: Estimate, distance: float, most: int = 1000) -> tuple[int | None, int | None]:
@@ -112,9 +161,23 @@ def needed(found: Estimate, distance: float, most: int = 1000) -> tuple[int | No
     """
     parts, seeds, examples = found.components, found.seeds, found.examples
     sure = found.confidence
-    enough_seeds = _first(lambda n: parts.power(distance, n, examples, sure) >= POWER, seeds, most)
     enough_examples = _first(lambda n: parts.power(distance, seeds, n, sure) >= POWER, examples, most * examples)
-    return enough_seeds, enough_examples
+    return _enough_seeds(found, parts, distance, most), enough_examples
+
+
+def most_seeds_needed(found: Estimate, distance: float, most: int = 1000) -> int | None:
+    """As the seeds of `needed`, should their variance be at its upper bound, of 80 % (by the chi-squared distribution).
+
+    Few seeds measure it badly: the bound is 15.6 times what two seeds show, and 2.4 times what five do.
+    """
+    parts, examples = found.components, found.examples
+    square = (parts.rest + examples * parts.seed) * (found.seeds - 1) / stats.chi2.ppf(1 - POWER, found.seeds - 1)
+    larger = Components(float(square - parts.rest) / examples, parts.example, parts.rest)
+    return _enough_seeds(found, larger, distance, most)
+
+
+def _enough_seeds(found: Estimate, parts: Components, distance: float, most: int) -> int | None:
+    return _first(lambda n: parts.power(distance, n, found.examples, found.confidence) >= POWER, found.seeds, most)
 
 
 def _first(holds, start: int, most: int) -> int | None:
@@ -130,12 +193,13 @@ def _first(holds, start: int, most: int) -> int | None:
     return high
 
 
-def largest_deviation(seeds: int) -> float:
+def largest_deviation(seeds: int, confidence: float = CONFIDENCE) -> float:
     """How much paired differences may vary from seed to seed, in units of the margin, for a power of 0.8.
 
     It is the plan before any run: with an equally good rank and so many seeds, a larger standard deviation than this
-    one times the margin would leave the question open more often than once in five times.
+    one times the margin would leave the question open more often than once in five times. It is the seeds' part alone:
+    what the held-out examples add is not known yet, and can lower the power much.
     """
-    quantile = stats.t.ppf(CONFIDENCE, seeds - 1)
-    found = optimize.root_scalar(lambda nc: stats.nct.sf(quantile, seeds - 1, nc) - POWER, bracket=(0.5, 50))
+    unit = Components(float(seeds), 0.0, 0.0)  # The mean over the seeds has a standard error of 1.
+    found = optimize.root_scalar(lambda away: unit.power(away, seeds, 2, confidence) - POWER, bracket=(0.5, 1e4))
     return float(np.sqrt(seeds) / found.root)

@@ -25,6 +25,12 @@ def adapter_name(sweep: Sweep, rank: int, seed: int) -> str:
     return Key(rank, seed, sweep.factors[rank]).name
 
 
+def unused_adapters(sweep: Sweep) -> set[str]:
+    """The folders of adapters that only the check of the learning rate trained."""
+    tried = {Key(check.rank, sweep.seeds[0], factor) for check in sweep.rate_checks for factor in check.losses}
+    return {key.name for key in tried if key.factor != sweep.factors[key.rank]}
+
+
 def illustrate(sweep: Sweep, folder: Path, cut_to: Mapping[str, int] | None = None) -> Illustrations:
     """Of the adapters in `folder`, where those of the largest rank and the first seed were kept.
 

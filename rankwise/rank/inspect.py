@@ -1,5 +1,6 @@
 """What an adapter folder holds, what its updates look like, and which programs will load it. Nothing here decides."""
 
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -20,13 +21,24 @@ INTRUDES = 0.5
 """A singular vector of W0 + ΔW is an intruder if its |cos| to every one of W0's is below this."""
 VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 """What --max-lora-rank may be (vLLM 0.14 to 0.22, vllm/config/lora.py); the default is 16."""
+VLLM_WITH = (
+    "Cohere|Cohere2|Ernie4_5|Exaone|Exaone4|GPTBigCode|Gemma|Gemma2|Gemma3|Gemma4|Glm|Glm4|Glm4Moe|GptOss|"
+    "Granite|GraniteMoe|InternLM2|InternLM3|Lfm2|Llama|MiniCPM|MiniCPM3|Mistral|Mixtral|Nemotron|NemotronH|"
+    "Olmo|Olmo2|Olmo3|Phi|Phi3|PhiMoE|Qwen2|Qwen2Moe|Qwen3|Qwen3Moe|Qwen3Next|SeedOss|SmolLM3|Starcoder2"
+)
+"""Families (…ForCausalLM) that vLLM has LoRA for, by docs/models/supported_models.md of 2026."""
+VLLM_WITHOUT = (
+    "Bert|Bloom|Falcon|FalconMamba|GPT2|GPTJ|GPTNeoX|Mamba|Mamba2|ModernBert|Mpt|OPT|Olmoe|Roberta|StableLm|XLMRoberta"
+)
+"""Families that it computes but declares no SupportsLoRA for (there, and bert.py, roberta.py, modernbert.py)."""
 
 
 @dataclass(frozen=True)
 class Verdict:
     """Whether a program loads an adapter as it is, and what to know about it."""
 
-    loads: bool
+    loads: bool | None
+    """None: it depends on what the notes name."""
     notes: tuple[str, ...] = ()
 
 
@@ -88,9 +100,12 @@ class Inspection:
         return lines
 
     def _readers(self) -> list[str]:
+        if not self.matrices and not self.rest:
+            return ["nothing is in it: adapter_model.safetensors holds no tensor, so there is nothing to load"]
         lines = []
         for reader, verdict in self.readers.items():
-            lines.append(f"{reader}: {'loads it' if verdict.loads else 'does not load it'}")
+            says = {True: "loads it", False: "does not load it", None: "it depends"}
+            lines.append(f"{reader}: {says[verdict.loads]}")
             lines += [f"  - {note}" for note in verdict.notes]
         return lines
 
@@ -100,10 +115,18 @@ def _range(values: list[int] | list[float]) -> str:
     return f"{low:g}" if low == high else f"{low:g}–{high:g}"
 
 
-def inspect_adapter(folder: Path) -> Inspection:
-    """What is in an adapter folder, without a model. Raises CheckpointError."""
+def inspect_adapter(folder: Path, architecture: str | None = None) -> Inspection:
+    """What is in an adapter folder, without a model. `architecture`: the class of its base. Raises CheckpointError.
+
+    An adapter without any tensor has no readers.
+    """
     adapter = read_adapter(folder)
     config = adapter.config
+    readers = {
+        "PEFT": Verdict(True),
+        "vLLM": _in_vllm(adapter, architecture),
+        "llama.cpp (convert_lora_to_gguf.py)": _in_llama_cpp(adapter),
+    }
     return Inspection(
         folder=str(folder),
         file_bytes=(folder / format.WEIGHTS_FILE).stat().st_size,
@@ -113,11 +136,7 @@ def inspect_adapter(folder: Path) -> Inspection:
         lora_alpha=config.lora_alpha,
         matrices=tuple(_matrix(name, update) for name, update in adapter.low_rank.items()),
         rest={name: tensor.numel() for name, tensor in adapter.rest.items()},
-        readers={
-            "PEFT": Verdict(True),
-            "vLLM": _in_vllm(adapter),
-            "llama.cpp (convert_lora_to_gguf.py)": _in_llama_cpp(adapter),
-        },
+        readers=readers if adapter.low_rank or adapter.rest else {},
     )
 
 
@@ -138,7 +157,7 @@ def _matrix(name: str, update: LowRank) -> TrainedUpdate:
     )
 
 
-def _in_vllm(adapter: Adapter) -> Verdict:
+def _in_vllm(adapter: Adapter, architecture: str | None) -> Verdict:
     """By vllm/lora/peft_helper.py, lora/utils.py and config/lora.py as of versions 0.14 to 0.26 (read, not run)."""
     config = adapter.config
     reasons = _not_plain(adapter, ("embed_tokens.base_layer.weight", "lm_head.base_layer.weight"))
@@ -160,12 +179,29 @@ def _in_vllm(adapter: Adapter) -> Verdict:
         )
     if largest := [name for name, update in adapter.low_rank.items() if update.rank > config.r]:
         reasons.append(f"r = {config.r} in the configuration is below the rank of {largest[0]}")
-    return Verdict(not reasons, (*reasons, *notes))
+    has_lora, note = _lora_in_vllm(architecture)
+    if has_lora is False:
+        reasons.append(note)
+    elif has_lora is None:
+        notes.append(note)
+    return Verdict(has_lora if not reasons else False, (*reasons, *notes))
+
+
+def _lora_in_vllm(architecture: str | None) -> tuple[bool | None, str]:
+    """Whether vLLM has LoRA for a class of models (None: not known), and a sentence on it."""
+    if architecture is None:
+        return None, "it has LoRA for most decoders and for no BERT; --model says which base this is"
+    family, _, head = architecture.partition("For")
+    if head == "CausalLM" and re.fullmatch(VLLM_WITH, family):
+        return True, ""
+    if re.fullmatch(f"({VLLM_WITHOUT})(LMHead)?(Model)?", family):
+        return False, f"it has no LoRA for {architecture}"
+    return None, f"whether it has LoRA for {architecture} was not looked up: its list of supported models says"
 
 
 def _in_llama_cpp(adapter: Adapter) -> Verdict:
     """By llama.cpp's convert_lora_to_gguf.py and src/llama-adapter.h as of 2026 (read, not run)."""
-    reasons = _not_plain(adapter, ("base_layer.weight",))
+    reasons = _not_plain(adapter, (".base_layer.weight",), ("_layernorm", ".norm"))
     wrong = [
         name
         for name, update in adapter.low_rank.items()
@@ -185,9 +221,15 @@ def _in_llama_cpp(adapter: Adapter) -> Verdict:
     return Verdict(not reasons, (*reasons, *notes))
 
 
-def _not_plain(adapter: Adapter, skipped: tuple[str, ...]) -> list[str]:
-    """The tensors that are no lora_A, lora_B or an embedding's, without those that a reader passes over."""
-    others = [name for name in adapter.rest if not name.endswith((*skipped, "lora_A.weight", "lora_B.weight"))]
+def _not_plain(adapter: Adapter, skipped: tuple[str, ...], kept: tuple[str, ...] = ()) -> list[str]:
+    """The tensors that are no lora_A, lora_B or an embedding's, without those that a reader passes over.
+
+    skipped: how the names of these end; kept: what is in the names of those that it passes on as they are.
+    """
+    plain = (*skipped, "lora_A.weight", "lora_B.weight")
+    others = [
+        name for name in adapter.rest if not name.endswith(plain) and not any(part in f".{name}" for part in kept)
+    ]
     if not others:
         return []
     return [f"{len(others)} tensors are no A or B, such as {others[0]}; it stops at the first of them"]

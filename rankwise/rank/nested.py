@@ -110,14 +110,15 @@ class Nested:
 
     def __str__(self) -> str:
         rows = "\n".join(f"{rank or 'base':>6}  {loss:.4f}" for rank, loss in self.losses.items())
-        low, high = (up_to_power_of_two(value) for value in self.rank_interval)
+        largest = max(self.losses)
+        low, high = (min(up_to_power_of_two(value), largest) for value in self.rank_interval)
         between = f"r = {high}" if low == high else f"r = {low} to {high}"
         return (
             f"  rank  held-out loss of the nested run\n{rows}\n\n"
             f"L(r) = {self.curve.limit:.4f} + {self.curve.excess:.4f}·r^-{self.curve.exponent:.2f}; 90 % intervals: "
             f"limit {self.limit[0]:.4f} to {self.limit[1]:.4f}, exponent {self.exponent[0]:.2f} to "
             f"{self.exponent[1]:.2f}.\n"
-            f"The loss comes within δ = {self.margin:.4f} nats of r = {max(self.losses)} at {between}.\n"
+            f"The loss comes within δ = {self.margin:.4f} nats of r = {largest} at {between}.\n"
             "This errs high: an adapter trained for one rank alone is usually better than the nested one cut to it "
             "(ranks planted in a small model were read up to 1.6 times too high). "
             f"{self._rise()}It is one run with one seed; confirm the rank with rankwise rank sweep."
@@ -161,17 +162,20 @@ def nested(
 def nested_estimate(losses: Mapping[int, Array], counts: Array, seed: int = 0, draws: int = DRAWS) -> Nested:
     """The curve through the nested run's losses [N] by rank.
 
-    Raises ConfigError with fewer than three ranks, if nothing was learned, or if the largest rank loses it again.
+    The margin is measured too, so it is drawn anew with the rest. Raises ConfigError with fewer than three ranks, if
+    the examples do not show that the largest rank gained anything over the base, or if it lost most of it again.
     """
     cut = {rank: own for rank, own in losses.items() if rank > 0}
     _check_number(cut)
     means = {rank: float(own.sum() / counts.sum()) for rank, own in sorted(losses.items())}
     largest = max(cut)
-    margin = SHARE * (means[0] - means[largest])
-    if margin <= 0:
+    samples = list(resampled(losses, counts, seed, draws))
+    least, _ = interval([sample[0] - sample[largest] for sample in samples])
+    if least <= 0:
         raise ConfigError(
-            f"the nested run did not lower the held-out loss (base {means[0]:.4f}, r = {largest} "
-            f"{means[largest]:.4f}), so it says nothing on ranks; train longer or with another --lr"
+            f"the nested run did not lower the held-out loss as far as {len(counts)} examples can tell (base "
+            f"{means[0]:.4f}, r = {largest} {means[largest]:.4f}; 95 % lower bound of the gain {least:+.4f}), so it "
+            "says nothing on ranks; train longer or with another --lr, or hold out more rows"
         )
     best = min(cut, key=means.__getitem__)
     if means[largest] - means[best] > ASTRAY * (means[0] - means[best]):
@@ -179,9 +183,9 @@ def nested_estimate(losses: Mapping[int, Array], counts: Array, seed: int = 0, d
             f"the nested run went astray at its larger ranks: held-out loss {means[best]:.4f} at r = {best}, but "
             f"{means[largest]:.4f} at r = {largest}, which holds the same directions and more; lower --lr or --r"
         )
-    samples = list(resampled(cut, counts, seed, draws))
-    curves = [fit_curve(sample) for sample in samples]
-    by_rank = {rank: means[rank] for rank in cut}
+    curves = [fit_curve(_cut(sample)) for sample in samples]
+    by_rank = _cut(means)
+    margin = _margin(means)
     return Nested(
         means,
         fit_curve(by_rank),
@@ -189,8 +193,17 @@ def nested_estimate(losses: Mapping[int, Array], counts: Array, seed: int = 0, d
         interval([drawn.exponent for drawn in curves]),
         margin,
         rank_within(by_rank, margin),
-        interval([rank_within(sample, margin) for sample in samples]),
+        interval([rank_within(_cut(sample), _margin(sample)) for sample in samples]),
     )
+
+
+def _cut(means: Mapping[int, float]) -> dict[int, float]:
+    return {rank: mean for rank, mean in means.items() if rank > 0}
+
+
+def _margin(means: Mapping[int, float]) -> float:
+    """A share of the gain; 0 in a sample where there is none."""
+    return max(0.0, SHARE * (means[0] - means[max(means)]))
 
 
 def _check_number(ranks: Collection[int]) -> None:

@@ -8,7 +8,7 @@ from jinja2 import Environment, PackageLoader, Template
 from rankwise.rank.illustrate import Illustrations
 from rankwise.rank.report import interval_name, lines
 from rankwise.rank.sweep import Sweep
-from rankwise.rank.verdict import learned, notes, verdict
+from rankwise.rank.verdict import answers, conclusion, notes
 
 WIDTH, HEIGHT, LEFT = 640, 260, 60
 """Of the plot, in the drawing's own units; LEFT is the room for the axis."""
@@ -18,13 +18,14 @@ MOST_SETTING = 500
 
 def page(sweep: Sweep, settings: dict[str, Any], illustrations: Illustrations | None = None) -> str:
     """The HTML page: verdict, plot, table, illustrations, settings."""
-    headline, _, reasons = verdict(sweep).partition(":")
+    (headline, reasons), table_lines = conclusion(sweep), lines(sweep)
     return _template("sweep.html.j2").render(
         headline=headline,
-        reasons=reasons.strip(),
-        clear=learned(sweep) and headline.startswith(("Take", "Stay")),
+        reasons=reasons,
+        clear=answers(sweep) and headline.startswith(("Take", "Stay")),
         notes=notes(sweep),
-        lines=lines(sweep),
+        lines=table_lines,
+        shared=", ".join(dict.fromkeys(name for line in table_lines for name in line.shared_by)),
         settings={name: str(value)[:MOST_SETTING] for name, value in settings.items()},
         illustrations=illustrations or Illustrations(),
         shade=shade,
@@ -81,7 +82,7 @@ def _plot(sweep: Sweep) -> dict[str, Any]:
         return 10 + (HEIGHT - 20) * (highest - value) / height
 
     edge = [(xs[r], y(bounds[r][1])) for r in ranks] + [(xs[r], y(bounds[r][0])) for r in reversed(ranks)]
-    chosen = c.sufficient if sweep.ordered else None
+    chosen = c.sufficient if sweep.ordered and answers(sweep) else None
     return {
         "width": LEFT + WIDTH,
         "height": HEIGHT,
@@ -93,6 +94,6 @@ def _plot(sweep: Sweep) -> dict[str, Any]:
         "dots": [(xs[r], y(value)) for r in ranks for value in seeds[r]],
         "ticks": [(xs[r], sweep.label(r), r == chosen) for r in ranks],
         "limit": y(limit),
-        "chosen": (xs[chosen], y(means[chosen])) if chosen and learned(sweep) else None,
+        "chosen": (xs[chosen], y(means[chosen])) if chosen else None,
         "axis": [(y(value), value) for value in (highest, (highest + lowest) / 2, lowest)],
     }

@@ -15,6 +15,8 @@ from rankwise.rank.measure import per_example
 CONFIDENCE = 0.95
 _RESAMPLES = 999
 """Drawn for one bound; (999 + 1)·5 % is a whole number."""
+_SKEWED = 2.0
+"""Skewness of the rows above which their largest is taken to be rarer in the sample than it is."""
 _AT_ONCE = 1_000_000
 """Numbers in memory while they are drawn."""
 
@@ -32,6 +34,41 @@ class ExampleLosses:
     def mean(self) -> float:
         """Nats for each trained token (or text): the loss that `rankwise eval` prints."""
         return float(self.sums.sum() / self.counts.sum())
+
+    def by_unit(self, unit: NDArray[np.int64]) -> "ExampleLosses":
+        """The same with the examples of each unit [n] in one."""
+        sums, counts = (np.bincount(unit, own).astype(np.float64) for own in (self.sums, self.counts))
+        return ExampleLosses(sums, counts)
+
+
+def units(examples: Sequence[Any]) -> NDArray[np.int64]:
+    """[n], numbers from 0 that examples share which ask the same: a paired test may not take them for independent.
+
+    They read the same text first (of a conversation: before the last trained stretch; of one without a question: all),
+    or one goes on from the other's question, as `rankwise.data.rows.split_rows` keeps rows on one side.
+    """
+    asked = [_asked(example) for example in examples]
+    leader = {own[-1]: own[-1] for own in asked}
+
+    def lead(key: int) -> int:
+        while leader[key] != key:
+            key = leader[key]
+        return key
+
+    for own in asked:
+        for earlier in own[:-1]:
+            if earlier in leader:
+                leader[lead(own[-1])] = lead(earlier)
+    return np.unique([lead(own[-1]) for own in asked], return_inverse=True)[1]
+
+
+def _asked(example: Any) -> list[int]:
+    """Hashes of what comes before each answer, the last one at the end."""
+    ids: Sequence[int] = getattr(example, "texts", (example,))[0]
+    trained: Sequence[bool] = getattr(example, "trained", ())
+    # A first token alone is what every row begins with.
+    starts = [at for at in range(2, len(trained)) if trained[at] and not trained[at - 1]]
+    return [hash(ids[:start]) for start in starts] or [hash(ids)]
 
 
 def measure(
@@ -52,6 +89,8 @@ class Comparison:
     deviation: float
     """Standard deviation of what one row adds to the difference."""
     rows: int
+    heaviest: float = 0.0
+    """The share of how much rows differ (the sum of squares) that the row with the largest added loss makes up."""
 
     def within(self, delta: float) -> bool:
         """Whether the candidate is shown to be at most `delta` worse (a test at the 5 % level)."""
@@ -74,7 +113,10 @@ def compare(candidate: ExampleLosses, reference: ExampleLosses) -> Comparison:
     Rows are the independent units, not tokens (clustered standard errors: Miller 2024, arXiv 2411.00640): the mean over
     all tokens, Σ(candidate - reference) / Σ counts, is a ratio, whose variance is that of its linearised terms. Losses
     are skewed, and the bound of a t test is then too low; this one is the bootstrap's (bootstrap-t: Hall 1988), which
-    draws rows with replacement and takes the distribution of t from there. The same losses give the same bound.
+    draws rows with replacement and takes the distribution of t from there. Where they are skewed by more than 2, a
+    sample tends to have too few of the rows that lose most, so one more like the largest counts as seen for the bound.
+    What rows lose of which the sample has none, no bound can know (docs/shrink.md has numbers). The same losses give
+    the same bound.
     """
     weight = reference.counts.mean()
     each = (candidate.sums - reference.sums) / weight
@@ -83,8 +125,17 @@ def compare(candidate: ExampleLosses, reference: ExampleLosses) -> Comparison:
     n, deviation = len(terms), float(terms.std(ddof=1))
     if deviation == 0:
         return Comparison(difference, difference, 0.0, n)
-    t = np.quantile(_bootstrapped_t(terms, deviation), 1 - CONFIDENCE)
-    return Comparison(difference, difference - float(t) * deviation / math.sqrt(n), deviation, n)
+    heaviest = max(0.0, float(terms.max())) ** 2 / float(terms @ terms)
+    skewness = float((terms**3).mean()) / float(terms.std()) ** 3
+    seen = np.append(terms, terms.max()) if skewness > _SKEWED else terms
+    return Comparison(difference, difference + _upper_bound(seen), deviation, n, heaviest)
+
+
+def _upper_bound(terms: NDArray[np.float64]) -> float:
+    """Of their mean."""
+    mean, deviation = float(terms.mean()), float(terms.std(ddof=1))
+    t = np.quantile(_bootstrapped_t(terms - mean, deviation), 1 - CONFIDENCE)
+    return mean - float(t) * deviation / math.sqrt(len(terms))
 
 
 def _bootstrapped_t(terms: NDArray[np.float64], deviation: float) -> NDArray[np.float64]:

@@ -6,7 +6,7 @@ from typing import Any
 
 from rankwise.rank.crossed import estimate
 from rankwise.rank.sweep import FULL, Sweep
-from rankwise.rank.verdict import achieved_power, learned, margin_rule, notes, verdict
+from rankwise.rank.verdict import achieved_power, answers, margin_rule, notes, verdict
 
 
 @dataclass(frozen=True)
@@ -18,6 +18,8 @@ class Line:
     adapter_bytes: int
     peak_bytes: float
     seconds: float
+    shared_by: tuple[str, ...]
+    """Ranks whose runs shared passes with these, so that time and memory are those of all together; empty: its own."""
     loss: float
     difference: float | None
     """To the largest rank (the reference), in nats; None for that one itself."""
@@ -38,7 +40,7 @@ def lines(sweep: Sweep) -> list[Line]:
         if rank in compared:
             r = compared[rank]
             difference, lower, upper = r.difference, r.lower, r.upper
-            outcome = r.outcome if learned(sweep) else ""
+            outcome = r.outcome if answers(sweep) else ""
         elif rank == FULL:
             full = estimate(sweep.losses[FULL] - sweep.losses[c.reference], sweep.counts)
             difference, lower, upper = full.mean, full.lower, full.upper
@@ -46,7 +48,11 @@ def lines(sweep: Sweep) -> list[Line]:
         result.append(
             Line(
                 sweep.label(rank),
-                **vars(cost),
+                cost.parameters,
+                cost.adapter_bytes,
+                cost.peak_bytes,
+                cost.seconds,
+                tuple(map(sweep.label, cost.shared_by)),
                 loss=loss,
                 difference=difference,
                 lower=lower,
@@ -66,7 +72,8 @@ def table(sweep: Sweep) -> str:
         interval = "" if line.lower is None or line.upper is None else f"{line.lower:+.4f} to {line.upper:+.4f}"
         difference = "" if line.difference is None else f"{line.difference:+.4f}"
         size, peak = (f"{size:.2f}" if size else "" for size in (line.adapter_bytes / 1e6, line.peak_bytes / 1e9))
-        cost = f"{line.parameters:,}", size, peak, f"{line.seconds:.1f}"
+        together = "+" if line.shared_by else ""
+        cost = f"{line.parameters:,}", size, peak and peak + together, f"{line.seconds:.1f}{together}"
         rows.append((line.name, *cost, f"{line.loss:.4f}", difference, interval, line.outcome))
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     return "\n".join(
@@ -92,12 +99,12 @@ def as_dict(sweep: Sweep) -> dict[str, Any]:
         "verdict": verdict(sweep),
         "notes": notes(sweep),
         "axis": sweep.axis,
-        "sufficient_rank": c.sufficient if learned(sweep) and sweep.ordered else None,
+        "sufficient_rank": c.sufficient if answers(sweep) and sweep.ordered else None,
         "reference": sweep.label(c.reference),
         "margin": c.margin,
         "margin_rule": margin_rule(sweep),
-        "saturates": c.saturates and sweep.ordered,
-        "achieved_power": achieved_power(sweep),
+        "saturates": answers(sweep) and c.saturates and sweep.ordered,
+        "achieved_power": achieved_power(sweep) if answers(sweep) else None,
         "seeds": list(sweep.seeds),
         "examples": len(sweep.counts),
         "ranks": [asdict(line) for line in lines(sweep)],

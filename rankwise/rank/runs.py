@@ -1,6 +1,7 @@
 """The finished runs of a sweep, one file each, so that a sweep that was interrupted goes on with what is missing."""
 
 import json
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,8 @@ from rankwise.errors import CheckpointError, ConfigError, listing
 from rankwise.rank.crossed import Array
 
 SETTINGS = "settings.json"
+_CALLED = {"base_sha256": "the base model's weights (SHA-256)", "rows_sha256": "the rows of the data (SHA-256)"}
+"""Settings that nobody gives, in the words of a message."""
 
 
 @dataclass(frozen=True)
@@ -30,6 +33,8 @@ class RunResult:
     """The most memory that the process held while it trained; 0: not known."""
     adapter_bytes: int = 0
     """Of adapter_model.safetensors (or of the whole model in fp32); 0: not known."""
+    shared_by: tuple[int, ...] = ()
+    """Ranks of the runs that shared its passes, its own too: time and memory are then those of all of them."""
 
 
 @dataclass(frozen=True, order=True)
@@ -49,34 +54,31 @@ class Key:
 class Runs:
     """Finished runs in memory and, with a folder, on disk; each file is written in one step."""
 
-    def __init__(self, folder: Path | None = None, settings: dict[str, Any] | None = None) -> None:
-        """`settings` decide what a run gives. Raises ConfigError if the folder holds a sweep with other ones."""
-        self.folder = folder
+    def __init__(
+        self,
+        folder: Path | None = None,
+        settings: dict[str, Any] | None = None,
+        say: Callable[[str], None] = lambda text: None,
+    ) -> None:
+        """`settings` decide what a run gives. `say` is told of a damaged file, whose run is then to be done anew.
+
+        Raises ConfigError if the folder holds a sweep with other settings, CheckpointError if those are damaged.
+        """
+        self.folder, self._say = folder, say
         self._known: dict[Key, RunResult] = {}
         if folder is None:
             return
-        path = folder / SETTINGS
-        if path.is_file():
-            _check_same(json.loads(path.read_text(encoding="utf-8")), settings or {}, folder)
-        elif folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-            raise ConfigError(f"--out {folder} holds something that is no sweep; choose another folder")
-        else:
-            atomic.write_text(path, json.dumps(settings or {}, indent=2) + "\n")
+        check_folder(folder, settings or {})
+        if not (folder / SETTINGS).is_file():
+            atomic.write_text(folder / SETTINGS, json.dumps(settings or {}, indent=2) + "\n")
 
     def get(self, key: Key) -> RunResult | None:
-        """The result of a finished run; None if it is yet to be done. Raises CheckpointError for a damaged file."""
+        """The result of a finished run; None if it is yet to be done, also where its file is damaged."""
         if key not in self._known and self.folder is not None and (path := self._path(key)).is_file():
             try:
-                with np.load(path) as stored:
-                    result = RunResult(
-                        stored["losses"],
-                        stored["counts"],
-                        float(stored["seconds"]),
-                        *(int(stored[name]) for name in ("parameters", "peak_bytes", "adapter_bytes")),
-                    )
-            except (OSError, ValueError, KeyError, EOFError) as error:
-                raise CheckpointError(f"{path} is damaged ({error}); remove it, and the run is done anew") from None
-            self._known[key] = result
+                self._known[key] = _read(path)
+            except Exception as error:  # What a damaged zip file raises has no common base.
+                self._say(f"{path} is damaged ({type(error).__name__}: {error}); the run is done anew")
         return self._known.get(key)
 
     def add(self, key: Key, result: RunResult) -> None:
@@ -91,14 +93,55 @@ class Runs:
         return self.folder / "runs" / f"{key.name}.npz"
 
 
-def _check_same(before: dict[str, Any], now: dict[str, Any], folder: Path) -> None:
-    changed = [
-        f"{name}: {before.get(name)!r} there, {now.get(name)!r} now"
-        for name in {**before, **now}
-        if before.get(name) != now.get(name)
-    ]
-    if changed:
-        raise ConfigError(
-            f"--out {folder} holds a sweep with other settings; give the same to go on, or another folder:\n"
-            + listing(changed)
+def _read(path: Path) -> RunResult:
+    # np.load leaves a file open that it cannot read.
+    with path.open("rb") as file, np.load(file) as stored:
+        result = RunResult(
+            stored["losses"],
+            stored["counts"],
+            float(stored["seconds"]),
+            *(int(stored[name]) for name in ("parameters", "peak_bytes", "adapter_bytes")),
+            shared_by=tuple(stored["shared_by"].astype(int).tolist()) if "shared_by" in stored else (),
         )
+    if result.losses.ndim != 1 or result.losses.shape != result.counts.shape:
+        raise ValueError(f"{result.losses.shape} losses for {result.counts.shape} counts")
+    return result
+
+
+def check_folder(folder: Path, settings: dict[str, Any], partly: bool = False) -> None:
+    """Raise ConfigError if the folder holds something else than a sweep with these settings.
+
+    `partly`: not all settings are known yet, so those that are missing are let pass. Raises CheckpointError if the
+    settings of the folder are damaged.
+    """
+    path = folder / SETTINGS
+    if path.is_file():
+        before = _settings_in(path)
+        names = settings if partly else {**before, **settings}
+        changed = [
+            f"{_CALLED.get(name, name)}: {before.get(name)!r} there, {settings.get(name)!r} now"
+            for name in names
+            if before.get(name) != settings.get(name)
+        ]
+        if changed:
+            raise ConfigError(
+                f"--out {folder} holds a sweep with other settings; give the same to go on, or another folder:\n"
+                + listing(changed)
+            )
+    elif folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise ConfigError(f"--out {folder} holds something that is no sweep; choose another folder")
+
+
+def _settings_in(path: Path) -> dict[str, Any]:
+    try:
+        settings = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        problem = str(error)
+    else:
+        if isinstance(settings, dict):
+            return settings
+        problem = f"a mapping was expected, found {type(settings).__name__}"
+    raise CheckpointError(
+        f"{path} is damaged ({problem}), so with which settings its runs were trained is not known; bring the file "
+        "back, or choose another --out"
+    )

@@ -3,20 +3,21 @@
 Held-out rows are cut into three parts. On the calibration part the layers' inputs are observed, which say how much each
 direction of each ΔW does, and the gradients of their outputs, which say how much that matters. On the choice part the
 total rank goes down a ladder, directions of all layers in one order (what they spare the loss, by the numbers that they
-cost), and a paired test after each rung decides whether it goes on. What was found there is tested once more on the
-confirmation part, which no decision has seen; what is promised comes from there alone.
+cost), and a paired test after each rung decides whether it goes on. A cut changes what the other directions are worth,
+so the adapter is observed again where the ladder ends, and goes on down from there. What was found is tested once more
+on the confirmation part, which no decision has seen; what is promised comes from there alone.
 """
 
 import math
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field
-from typing import Any, Literal
+from dataclasses import dataclass, replace
+from typing import Any
 
 from torch import Tensor, nn
 
-from rankwise.data.rows import Row, split_rows
+from rankwise.data.rows import Row, question_keys, split_rows
 from rankwise.engine.engine import Engine
 from rankwise.errors import ConfigError, DataError
 from rankwise.lora.inject import DEFAULT, adapters_off, injection, set_adapter_training
@@ -24,20 +25,18 @@ from rankwise.lora.layers import LoraLayer
 from rankwise.lora.low_rank import LowRank
 from rankwise.lora.places import named_wrappers
 from rankwise.rank.cut import Reader, cuttable_layers, put_back_on_error, set_updates_
-from rankwise.rank.paired import Comparison, ExampleLosses, compare, measure
+from rankwise.rank.ladder import PARTS, Ladder, Part, Rung
+from rankwise.rank.paired import Comparison, ExampleLosses, compare, measure, units
 from rankwise.rank.spectrum import Directions, directions, observe, spread
 
 SHARE_OF_GAIN = 0.05
 """δ unless it is given: this share of what the full adapter gains."""
-_PARTS = {"calibration": 0.2, "choice": 0.4, "confirmation": 0.4}
 _LEAST_ROWS = 30
-"""Rows in each part that is tested: with fewer, the distribution of a mean is too far from the assumed one."""
-_FINE = 2 ** (-1 / 8)
-"""Ratio of the ladder's rungs once halving has gone too far."""
+"""Different rows in each part that is tested: with fewer, a mean's distribution is too far from the assumed one."""
+_HEAVY = 0.5
+"""From which share on of a single row it is said that the bound rests on it."""
 _OBSERVED_AT_ONCE = 4
 """Rows in one forward and backward pass on the calibration part."""
-
-Part = Literal["choice", "confirmation"]
 
 
 @dataclass(frozen=True)
@@ -47,19 +46,6 @@ class HeldOut:
     calibration: Sequence[Any]
     choice: Sequence[Any]
     confirmation: Sequence[Any]
-
-
-@dataclass(frozen=True)
-class Rung:
-    """One test: the adapter cut to this total rank against the full one."""
-
-    part: Part
-    total_rank: int
-    difference: float
-    """Mean loss of the cut adapter minus that of the full one, nats for each trained token (or text)."""
-    bound: float
-    """One-sided upper 95 % bound of the difference."""
-    passed: bool
 
 
 @dataclass(frozen=True)
@@ -87,6 +73,8 @@ class ShrinkReport:
     rungs: tuple[Rung, ...]
     stopped_because: str
     """Why the ladder was not walked further down."""
+    heaviest: float = 0.0
+    """The share of how much the confirmation rows differ that the one with the largest added loss makes up."""
 
     def __str__(self) -> str:
         width = max(map(len, self.ranks_before))
@@ -102,32 +90,43 @@ class ShrinkReport:
             f"total rank {before:,} → {after:,}; {self.parameters_before:,} → {self.parameters_after:,} numbers in "
             f"the updates ({share:.0%} fewer)",
             f"held-out loss {self.loss_full:.4f} → {self.loss_shrunk:.4f} on {self.rows['confirmation']} rows that "
-            f"decided nothing; with 95 % confidence at most {max(0.0, self.lost_at_most):.4f} nats lost "
-            f"(allowed: {self.delta:.4f}, the updates gain {self.gain:.4f})",
+            f"decided nothing: with 95 % confidence at most {max(0.0, self.lost_at_most):.4f} nats are lost, of "
+            f"{self.gain:.4f} that the updates gain (allowed: {self.delta:.4f})",
             f"not smaller, because {self.stopped_because}",
         ]
+        if self.heaviest > _HEAVY:
+            lines.append(
+                f"a single row makes up {self.heaviest:.0%} of how much rows differ: rows that lose much are rare "
+                "here, so the bound is passed more often than it says; more held-out rows make it surer"
+            )
         return "\n".join(lines)
 
 
 def split_held_out(rows: Sequence[Row], seed: int, most: int | None = None) -> HeldOut:
     """Cut rows into a fifth for calibration and two fifths each for choice and confirmation, drawn by `seed`.
 
-    Rows with the same content stay in one part. `most`: so many of the rows are drawn first, to spare time.
-    Raises DataError if a tested part would have fewer than 30 rows.
+    Rows that ask the same stay in one part. `most`: so many of the rows are drawn first, to spare time.
+    Raises DataError if a tested part would have fewer than 30 rows that ask different things.
     """
-    least = math.ceil(_LEAST_ROWS / _PARTS["choice"])
+    least = math.ceil(_LEAST_ROWS / PARTS["choice"])
     if most is not None and len(rows) > most:
         rows = random.Random(seed).sample(rows, most)
     if len(rows) >= least:
-        rest, confirmation = split_rows(list(rows), _PARTS["confirmation"], seed)
-        calibration, choice = split_rows(rest, _PARTS["choice"] / (1 - _PARTS["confirmation"]), seed)
-        if min(len(choice), len(confirmation)) >= _LEAST_ROWS:
+        rest, confirmation = split_rows(list(rows), PARTS["confirmation"], seed)
+        calibration, choice = split_rows(rest, PARTS["choice"] / (1 - PARTS["confirmation"]), seed)
+        if min(map(_different, (choice, confirmation))) >= _LEAST_ROWS:
             return HeldOut(calibration, choice, confirmation)
+    different = _different(rows)
+    found = f"{len(rows)} held-out rows" + (f", {different} of them different," if different < len(rows) else "")
     raise DataError(
-        f"{len(rows)} held-out rows are too few to tell what is lost: at least {least} different ones are needed "
+        f"{found} are too few to tell what is lost: at least {least} different ones are needed "
         f"(a fifth to observe the layers' inputs, and two parts of at least {_LEAST_ROWS} to choose the ranks and to "
         "confirm them)"
     )
+
+
+def _different(rows: Sequence[Row]) -> int:
+    return len({question_keys(row)[-1] for row in rows})
 
 
 def shrink_(
@@ -142,51 +141,92 @@ def shrink_(
     """Cut an adapter of the engine's model to the smallest ranks that the held-out examples allow, in place.
 
     The cut adapter's held-out loss is at most `delta` nats worse, with 95 % confidence; without `delta`, the
-    `share` of what the low-rank updates gain. PEFT reads what is saved afterwards, whatever the `reader`.
+    `share` of what the low-rank updates gain. Examples that ask the same count as one. PEFT reads what is saved
+    afterwards, whatever the `reader`.
 
     Several rungs are tested at 5 % each without a correction, because they are tested in a fixed order, from the
     largest down, and the first failure ends it (fixed-sequence testing: Maurer, Hothorn and Lehmacher 1995; Westfall
     and Krishen 2001).
 
-    Raises ConfigError for an adapter with parts that cannot be cut, DataError if the adapter gains nothing or if
-    nothing smaller can be shown to be good enough; the model is then as it was.
+    Raises ConfigError for an adapter with parts that cannot be cut, DataError if the adapter gains nothing, or no more
+    than may be lost, or if nothing smaller can be shown to be good enough; the model is then as it was.
     """
     if delta is not None and not delta > 0:
         raise ConfigError(f"delta must be above 0 nats, found {delta}")
-
-    def measured(part: str, what: str) -> ExampleLosses:
-        return measure(engine, getattr(held_out, part), lambda done: on_progress(f"{what}: {done}"))
-
-    cutter = _cutter(engine, adapter, reader, held_out.calibration, on_progress)
+    measured = _measuring(engine, held_out, on_progress)
+    cuts = _Cuts(lambda: _cutter(engine, adapter, reader, held_out.calibration, on_progress))
+    first = cuts.first
     full = {part: measured(part, "the full adapter") for part in ("choice", "confirmation")}
-    gain = _gain(cutter, full["choice"], lambda: measured("choice", "without its updates"))
+    gain = _gain(first, full["choice"], lambda: measured("choice", "without its updates"))
+    allowed = delta if delta is not None else share * -gain.difference
+    _check_allowed(allowed, gain)
 
     def test(part: Part, total: int) -> Comparison:
-        cutter.cut(total)
+        cuts.cut(total)
         return compare(measured(part, f"total rank {total}, {part}"), full[part])
 
-    allowed = delta if delta is not None else share * gain
-    ladder = Ladder(test, cutter.largest, cutter.smallest, allowed)
-    before = cutter.updates()
-    with put_back_on_error(cutter.model, cutter.layers, adapter):
+    ladder = Ladder(test, first.largest, first.smallest, allowed, cuts.observe_again)
+    before = first.updates()
+    with put_back_on_error(first.model, first.layers, adapter):
         total, lost_at_most, confirmed = ladder.descend()
         if total >= sum(update.rank for update in before.values()):
             raise DataError("no smaller adapter can be shown to be good enough: " + ladder.stopped_because)
-        ranks = cutter.cut(total)
+        ranks = dict.fromkeys(before, 0) | cuts.cut(total)
     return ShrinkReport(
         delta=allowed,
-        gain=gain,
+        gain=-gain.difference,
         loss_full=full["confirmation"].mean,
         loss_shrunk=full["confirmation"].mean + confirmed.difference,
         lost_at_most=lost_at_most,
         ranks_before={name: update.rank for name, update in before.items()},
         ranks_after=ranks,
         parameters_before=_numbers(before),
-        parameters_after=_numbers(cutter.updates()),
-        rows={part: len(getattr(held_out, part)) for part in _PARTS},
+        parameters_after=_numbers(first.updates()),
+        rows={part: len(getattr(held_out, part)) for part in PARTS},
         rungs=tuple(ladder.rungs),
         stopped_because=ladder.stopped_because,
+        heaviest=confirmed.heaviest,
     )
+
+
+def _measuring(
+    engine: Engine[Any], held_out: HeldOut, on_progress: Callable[[str], None]
+) -> Callable[[str, str], ExampleLosses]:
+    """measured(part, what): the losses now on a part of the held-out examples, those that ask the same as one."""
+    same = {part: units(getattr(held_out, part)) for part in ("choice", "confirmation")}
+
+    def measured(part: str, what: str) -> ExampleLosses:
+        losses = measure(engine, getattr(held_out, part), lambda done: on_progress(f"{what}: {done}"))
+        return losses.by_unit(same[part])
+
+    return measured
+
+
+class _Cuts:
+    """The orders in which the directions stand, each found with the adapter as it was cut by the one before."""
+
+    def __init__(self, observe: Callable[[], "_Cutter"]) -> None:
+        self._observe, self.first = observe, observe()
+        self._orders = [self.first]
+
+    def cut(self, total: int) -> dict[str, int]:
+        """Cut the adapter to a total rank, by the last order that reaches so far up."""
+        return next(own for own in reversed(self._orders) if own.largest >= total).cut(total)
+
+    def observe_again(self, total: int) -> None:
+        """Find the order of what is left at this total rank."""
+        self.cut(total)
+        # It has to take the adapter off the layers too that another cut leaves it on.
+        self._orders.append(replace(self._observe(), layers=self.first.layers))
+
+
+def _check_allowed(allowed: float, gain: Comparison) -> None:
+    if allowed >= -gain.bound:
+        raise DataError(
+            f"{allowed:.4f} nats may be lost, and all that {gain.rows} held-out rows show with 95 % confidence is that "
+            f"the adapter gains {-gain.bound:.4f} nats or more ({-gain.difference:.4f} as measured): the smaller one "
+            "could be no better than none. Give a lower delta, or more rows"
+        )
 
 
 @dataclass(frozen=True)
@@ -255,8 +295,8 @@ def _numbers(updates: Mapping[str, LowRank]) -> int:
     return sum(update.A.numel() + update.B.numel() for update in updates.values())
 
 
-def _gain(cutter: _Cutter, full: ExampleLosses, measured: Callable[[], ExampleLosses]) -> float:
-    """What the low-rank updates gain. Raises DataError if that cannot be told from nothing.
+def _gain(cutter: _Cutter, full: ExampleLosses, measured: Callable[[], ExampleLosses]) -> Comparison:
+    """The adapter against itself without the low-rank updates. Raises DataError if they cannot be told from nothing.
 
     Where the adapter also trains a head or the like, it is compared with itself without the updates too, if that is
     better than the base: beside a head that was never trained any update would look good.
@@ -278,84 +318,4 @@ def _gain(cutter: _Cutter, full: ExampleLosses, measured: Callable[[], ExampleLo
             f"(95 % bound of the change: {comparison.bound:+.4f}). Use the base model, or more rows of the kind that "
             "the adapter was trained for"
         )
-    return -comparison.difference
-
-
-@dataclass
-class Ladder:
-    """Walks the total rank down, test by test."""
-
-    test: Callable[[Part, int], Comparison]
-    """Compares the adapter cut to a total rank with the full one, on one part of the held-out rows."""
-    largest: int
-    """The total rank from which nothing is cut."""
-    least: int
-    """The total rank below which nothing can be cut."""
-    delta: float
-    rungs: list[Rung] = field(default_factory=list)
-    stopped_because: str = "it is as small as such an adapter can be"
-
-    def descend(self) -> tuple[int, float, Comparison]:
-        """The smallest confirmed total rank, what it loses at most with 95 % confidence, and its comparison.
-
-        Raises DataError if the rows for confirmation confirm none of the accepted ones.
-        """
-        candidates = _back_off(self._accepted())
-        confirmed = None
-        for total in candidates:
-            comparison = self._test("confirmation", total)
-            if not comparison.within(self.delta):
-                break
-            confirmed = total, comparison
-        if confirmed is None:
-            raise DataError("no smaller adapter can be shown to be good enough: " + self.stopped_because)
-        total, comparison = confirmed
-        # The bound of the rung that the choice part named holds by itself. If that rung failed, the data chose among
-        # the others, and what is left is that they passed the test at delta.
-        return total, comparison.bound if total == candidates[-1] else self.delta, comparison
-
-    def _accepted(self) -> list[int]:
-        """Total ranks that pass on the choice part, from the largest down: halves, then finer rungs by bisection."""
-        accepted = [self.largest]
-        while accepted[-1] // 2 >= self.least and self._passes(accepted[-1] // 2):
-            accepted.append(accepted[-1] // 2)
-        above = accepted[-1]
-        rungs = {round(above * _FINE**step) for step in range(1, 8)}
-        fine = sorted((rung for rung in rungs if max(self.least, above // 2 + 1) <= rung < above), reverse=True)
-        while fine:
-            middle = len(fine) // 2
-            if self._passes(fine[middle]):
-                accepted.append(fine[middle])
-                fine = fine[middle + 1 :]
-            else:
-                fine = fine[:middle]
-        return accepted
-
-    def _passes(self, total: int) -> bool:
-        return self._test("choice", total).within(self.delta)
-
-    def _test(self, part: Part, total: int) -> Comparison:
-        comparison = self.test(part, total)
-        passed = comparison.within(self.delta)
-        self.rungs.append(Rung(part, total, comparison.difference, comparison.bound, passed))
-        if not passed:
-            self.stopped_because = _why(part, total, comparison, self.delta)
-        return comparison
-
-
-def _back_off(accepted: list[int]) -> list[int]:
-    """Which accepted total ranks to confirm: the first of the falling row, and from its end the 1st, 2nd, 4th, 8th …"""
-    places = [-(2**step) for step in range(len(accepted).bit_length()) if 2**step < len(accepted)]
-    return [accepted[place] for place in (-len(accepted), *reversed(places))]
-
-
-def _why(part: Part, total: int, comparison: Comparison, delta: float) -> str:
-    found = (
-        f"at total rank {total} the loss on {comparison.rows} {part} rows is {comparison.difference:+.4f} nats "
-        f"different (95 % bound {comparison.bound:+.4f}, allowed {delta:.4f})"
-    )
-    needed = comparison.rows_needed(delta)
-    if needed is None:
-        return found
-    everywhere = math.ceil(max(needed, comparison.rows + 1) / _PARTS[part])
-    return f"{found}; these rows can't tell, and about {everywhere:,} held-out rows in all would"
+    return comparison

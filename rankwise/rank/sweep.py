@@ -4,8 +4,9 @@ What the runs of one seed share makes them pairs: the rows in the same order, th
 (rank r begins with the first r rows of the largest rank's A). lora_alpha is the same for all ranks and the scale is
 lora_alpha / r, with which the best learning rate hardly depends on the rank (Schulman 2025, "LoRA Without Regret").
 That is checked and not assumed: at the smallest, a middle and the largest rank the first seed is also trained with a
-third of the rate and with three times the rate, and further that way while it gets better. If the three agree, all
-ranks train with that rate; else every rank is checked and trains with its own best.
+third of the rate and with three times the rate, and further that way while it gets better. A factor that lies within
+δ of the best at each of the three serves all ranks; only where there is none, every rank is checked and trains with
+its own best.
 
 Settings without an order (modules, lora_alpha, learning rates) are swept in the same way at one rank; the first value
 is the reference.
@@ -21,8 +22,8 @@ from typing import Any
 import numpy as np
 
 from rankwise.errors import ConfigError, RankwiseError, listing
-from rankwise.rank.compare import Comparisons, compare
-from rankwise.rank.crossed import POWER, Array, Estimate, estimate, largest_deviation
+from rankwise.rank.compare import SHARE, Comparisons, compare, joint_confidence
+from rankwise.rank.crossed import CONFIDENCE, LEAST_EXAMPLES, POWER, Array, Estimate, estimate, largest_deviation
 from rankwise.rank.runs import Key, RunResult, Runs
 
 BASE, FULL = 0, -1
@@ -32,8 +33,8 @@ STEP = 3.0
 WIDEST = 27.0
 """The check goes no further than this factor and its inverse."""
 TOLERANCE = 0.01
-"""A rate must lower the loss by this share of the gain over the base to count as better, a fifth of the usual margin:
-less cannot decide on a rank, and a choice among equals by noise would end at extreme rates."""
+"""Where every rank trains with its own best rate, it must lower the loss by this share of the gain over the base to
+count as better: a choice among equals by noise would end at extreme rates."""
 
 FIRST = (1.0, 1 / STEP, STEP)
 """The factors that the check begins with."""
@@ -50,21 +51,16 @@ class RateCheck:
 
     rank: int
     losses: dict[float, float]
-    """Held-out loss by factor."""
+    """Held-out loss by factor; infinite where training diverged."""
     tolerance: float
     """Losses that differ by less count as equal."""
-
-    @property
-    def best(self) -> float:
-        """The factor nearest to 1 among those whose losses equal the lowest."""
-        enough = min(self.losses.values()) + self.tolerance
-        good = [factor for factor, loss in self.losses.items() if loss <= enough]
-        return min(good, key=lambda factor: abs(math.log(factor)))
+    factor: float
+    """The one to train with."""
 
     @property
     def at_the_edge(self) -> bool:
         """Whether the best rate may lie beyond those that were tried."""
-        return self.best in (min(self.losses), max(self.losses))
+        return self.factor in (min(self.losses), max(self.losses))
 
 
 @dataclass(frozen=True)
@@ -78,6 +74,8 @@ class Cost:
     peak_bytes: float
     """The most memory that the process held; 0: not known."""
     seconds: float
+    shared_by: tuple[int, ...] = ()
+    """Ranks whose runs shared passes with these, this one too: memory and time are then those of all together."""
 
 
 @dataclass(frozen=True)
@@ -118,9 +116,15 @@ class Sweep:
     @property
     def against_full(self) -> Estimate | None:
         """Loss at the sufficient rank minus that of full fine-tuning; None if that was not trained."""
-        if FULL not in self.losses:
-            return None
-        return estimate(self.losses[self.comparisons.sufficient] - self.losses[FULL], self.counts)
+        return self._minus_full(self.comparisons.sufficient)
+
+    @property
+    def reference_against_full(self) -> Estimate | None:
+        """The same of the largest rank."""
+        return self._minus_full(self.comparisons.reference)
+
+    def _minus_full(self, rank: int) -> Estimate | None:
+        return estimate(self.losses[rank] - self.losses[FULL], self.counts) if FULL in self.losses else None
 
 
 def sweep(
@@ -147,12 +151,9 @@ def sweep(
     """
     ranks = _checked(ranks, seeds, margin)
     does = together or partial(_one_by_one, run)
-    runs = _Doing(does, Runs(folder, settings), say, lambda rank: _name(rank, "r", {}))
-    say(
-        f"plan: a rank as good as r = {ranks[-1]} passes in {POWER:.0%} of sweeps with {len(seeds)} seeds if its "
-        f"difference varies by up to {largest_deviation(len(seeds)):.2f}·δ from seed to seed"
-    )
-    checks = _check_rates(runs, ranks, with_full, seeds[0]) if check_rates else []
+    runs = _Doing(does, Runs(folder, settings, say), say, lambda rank: _name(rank, "r", {}))
+    say(_plan("rank", f"r = {ranks[-1]}", len(seeds)))
+    checks = _check_rates(runs, ranks, with_full, seeds[0], margin) if check_rates else []
     return _measured(runs, [BASE, *ranks, *([FULL] if with_full else [])], seeds, checks, margin)
 
 
@@ -171,7 +172,7 @@ def sweep_setting(
     """Train with every value of a setting and every seed, and compare each with the first value.
 
     `run` is asked for 1, 2, … in the place of a rank: the first, the second, … value; 0 is the base. With `check_rates`
-    each value trains with its own best learning rate. The other arguments, and errors, are those of `sweep`.
+    the learning rate is checked at each value. The other arguments, and errors, are those of `sweep`.
     """
     problems = [*_problems(seeds, margin)]
     if len(set(values)) < 2 or len(set(values)) < len(values):
@@ -180,10 +181,11 @@ def sweep_setting(
         raise ConfigError("this sweep cannot be:\n" + listing(problems))
     numbered = dict(enumerate(values, start=1))
     does = partial(_one_by_one, run)
-    runs = _Doing(does, Runs(folder, settings), say, lambda number: _name(number, setting, numbered))
-    say(f"plan: every {setting} is compared with the first, {values[0]}")
-    base = runs.loss(Key(BASE, seeds[0]))
-    checks = _rates_of(runs, list(numbered), seeds[0], base) if check_rates else []
+    runs = _Doing(does, Runs(folder, settings, say), say, lambda number: _name(number, setting, numbered))
+    confidence = joint_confidence(len(values) - 1)
+    say(_plan("value", f"the first, {setting} = {values[0]},", len(seeds), confidence))
+    base = runs.base_loss(seeds[0])
+    checks = _rates_for_all(runs, list(numbered), list(numbered), seeds[0], base, margin) if check_rates else []
     return _measured(runs, [BASE, *numbered], seeds, checks, margin, 1, setting, numbered)
 
 
@@ -199,7 +201,7 @@ def _measured(
 ) -> Sweep:
     """Do all runs, each with its learning rate, and compare them."""
     factors = {rank: _factor(checks, rank) for rank in compared}
-    runs.do([Key(rank, seed, factors[rank]) for seed in seeds for rank in compared])
+    runs.do([Key(rank, seed, factors[rank]) for seed in seeds for rank in compared], finite=True)
     results = {rank: [runs.finite_result(Key(rank, seed, factors[rank])) for seed in seeds] for rank in compared}
     losses = {rank: np.stack([result.losses for result in of_rank]) for rank, of_rank in results.items()}
     counts = _same_counts(results)
@@ -219,7 +221,9 @@ def _measured(
 
 def _cost(results: Sequence[RunResult]) -> Cost:
     peaks, seconds = ([getattr(result, name) for result in results] for name in ("peak_bytes", "seconds"))
-    return Cost(results[0].parameters, results[0].adapter_bytes, float(np.mean(peaks)), float(np.mean(seconds)))
+    shared_by = tuple(sorted({rank for result in results for rank in result.shared_by}))
+    first = results[0]
+    return Cost(first.parameters, first.adapter_bytes, float(np.mean(peaks)), float(np.mean(seconds)), shared_by)
 
 
 def _one_by_one(run: Run, keys: Sequence[Key]) -> Iterable[tuple[Key, RunResult]]:
@@ -232,13 +236,19 @@ class _Doing:
     def __init__(self, together: Together, runs: Runs, say: Callable[[str], None], name: Callable[[int], str]) -> None:
         self._together, self._runs, self._say, self._name = together, runs, say, name
 
-    def do(self, keys: Sequence[Key]) -> None:
-        """Those of `keys` that are not there yet."""
+    def do(self, keys: Sequence[Key], finite: bool = False) -> None:
+        """Those of `keys` that are not there yet. Raises RankwiseError at the first that is not `finite`, if asked."""
         missing = [key for key in keys if self._runs.get(key) is None]
         for key, result in self._together(missing) if missing else ():
+            # Before any further training: no later run can mend it.
+            if len(result.counts) < LEAST_EXAMPLES:
+                found = len(result.counts)
+                raise ConfigError(f"a sweep needs at least {LEAST_EXAMPLES} held-out examples, found {found}")
             self._runs.add(key, result)
             loss = f"held-out loss {self.loss(key):.4f}"
             self._say(f"{self._name(key.rank)}, seed {key.seed}, rate × {key.factor:.3g}: {loss}")
+            if finite:
+                self.finite_result(key)
 
     def result(self, key: Key) -> RunResult:
         self.do([key])
@@ -247,65 +257,119 @@ class _Doing:
         return result
 
     def loss(self, key: Key) -> float:
+        """Mean held-out loss, infinite where training diverged."""
         result = self.result(key)
-        return float(result.losses.sum() / result.counts.sum())
+        mean = float(result.losses.sum() / result.counts.sum())
+        return mean if math.isfinite(mean) else math.inf
+
+    def base_loss(self, seed: int) -> float:
+        """Raises RankwiseError if it is not finite."""
+        self.finite_result(Key(BASE, seed))
+        return self.loss(Key(BASE, seed))
 
     def finite_result(self, key: Key) -> RunResult:
         """Raises RankwiseError if the training diverged."""
         result = self.result(key)
         if not np.isfinite(result.losses).all():
-            raise RankwiseError(f"training diverged at {self._name(key.rank)}, seed {key.seed}; give a lower --lr")
+            raise self.diverged(key)
         return result
+
+    def diverged(self, key: Key) -> RankwiseError:
+        return RankwiseError(f"training diverged at {self._name(key.rank)}, seed {key.seed}; give a lower --lr")
+
+
+def _plan(what: str, reference: str, seeds: int, confidence: float = CONFIDENCE) -> str:
+    """The power, before any run."""
+    return (
+        f"plan: with {seeds} seeds a {what} exactly as good as {reference} passes in {POWER:.0%} of sweeps if its "
+        f"difference varies by {largest_deviation(seeds, confidence):.2g}·δ from seed to seed (a standard deviation) "
+        "and hardly from one held-out example to the next; that part is not counted, and can make passing much rarer"
+    )
 
 
 def _name(rank: int, axis: str, values: dict[int, str]) -> str:
     return {BASE: "base", FULL: "full fine-tuning"}.get(rank) or f"{axis} = {values.get(rank, rank)}"
 
 
-def _check_rates(runs: _Doing, ranks: list[int], with_full: bool, seed: int) -> list[RateCheck]:
-    """At three ranks, or at all of them where the three do not agree; and of a head alone and of full fine-tuning."""
-    base, head = runs.loss(Key(BASE, seed)), []
+def _check_rates(runs: _Doing, ranks: list[int], with_full: bool, seed: int, margin: float | None) -> list[RateCheck]:
+    """At three ranks, or at all of them where no rate suits the three; and of a head alone and of full fine-tuning."""
+    base, head = runs.base_loss(seed), []
     if runs.result(Key(BASE, seed)).parameters > 0:
-        head = _rates_of(runs, [BASE], seed, base)
-        base = head[0].losses[head[0].best]
+        head = _own_rates(runs, [BASE], seed, base)
+        base = head[0].losses[head[0].factor]
     three = sorted({ranks[0], ranks[len(ranks) // 2], ranks[-1]})
-    checks = _rates_of(runs, [*three, *([FULL] if with_full else [])], seed, base)
-    if len({check.best for check in checks if check.rank != FULL}) > 1:
-        checks += _rates_of(runs, [rank for rank in ranks if rank not in three], seed, base)
-    return [*head, *sorted(checks, key=lambda check: math.inf if check.rank == FULL else check.rank)]
+    checks = _rates_for_all(runs, three, ranks, seed, base, margin)
+    return [*head, *checks, *(_own_rates(runs, [FULL], seed, base) if with_full else [])]
 
 
-def _rates_of(runs: _Doing, ranks: Sequence[int], seed: int, base: float) -> list[RateCheck]:
-    """The check at each of these ranks, a round of all of them at a time."""
+def _rates_for_all(
+    runs: _Doing, checked: Sequence[int], ranks: Sequence[int], seed: int, base: float, margin: float | None
+) -> list[RateCheck]:
+    """One factor for all ranks, if it lies within δ of the best at each of the checked; else the own best of every."""
+    losses: dict[int, dict[float, float]] = {rank: {} for rank in checked}
+    factors = list(FIRST)
+    while True:
+        _try(runs, [Key(rank, seed, factor) for rank in checked for factor in factors], losses)
+        if all(math.isinf(own[1.0]) for own in losses.values()):
+            raise runs.diverged(Key(checked[0], seed))
+        gain = base - min(loss for own in losses.values() for loss in own.values())
+        delta = SHARE * max(gain, 0.0) if margin is None else margin
+        agreed = _agreed(list(losses.values()), delta)
+        if agreed is None:
+            return _own_rates(runs, ranks, seed, base)
+        checks = [RateCheck(rank, own, delta, agreed) for rank, own in losses.items()]
+        factors = _further(checks[0])
+        if not factors:
+            return checks
+
+
+def _agreed(losses: Sequence[dict[float, float]], delta: float) -> float | None:
+    """The factor nearest to 1 (of two, the one with the smaller sum of excesses) that is within δ of every best."""
+    excesses = {factor: [own[factor] - min(own.values()) for own in losses] for factor in losses[0]}
+    within = [factor for factor, excess in excesses.items() if all(part <= delta for part in excess)]
+    return min(within, key=lambda factor: (round(abs(math.log(factor)), 6), sum(excesses[factor])), default=None)
+
+
+def _own_rates(runs: _Doing, ranks: Sequence[int], seed: int, base: float) -> list[RateCheck]:
+    """The check of each of these ranks by itself, a round of all of them at a time."""
     losses: dict[int, dict[float, float]] = {rank: {} for rank in ranks}
     wanted = [Key(rank, seed, factor) for rank in ranks for factor in FIRST]
     while True:
-        runs.do(wanted)
-        for key in wanted:
-            losses[key.rank][key.factor] = runs.loss(key)
-        checks = [_rate_check(rank, losses[rank], base) for rank in ranks]
+        _try(runs, wanted, losses)
+        checks = [_own_check(rank, losses[rank], base) for rank in ranks]
+        for check in checks:
+            if not any(map(math.isfinite, check.losses.values())):
+                raise runs.diverged(Key(check.rank, seed))
         wanted = [Key(check.rank, seed, factor) for check in checks for factor in _further(check)]
         if not wanted:
             return checks
 
 
-def _rate_check(rank: int, losses: dict[float, float], base: float) -> RateCheck:
+def _try(runs: _Doing, keys: Sequence[Key], losses: dict[int, dict[float, float]]) -> None:
+    runs.do(keys)
+    for key in keys:
+        losses[key.rank][key.factor] = runs.loss(key)
+
+
+def _own_check(rank: int, losses: dict[float, float], base: float) -> RateCheck:
     # A head alone starts from no other loss than its own.
     gain = base if rank == BASE else base - min(losses.values())
-    return RateCheck(rank, losses, TOLERANCE * max(gain, 0.0))
+    tolerance = TOLERANCE * max(gain, 0.0)
+    best = _agreed([losses], tolerance)
+    return RateCheck(rank, losses, tolerance, 1.0 if best is None else best)
 
 
 def _further(check: RateCheck) -> list[float]:
-    """The factor beyond the best one, where that may be better still."""
-    further = check.best * (STEP if check.best > 1 else 1 / STEP)
+    """The factor beyond the chosen one, where that may be better still."""
+    further = check.factor * (STEP if check.factor > 1 else 1 / STEP)
     return [further] if check.at_the_edge and 1 / WIDEST <= further <= WIDEST else []
 
 
 def _factor(checks: Sequence[RateCheck], rank: int) -> float:
-    """The best at a checked rank, what the checked ranks agree on at another."""
-    best = {check.rank: check.best for check in checks}
-    agreed = [factor for checked, factor in best.items() if checked > 0]
-    return best.get(rank, agreed[0] if agreed and rank > 0 else 1.0)
+    """That of its own check, or the one that the checked ranks agree on."""
+    own = {check.rank: check.factor for check in checks}
+    agreed = [factor for checked, factor in own.items() if checked > 0]
+    return own.get(rank, agreed[0] if agreed and rank > 0 else 1.0)
 
 
 def _checked(ranks: Sequence[int], seeds: Sequence[int], margin: float | None) -> list[int]:
@@ -320,14 +384,12 @@ def _checked(ranks: Sequence[int], seeds: Sequence[int], margin: float | None) -
 def _problems(seeds: Sequence[int], margin: float | None) -> Iterator[str]:
     if len(set(seeds)) < 2 or len(set(seeds)) < len(seeds):
         yield "a sweep needs at least two different seeds: one says nothing on how much seeds differ"
-    if margin is not None and not margin > 0:
-        yield f"--delta must be above 0, found {margin}"
+    if margin is not None and not 0 < margin < math.inf:
+        yield f"--delta must be a finite number above 0, found {margin}"
 
 
 def _same_counts(results: dict[int, list[RunResult]]) -> Array:
     first, *others = [result.counts for of_rank in results.values() for result in of_rank]
     if any(not np.array_equal(first, other) for other in others):
         raise ConfigError("the runs were measured on different held-out examples, so they are no pairs")
-    if len(first) < 2:
-        raise ConfigError("a sweep needs at least two held-out examples")
     return first

@@ -194,6 +194,6 @@ def test_ranks_are_compared_and_an_adapter_is_shrunk(tiny_llama_folder, tmp_path
     assert main(["rank", "nested", *settings, "--r", "4", "--out", str(tmp_path / "nested.json")]) == 0
     sweep_two_ranks(settings, tmp_path / "sweep")
     assert main(["train", *settings, "--r", "4", "--out", str(tmp_path / "run")]) == 0
-    shrink = ["shrink", str(tmp_path / "run"), "--data", str(data), "--delta", "3", "--out", str(tmp_path / "small")]
+    shrink = ["shrink", str(tmp_path / "run"), "--data", str(data), "--delta", "0.2", "--out", str(tmp_path / "small")]
     assert main(shrink) == 0
     assert (tmp_path / "small" / "adapter_config.json").is_file()

@@ -5,7 +5,7 @@ import pytest
 from scipy import stats
 
 from rankwise.rank.compare import SHARE, compare
-from rankwise.rank.crossed import POWER, Components, estimate, largest_deviation, needed
+from rankwise.rank.crossed import POWER, Components, estimate, largest_deviation, most_seeds_needed, needed
 
 SEEDS, EXAMPLES = 5, 120
 COUNTS = np.ones(EXAMPLES)
@@ -58,12 +58,57 @@ def test_components_are_recovered_without_bias_and_give_the_variance_of_the_mean
     assert np.std(means) == pytest.approx(expected, rel=0.06)
 
 
-def test_without_a_second_source_of_noise_the_bounds_are_those_of_a_t_test_over_examples():
+def test_without_a_second_source_of_noise_or_skew_the_bounds_are_those_of_a_t_test_over_examples():
     rng = np.random.default_rng(2)
-    row = rng.normal(0.3, 1, 50)
-    drawn = estimate(np.tile(row, (4, 1)), np.ones(50))
+    half = rng.normal(0, 1, 200)
+    row = 0.3 + np.concatenate([half, -half])
+    drawn = estimate(np.tile(row, (4, 1)), np.ones(400))
     low, high = stats.ttest_1samp(row, 0).confidence_interval(0.9)
-    assert (drawn.lower, drawn.upper) == pytest.approx((low, high))
+    # Never nearer, and no further than the bootstrap's own chance, a few percent of the distance.
+    assert low - 0.1 * (high - 0.3) <= drawn.lower <= low + 1e-9
+    assert high - 1e-9 <= drawn.upper <= high + 0.1 * (high - 0.3)
+
+
+@pytest.mark.parametrize(("examples", "before"), [(40, 0.09), (100, 0.07)])
+def test_few_rows_that_get_much_worse_do_not_pass_much_more_often_than_stated(examples, before):
+    rng = np.random.default_rng(examples)
+    draws, with_t, passes = 600, 0, 0
+    for _ in range(draws):
+        rows = rng.standard_exponential(examples) ** 1.5
+        true = 1.3293403881791368  # Γ(2.5)
+        drawn = estimate(
+            rows - true + rng.normal(0, 0.1, (3, 1)) + rng.normal(0, 0.3, (3, examples)), np.ones(examples)
+        )
+        passes += drawn.upper < 0
+        with_t += drawn.mean + drawn.half_width < 0
+    assert with_t > before * draws
+    assert passes <= 0.75 * with_t
+
+
+@pytest.mark.parametrize("size", [0.0, 1e-17, 1e-6])
+def test_differences_that_hardly_vary_give_a_power_of_one_or_nought(size):
+    parts = Components(size**2, size**2, size**2)
+    assert parts.power(0.05, 2, 60) == pytest.approx(1)
+    assert parts.power(-0.05, 2, 60) == pytest.approx(0)
+
+
+def test_the_power_far_away_goes_on_where_that_of_the_noncentral_t_ends():
+    for seeds in (2, 3, 6):
+        near, far = (Components(1, 0, 0).power(d * seeds**-0.5, seeds, 100, 0.99) for d in (29.9, 30.1))
+        assert far == pytest.approx(near, abs=0.01)
+
+
+def test_the_seeds_called_for_reach_to_a_bound_that_covers_what_is_needed():
+    rng = np.random.default_rng(10)
+    examples, seeds = 200, 2
+    true = Components(0.7, 4.0, 9.0)
+    needs = next(n for n in range(2, 100) if true.power(1.0, n, examples) >= POWER)
+    covered, draws = 0, 200
+    for _ in range(draws):
+        parts = rng.normal(0, 0.7**0.5, (seeds, 1)) + rng.normal(0, 2, examples) + rng.normal(0, 3, (seeds, examples))
+        most = most_seeds_needed(estimate(parts, np.ones(examples)), 1.0)
+        covered += most is None or most >= needs
+    assert covered >= least_by_chance(draws, 0.75)
 
 
 def test_a_loss_of_exactly_the_margin_passes_in_no_more_than_5_percent_of_sweeps():
@@ -127,6 +172,8 @@ def test_the_planned_deviation_gives_the_power_that_is_stated():
     for seeds in (2, 3, 5, 10):
         deviation = largest_deviation(seeds)
         assert Components(deviation**2, 0, 0).power(1.0, seeds, 1000) == pytest.approx(POWER, abs=1e-6)
+        deviation = largest_deviation(seeds, 0.99)
+        assert Components(deviation**2, 0, 0).power(1.0, seeds, 1000, 0.99) == pytest.approx(POWER, abs=1e-3)
 
 
 def test_the_default_margin_is_a_share_of_the_gain_and_its_error_is_part_of_the_test():

@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 from conftest import randomise_adapter, tiny
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from rankwise import LoraConfig, inject_, load_adapter_, save_adapter
 from rankwise.cli.main import main
@@ -65,8 +65,40 @@ def test_a_new_strong_direction_is_an_intruder_and_a_weak_update_has_none():
 
 
 def test_a_plain_adapter_loads_everywhere(tmp_path):
-    readers = inspect_adapter(saved(tmp_path)[1]).readers
+    readers = inspect_adapter(saved(tmp_path)[1], "LlamaForCausalLM").readers
     assert all(verdict.loads and not verdict.notes for verdict in readers.values())
+
+
+@pytest.mark.parametrize(
+    ("architecture", "loads"),
+    [
+        ("Qwen3ForCausalLM", True),
+        ("BertForSequenceClassification", False),
+        ("BertModel", False),
+        ("XLMRobertaForTokenClassification", False),
+        ("GPT2LMHeadModel", False),
+        ("T5ForConditionalGeneration", None),
+        (None, None),
+    ],
+)
+def test_vllm_loads_by_the_architecture_of_the_base(architecture, loads, tmp_path):
+    verdict = inspect_adapter(saved(tmp_path)[1], architecture).readers["vLLM"]
+    assert verdict.loads is loads
+    assert loads or "LoRA for" in verdict.notes[0]
+
+
+def test_trained_norms_pass_llama_cpps_converter_and_other_tensors_do_not(tmp_path):
+    readers = inspect_adapter(saved(tmp_path, modules_to_save=["input_layernorm", "norm"])[1]).readers
+    assert readers[LLAMA_CPP].loads
+    assert readers["vLLM"].loads is False
+
+
+def test_an_adapter_without_any_tensor_is_said_to_hold_nothing(tmp_path):
+    _, folder = saved(tmp_path)
+    save_file({}, folder / "adapter_model.safetensors")
+    found = inspect_adapter(folder)
+    assert "nothing is in it" in str(found)
+    assert "loads it" not in str(found)
 
 
 @pytest.mark.parametrize(
@@ -86,7 +118,7 @@ def test_a_plain_adapter_loads_everywhere(tmp_path):
     ids=lambda value: "-".join(value) if isinstance(value, dict) else None,
 )
 def test_what_a_reader_cannot_do_is_said(settings, vllm, llama_cpp, tmp_path):
-    readers = inspect_adapter(saved(tmp_path, **settings)[1]).readers
+    readers = inspect_adapter(saved(tmp_path, **settings)[1], "LlamaForCausalLM").readers
     assert readers["PEFT"].loads
     for reader, expected in (("vLLM", vllm), (LLAMA_CPP, llama_cpp)):
         verdict = readers[reader]
@@ -95,7 +127,7 @@ def test_what_a_reader_cannot_do_is_said(settings, vllm, llama_cpp, tmp_path):
 
 
 def test_a_rank_above_vllms_default_is_a_note_and_no_refusal(tmp_path):
-    verdict = inspect_adapter(saved(tmp_path, r=20, target_modules=["up_proj"])[1]).readers["vLLM"]
+    verdict = inspect_adapter(saved(tmp_path, r=20, target_modules=["up_proj"])[1], "LlamaForCausalLM").readers["vLLM"]
     assert verdict.loads
     assert "--max-lora-rank 32" in verdict.notes[0]
 
@@ -112,7 +144,7 @@ def test_an_adapter_shrunk_for_a_reader_loads_there(reader, tmp_path):
         for index, (name, update) in enumerate(updates.items())
     }
     set_updates_(model, layers, cut, "default", reader)
-    readers = inspect_adapter(save_adapter(model, tmp_path / "cut")).readers
+    readers = inspect_adapter(save_adapter(model, tmp_path / "cut"), "LlamaForCausalLM").readers
     assert readers["vLLM"].loads == (reader == "vllm")
     assert readers[LLAMA_CPP].loads == (reader == "llama.cpp")
 
@@ -127,10 +159,11 @@ def test_the_command_prints_a_page_and_json(tiny_llama_folder, tmp_path, capsys)
     assert main(["inspect", str(folder)]) == 0
     page = capsys.readouterr().out
     assert "decides nothing" in page
-    assert "vLLM: loads it" in page
+    assert "vLLM: it depends" in page
     assert "model.layers.1.mlp.down_proj" in page
     assert main(["inspect", str(folder), "--model", str(tiny_llama_folder), "--json"]) == 0
     printed = json.loads(capsys.readouterr().out)
+    assert printed["readers"]["vLLM"]["loads"]
     assert len(printed["matrices"]) == 14
     assert all(matrix["strength"] > 0 and matrix["intruders"] >= 0 for matrix in printed["matrices"])
 

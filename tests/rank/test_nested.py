@@ -1,6 +1,7 @@
 """The curve, and the nested run: an adapter cut to its first directions."""
 
 import json
+from contextlib import suppress
 
 import numpy as np
 import pytest
@@ -156,6 +157,33 @@ def test_an_estimate_says_that_it_errs_high_and_a_run_that_learned_nothing_gives
         nested_estimate(losses | {max(RANKS): hard + 1.4}, np.ones(200))
     with pytest.raises(ConfigError, match="three ranks"):
         nested_estimate({0: hard, 1: hard, 2: hard}, np.ones(200))
+
+
+def test_noise_alone_gives_no_estimate():
+    rng, answers = np.random.default_rng(2), 0
+    for _ in range(60):
+        hard = rng.normal(2, 0.5, 100)
+        losses = {rank: hard + rng.normal(0, 0.05, 100) for rank in (0, *RANKS)}
+        with suppress(ConfigError):
+            nested_estimate(losses, np.ones(100), draws=60)
+            answers += 1
+    # One in twenty, and three standard errors.
+    assert answers <= 8
+
+
+def test_the_interval_of_the_rank_knows_that_the_margin_is_measured():
+    rng = np.random.default_rng(3)
+    hard, noise = rng.normal(2, 0.3, 200), rng.normal(0, 3, 200)
+    losses = {rank: hard + 0.5 / rank + rng.normal(0, 0.02, 200) for rank in [*RANKS, 16]}
+    low, high = nested_estimate(losses | {0: hard + 1.5}, np.ones(200), draws=40).rank_interval
+    unsure = nested_estimate(losses | {0: hard + 1.5 + noise - noise.mean()}, np.ones(200), draws=40).rank_interval
+    assert unsure[0] < low <= high < unsure[1]
+
+
+def test_no_rank_above_the_largest_is_named():
+    hard = np.random.default_rng(4).normal(2, 0.3, 100)
+    gains = {0: 1.0, 1: 0.5, 2: 0.3, 4: 0.2, 8: 0.1, 12: 0.0}
+    assert "at r = 12." in str(nested_estimate({r: hard + g for r, g in gains.items()}, np.ones(100), draws=40))
 
 
 def test_too_few_ranks_are_told_before_anything_trains():

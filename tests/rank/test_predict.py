@@ -1,6 +1,7 @@
 """The reproducible rank of the gradient, against dense gradients and planted ones."""
 
 import json
+import math
 
 import pytest
 import torch
@@ -30,7 +31,7 @@ def planted(rank, noise, width=24, d=40, k=60, seed=0):
     halves = [signal + noise * normal(d, k) / (d * k) ** 0.5 for _ in range(2)]
     A = normal(width, k)
     sketches = halves[0] @ A.T, halves[1] @ A.T
-    Q = torch.linalg.qr(sketches[0] + sketches[1]).Q
+    Q = torch.linalg.qr(sketches[0]).Q
     return sketches, (Q.T @ halves[0], Q.T @ halves[1])
 
 
@@ -40,6 +41,21 @@ def test_a_planted_rank_is_found_under_noise(rank):
     assert found.rank is not None
     assert SIGNAL * rank <= found.rank <= rank + 1
     assert found.counts
+
+
+@pytest.mark.parametrize("rank", [1, 4])
+def test_noise_does_not_raise_the_rank_of_a_layer_that_counts(rank):
+    found = [layer_signal("w", *planted(rank, (2 * rank) ** 0.5, 64, 300, 300, seed)) for seed in range(5)]
+    assert [layer.rank for layer in found] == [rank] * 5
+    assert all(layer.counts and layer.share < 0.5 for layer in found)
+
+
+def test_a_layer_that_needs_more_directions_than_were_sketched_says_so():
+    found = layer_signal("w", *planted(20, noise=0.5, width=8))
+    assert found.rank is None
+    assert found.counts
+    # All 24 of a matrix that has no more are enough.
+    assert layer_signal("w", *planted(20, noise=0.0, width=24, d=24)).rank == 18
 
 
 def test_pure_noise_has_no_signal_that_counts():
@@ -54,16 +70,13 @@ def reference(gradients, A):
     sketches = [G @ A.T for G in gradients]
     signal = (sketches[0] * sketches[1]).sum() / WIDTH
     share = signal * WIDTH / (sketches[0].norm() * sketches[1].norm())
-    Q = torch.linalg.qr(sketches[0] + sketches[1]).Q
-    inside = [Q.T @ G for G in gradients]
-    total = max(signal, (inside[0] * inside[1]).sum())
-    held = torch.zeros(WIDTH, dtype=torch.float64)
-    for own, other in (inside, inside[::-1]):
-        U, S, Vh = torch.linalg.svd(own, full_matrices=False)
-        for n in range(WIDTH):
-            held[n] += sum(S[i] * (U[:, i] @ other @ Vh[i]) for i in range(n + 1)) / total / 2
-    enough = [n + 1 for n in range(WIDTH) if held[n] >= SIGNAL]
-    return share.item(), enough[0] if enough and signal > 0 else None
+    Q = torch.linalg.qr(sketches[0]).Q
+    own, other = (Q.T @ G for G in gradients)
+    U, S, Vh = torch.linalg.svd(own, full_matrices=False)
+    held = [sum(S[i] * (U[:, i] @ other @ Vh[i]) for i in range(n + 1)) for n in range(WIDTH)]
+    rank = min(n + 1 for n in range(WIDTH) if held[n] >= SIGNAL * max(held))
+    beyond = max(held) < SIGNAL * signal and rank > WIDTH / 2
+    return share.item(), rank if signal > 0 and not beyond else None
 
 
 def test_it_equals_what_dense_gradients_give_and_makes_none():
@@ -96,14 +109,25 @@ def test_it_equals_what_dense_gradients_give_and_makes_none():
 
 
 def test_the_range_counts_only_layers_with_a_signal_and_never_names_one_rank_as_enough():
-    layers = [LayerSignal(str(n), 0.6, rank) for n, rank in enumerate([3, 3, 5, 5, 12])]
-    noisy = [LayerSignal("noise", 0.1, 60), LayerSignal("none", -0.2, None), LayerSignal("wide", 0.5, None)]
+    layers = [LayerSignal(str(n), 0.6, rank, 64) for n, rank in enumerate([3, 3, 5, 5, 12])]
+    noisy = [LayerSignal("noise", 0.1, 60, 64), LayerSignal("none", -0.2, None, 64)]
     found = Prediction((*layers, *noisy), bits=1e5, numbers_per_rank=1000)
     assert found.range == Prediction(tuple(layers), 1e5, 1000).range == (8, 16)
     assert "no result" in str(found)
     assert found.capacity == pytest.approx((1e5 / 2750, 1e5 / 1700))
     assert Prediction(tuple(noisy), 1e5, 1000).range is None
     assert "more --signal-batches" in str(Prediction(tuple(noisy), 1e5, 1000))
+
+
+def test_layers_that_need_more_than_was_sketched_raise_the_range():
+    narrow, wide = [LayerSignal("n", 0.5, 2, 8)], [LayerSignal("w", 0.9, None, 8)]
+    high = Prediction((*narrow * 2, *wide), 1e5, 1000)
+    assert high.range == (2, math.inf)
+    assert high.as_dict()["range"] == [2, None]
+    assert "r = 2 to more than 8 (" in str(high)
+    both = Prediction((*narrow, *wide * 12), 1e5, 1000)
+    assert both.range == (math.inf, math.inf)
+    assert "Worth trying: more than r = 8 (" in str(both)
 
 
 def test_an_empty_half_and_other_layers_are_refused():
@@ -131,3 +155,17 @@ def test_the_command_trains_a_classifiers_head_first_and_keeps_the_result(tmp_pa
     # A head that is not trained loses log2(3) bits a row.
     assert 0 < found["bits"] < 81 * 1.58
     assert "no result" in capsys.readouterr().out
+
+
+def test_the_command_looks_for_no_more_directions_than_a_matrix_has_and_names_too_few_rows(
+    tiny_llama_folder, tmp_path, capsys
+):
+    rows = (ROOT / "examples/text_to_sql/train.jsonl").read_text().splitlines(keepends=True)
+    (tmp_path / "data.jsonl").write_text("".join(rows[:24]))
+    out = tmp_path / "predict.json"
+    options = ["--model", str(tiny_llama_folder), "--data", str(tmp_path / "data.jsonl"), "--out", str(out)]
+    assert main(["rank", "predict", *options, "--batch-size", "16"]) == 2
+    assert "training data hold 21 rows; give more rows, or --batch-size 10" in capsys.readouterr().err
+    assert main(["rank", "predict", *options, "--batch-size", "4"]) == 0
+    sketched = {layer["name"].rpartition(".")[2]: layer["sketched"] for layer in json.loads(out.read_text())["layers"]}
+    assert sketched["k_proj"] < sketched["q_proj"] < 64

@@ -20,8 +20,9 @@ from rankwise.engine.classifiers import ClassifierEngine
 from rankwise.engine.language import LanguageEngine
 from rankwise.errors import ConfigError, DataError
 from rankwise.lora.places import named_lora_layers
-from rankwise.rank.paired import Comparison, ExampleLosses, compare, measure
-from rankwise.rank.shrink import HeldOut, Ladder, shrink_, split_held_out
+from rankwise.rank.ladder import Ladder
+from rankwise.rank.paired import Comparison, ExampleLosses, compare, measure, units
+from rankwise.rank.shrink import HeldOut, shrink_, split_held_out
 
 # ---- the paired test
 
@@ -34,6 +35,7 @@ NOISE = {
     "symmetric": lambda draw, n: draw.normal(size=n),
     "skewed": lambda draw, n: draw.exponential(size=n) - 1,
     "strongly skewed": lambda draw, n: draw.chisquare(0.5, size=n) - 0.5,
+    "lognormal": lambda draw, n: draw.lognormal(0, 1, size=n) - np.exp(0.5),
 }
 
 
@@ -43,7 +45,14 @@ def most(draws):
 
 
 @pytest.mark.parametrize(
-    ("noise", "n", "draws"), [("symmetric", 40, 1000), ("skewed", 40, 1000), ("strongly skewed", 200, 300)]
+    ("noise", "n", "draws"),
+    [
+        ("symmetric", 40, 1000),
+        ("skewed", 40, 1000),
+        ("strongly skewed", 40, 1000),
+        ("strongly skewed", 200, 300),
+        ("lognormal", 120, 1000),
+    ],
 )
 def test_a_loss_of_delta_passes_at_most_about_one_time_in_twenty(noise, n, draws):
     draw, delta, zero = np.random.default_rng(0), 0.1, losses(np.zeros(n))
@@ -70,6 +79,34 @@ def test_with_the_rows_that_are_said_to_be_needed_the_test_passes_four_times_in_
     # Three standard errors of 500 draws.
     assert abs(np.mean(passed) - 0.8) <= 0.054
     assert Comparison(0.2, 1.0, deviation=0.25, rows=10).rows_needed(delta) is None
+
+
+@pytest.mark.parametrize("copies", [2, 10])
+def test_rows_that_ask_the_same_are_one_row_of_the_test(copies):
+    draw, passed = np.random.default_rng(4), []
+    examples = [TextExample((1, 9, row, 7), (False, False, False, True), "") for row in range(40)] * copies
+    unit = units(examples)
+    assert len(set(unit)) == 40
+    for _ in range(400):
+        same = np.tile(draw.normal(size=40), copies)
+        some = losses(0.1 + same).by_unit(unit), losses(np.zeros(len(same))).by_unit(unit)
+        passed.append(compare(*some).within(0.1))
+    assert np.mean(passed) <= most(400)
+
+
+def test_what_goes_on_from_a_question_or_answers_it_otherwise_is_one_unit_and_other_questions_are_not():
+    def said(ids, trained):
+        return TextExample(ids, tuple(sign == "t" for sign in trained), "")
+
+    one, otherwise = said((1, 5, 6, 20), "---t"), said((1, 5, 6, 21, 22), "---tt")
+    longer = said((1, 5, 6, 20, 8, 30), "---t-t")
+    other, text, same_text = said((1, 5, 7, 20), "---t"), said((1, 8, 9), "-tt"), said((1, 8, 9), "-tt")
+    unit = units([one, otherwise, longer, other, text, same_text])
+    assert unit[0] == unit[1] == unit[2]
+    assert len(set(unit)) == 3
+    assert unit[4] == unit[5]
+    labels = [LabelExample((1, word), label, "") for word, label in ((5, 0), (5, 1), (6, 0))]
+    assert list(units(labels)) in ([0, 0, 1], [1, 1, 0])
 
 
 def test_equal_losses_are_equal():
@@ -110,6 +147,21 @@ def test_the_ladder_finds_the_smallest_total_rank_within_one_rung():
         total, _, _ = Ladder(test, largest=200, least=1, delta=0.1).descend()
         assert needed <= total <= max(needed + 1, needed * 2 ** (1 / 8) + 1)
         assert len(tried) <= 32
+
+
+def test_a_new_order_of_the_directions_goes_on_from_where_the_last_one_ended():
+    observed, confirmed = [], []
+
+    def test(part, total):
+        if part == "confirmation":
+            confirmed.append(total)
+        bound = 0.0 if total >= (50, 12, 3, 3)[len(observed)] else 1.0
+        return Comparison(bound, bound, 0.0, 60)
+
+    total, _, _ = Ladder(test, largest=200, least=1, delta=0.1, observe_again=observed.append).descend()
+    assert observed == [50, 12, 3]
+    assert total == 3
+    assert confirmed == sorted(set(confirmed), reverse=True)
 
 
 def test_what_the_confirmation_part_refutes_is_not_promised():
@@ -344,13 +396,18 @@ def test_adapters_of_every_plain_kind_shrink_and_keep_what_is_no_update(config, 
 
 @pytest.mark.parametrize("bias", ["all", "lora_only"])
 def test_biases_are_carried_over(bias, tmp_path):
-    model = tiny("gpt2")
+    def decided_gpt2():
+        model = tiny("gpt2")
+        model.lm_head.weight.data *= 20
+        return model
+
+    model = decided_gpt2()
     inject_(model, LoraConfig(task_type="CAUSAL_LM", r=8, bias=bias))
     randomise_adapter(model, std=0.3)
     examples = spoken_by(model, 150)
-    report = shrink_(LanguageEngine(model, 2, examples), parts_of(examples), delta=0.5)
+    report = shrink_(LanguageEngine(model, 2, examples), parts_of(examples), share=0.5)
     assert sum(report.ranks_after.values()) < sum(report.ranks_before.values())
-    again = tiny("gpt2")
+    again = decided_gpt2()
     load_adapter_(again, save_adapter(model, tmp_path / "small"))
     ids = torch.tensor([examples[0].ids])
     with torch.no_grad():
@@ -414,6 +471,21 @@ def test_a_delta_that_is_not_positive_is_refused():
         shrink_(LanguageEngine(model, 2, examples), parts_of(examples), delta=0.0)
 
 
+def test_a_delta_that_is_not_below_what_is_gained_is_refused():
+    model = planted()
+    examples = spoken_by(model, 150)
+    with pytest.raises(DataError, match=r"100\.0000 nats may be lost.* no better than none"):
+        shrink_(LanguageEngine(model, 2, examples), parts_of(examples), delta=100.0)
+
+
+def test_it_is_said_when_a_single_row_carries_the_bound(shrunk):
+    _, report, _, _ = shrunk
+    assert "a single row makes up 80%" in replace(report, heaviest=0.8).summary()
+    assert "a single row" not in replace(report, heaviest=0.2).summary()
+    most_lost = np.r_[np.zeros(50), 5.0]
+    assert compare(losses(most_lost), losses(np.zeros(51))).heaviest > 0.9
+
+
 def rows(count, tmp_path):
     return [Row(tmp_path / "x.jsonl", line, {"prompt": str(line), "completion": "a"}) for line in range(1, count + 1)]
 
@@ -431,6 +503,11 @@ def test_the_three_parts_share_no_row_and_hold_all(tmp_path):
 def test_too_few_rows_are_refused(count, tmp_path):
     with pytest.raises(DataError, match="at least 75"):
         split_held_out(rows(count, tmp_path), seed=0)
+
+
+def test_copies_of_rows_do_not_count_as_more_rows(tmp_path):
+    with pytest.raises(DataError, match=r"200 held-out rows, 20 of them different, are too few"):
+        split_held_out(rows(20, tmp_path) * 10, seed=0)
 
 
 # ---- the command

@@ -2,6 +2,8 @@
 
 import json
 import re
+import shutil
+from dataclasses import replace
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -16,11 +18,11 @@ from rankwise.cli import paired_runs
 from rankwise.cli.main import main
 from rankwise.cli.paired_runs import PairedRuns
 from rankwise.cli.rank_sweep import SweepConfig
-from rankwise.errors import ConfigError, RankwiseError
+from rankwise.errors import CheckpointError, ConfigError, RankwiseError
 from rankwise.lora.inject import DEFAULT
 from rankwise.lora.places import named_lora_layers
 from rankwise.models.load import load_model
-from rankwise.rank.illustrate import Illustrations, illustrate
+from rankwise.rank.illustrate import Illustrations, illustrate, unused_adapters
 from rankwise.rank.page import HEIGHT, LEFT, WIDTH, page
 from rankwise.rank.report import as_dict, table
 from rankwise.rank.runs import Key, RunResult
@@ -75,7 +77,31 @@ def test_the_search_for_a_rate_goes_on_while_it_gets_better_and_each_rank_trains
     assert set(found.factors.values()) == {1.0, 9.0}
     assert {rank for rank, factor in found.factors.items() if factor == 1} == {0}
     assert {factor for rank, seed, factor in asked if rank == 2 and seed == 1} == {9.0}
-    assert any("× 9 was better at r = 1, r = 2, r = 4 and" in note for note in notes(found))
+    assert any("× 9, checked at r = 1, r = 2 and r = 4;" in note for note in notes(found))
+
+
+def test_losses_that_do_not_depend_on_the_rate_leave_all_ranks_with_one_rate():
+    differing, draws = 0, 40
+    for draw in range(draws):
+
+        def run(rank, seed, factor, draw=draw):
+            own = np.random.default_rng([draw, rank, seed, round(1000 * factor)])
+            loss = 2 - bool(rank) + own.normal(0, 0.01) + own.normal(0, 0.05, EXAMPLES)
+            return RunResult(loss, np.ones(EXAMPLES), 1.0, rank)
+
+        found = sweep(run, [1, 2, 4, 8], range(2))
+        differing += len({found.factors[rank] for rank in (1, 2, 4, 8)}) > 1
+    assert differing <= draws // 10
+
+
+def test_ranks_that_need_different_rates_train_with_their_own():
+    run, _ = made_up(needed=1)
+
+    def apart(rank, seed, factor):
+        return run(rank, seed, factor * (3 if rank == 1 else 1 / 3) if rank else factor)
+
+    found = sweep(apart, [1, 2, 4], range(2))
+    assert found.factors == {0: 1.0, 1: pytest.approx(1 / 3), 2: 3.0, 4: 3.0}
 
 
 def test_rates_that_do_equally_well_leave_the_rate_as_it_is():
@@ -103,6 +129,37 @@ def test_a_rate_that_diverges_is_passed_over_but_not_that_of_the_settings():
     assert None in plain["rate_checks"]["4"].values()
     with pytest.raises(RankwiseError, match=r"r = 1, seed 0.*lower --lr"):
         sweep(lambda *key: diverging(*key, at=0.0), [1, 2, 4], range(2))
+
+
+@pytest.mark.parametrize(("where", "name"), [(lambda rank: rank == 0, "base"), (lambda rank: rank > 0, "r = 1")])
+def test_a_loss_that_is_no_number_at_the_given_rate_stops_the_sweep_at_once(where, name):
+    run, asked = made_up()
+
+    def astray(rank, seed, factor):
+        result = run(rank, seed, factor)
+        if where(rank):
+            result.losses[3] = np.nan
+        return result
+
+    with pytest.raises(RankwiseError, match=f"diverged at {name}, seed 0; give a lower --lr"):
+        sweep(astray, [1, 2, 4], range(2))
+    assert len(asked) <= 1 + 3 * 3
+    asked.clear()
+    with pytest.raises(RankwiseError, match=f"diverged at {name}, seed 0"):
+        sweep(astray, [1, 2, 4], range(2), check_rates=False)
+    assert len(asked) <= 2
+
+
+def test_a_loss_that_is_no_number_at_another_rate_is_infinitely_bad():
+    run, _ = made_up()
+
+    def astray(rank, seed, factor):
+        result = run(rank, seed, factor)
+        return RunResult(result.losses * (np.nan if rank and factor > 1 else 1), result.counts, 1.0, rank)
+
+    found = sweep(astray, [1, 2, 4], range(2))
+    assert set(found.factors.values()) == {1.0}
+    json.dumps(as_dict(found), allow_nan=False)
 
 
 def test_an_interrupted_sweep_goes_on_and_ends_as_if_it_had_not_been(tmp_path):
@@ -138,6 +195,147 @@ def test_seeds_can_be_added_but_other_settings_or_another_folder_are_refused(tmp
         sweep(run, [1, 2, 4], range(2), folder=tmp_path / "b", settings={})
 
 
+@pytest.mark.parametrize("harm", ["cut", "flipped", "empty", "other"])
+def test_a_damaged_run_file_is_said_and_its_run_done_anew(tmp_path, harm):
+    run, asked = made_up()
+    whole = sweep(run, [1, 2, 4], range(2), folder=tmp_path, settings={})
+    file = tmp_path / "runs/rank2-seed1-rate1.npz"
+    content = file.read_bytes()
+    file.write_bytes(
+        {
+            "cut": content[: len(content) // 2],
+            "flipped": content[:300] + bytes([content[300] ^ 255]) + content[301:],
+            "empty": b"",
+            "other": b"hello" * 30,
+        }[harm]
+    )
+    asked.clear()
+    said = []
+    again = sweep(run, [1, 2, 4], range(2), folder=tmp_path, settings={}, say=said.append)
+    assert asked == [(2, 1, 1.0)]
+    assert sum("rank2-seed1-rate1.npz is damaged" in line for line in said) == 1
+    assert as_dict(again) == as_dict(whole)
+    assert file.read_bytes() == content
+
+
+@pytest.mark.parametrize("content", ['{"lr": 0.', "[]", ""])
+def test_damaged_settings_are_an_error_with_its_cure(tmp_path, content):
+    sweep(made_up()[0], [1, 2, 4], range(2), folder=tmp_path, settings={"lr": 0.1})
+    (tmp_path / "settings.json").write_text(content)
+    with pytest.raises(CheckpointError, match=r"settings\.json is damaged .*another --out"):
+        sweep(made_up()[0], [1, 2, 4], range(2), folder=tmp_path, settings={"lr": 0.1})
+
+
+def of_losses(true, noise=0.02, seed_noise=0.003, examples=EXAMPLES):
+    """run(rank, seed, factor) with these true losses by rank."""
+
+    def run(rank, seed, factor):
+        own, hard = np.random.default_rng([seed, rank + 2]), np.random.default_rng(5).normal(0, 0.3, examples)
+        loss = true[rank] + hard + own.normal(0, seed_noise) + own.normal(0, noise, examples)
+        return RunResult(loss, np.ones(examples), 1.0, 100 * max(rank, 0))
+
+    return run
+
+
+def test_a_rank_that_is_far_better_than_the_largest_is_named_and_no_rank_is_taken():
+    found = sweep(of_losses({0: 2.0, 1: 1.0, 4: 0.8, 32: 1.0}), [1, 4, 32], range(3), check_rates=False)
+    assert verdict(found).startswith("r = 32 is a poor reference, as r = 4 did better: r = 4 by 0.2")
+    assert as_dict(found)["sufficient_rank"] is None
+
+
+def test_a_margin_that_the_base_itself_would_pass_gives_no_rank():
+    run = of_losses({0: 2.0, 1: 1.9, 2: 1.6, 4: 1.5})
+    found = sweep(run, [1, 2, 4], range(3), margin=1.0, check_rates=False)
+    assert verdict(found).startswith("The margin of 1.0000 nats asks nothing")
+    assert as_dict(found)["sufficient_rank"] is None
+
+
+def test_where_nothing_was_learned_nothing_is_claimed_anywhere():
+    run = of_losses({0: 2.0, 1: 2.0, 4: 2.003, 32: 2.02, FULL: 1.4})
+    found = sweep(run, [1, 4, 32], range(3), margin=0.1, check_rates=False, with_full=True)
+    plain = as_dict(found)
+    assert plain["saturates"] is False
+    assert plain["achieved_power"] is None
+    assert any(note.startswith("r = 32 against full fine-tuning: +0.6") for note in notes(found))
+    assert "δ" not in " ".join(notes(found))
+
+
+def test_a_loss_against_full_fine_tuning_that_is_shown_is_said_to_be():
+    run = of_losses({0: 2.0, 1: 1.5, 4: 1.5, FULL: 1.2})
+    found = sweep(run, [1, 4], range(3), check_rates=False, with_full=True)
+    assert any("a loss beyond δ is shown (95 %)" in note for note in notes(found))
+
+
+def test_a_rank_with_a_lower_mean_is_never_said_to_be_worse():
+    open_questions = 0
+    for draw in range(40):
+        own = np.random.default_rng(draw)
+
+        def run(rank, seed, factor, own=own):
+            loss = 2.0 - bool(rank) + own.normal(0, 0.06 * bool(rank)) + own.normal(0, 0.02, EXAMPLES)
+            return RunResult(loss, np.ones(EXAMPLES), 1.0, rank)
+
+        said = verdict(sweep(run, [1, 2, 4], range(3), check_rates=False))
+        assert "by -" not in said
+        assert " 1 more seeds" not in said
+        open_questions += "is better by" in said
+    assert open_questions
+
+
+def test_differences_without_any_variance_can_be_written():
+    def run(rank, seed, factor):
+        hard = np.random.default_rng(5).normal(0, 0.3, EXAMPLES)
+        return RunResult(hard + (1.5 if rank else 2.0), np.ones(EXAMPLES), 1.0, rank)
+
+    plain = as_dict(sweep(run, [1, 2, 4], range(2)))
+    assert plain["achieved_power"] == 1
+    json.dumps(plain, allow_nan=False)
+
+
+def test_a_row_that_carries_much_of_a_difference_is_remarked_on():
+    def run(rank, seed, factor):
+        loss = of_losses({0: 2.0, 1: 1.5, 2: 1.5})(rank, seed, factor).losses
+        loss[7] += 3 * (rank == 1)
+        return RunResult(loss, np.ones(EXAMPLES), 1.0, rank)
+
+    found = sweep(run, [1, 2], range(3), check_rates=False)
+    assert any("A single held-out row makes up" in note and "r = 1" in note for note in notes(found))
+    assert not any("single held-out row" in note for note in notes(sweep(made_up()[0], [1, 4, 8], range(3))))
+
+
+def test_too_few_held_out_examples_are_found_at_the_first_run():
+    asked = []
+
+    def run(rank, seed, factor):
+        asked.append(rank)
+        return RunResult(np.ones(9), np.ones(9), 1.0, rank)
+
+    with pytest.raises(ConfigError, match="at least 10 held-out examples"):
+        sweep(run, [1, 2], range(2))
+    assert asked == [0]
+
+
+def test_the_power_is_said_before_the_first_run_with_what_it_leaves_out():
+    said = []
+    sweep(made_up()[0], [1, 2], range(3), say=said.append)
+    assert "exactly as good as r = 2 passes in 80%" in said[0]
+    assert "0.44·δ from seed to seed" in said[0]
+    assert "that part is not counted" in said[0]
+
+
+def test_costs_of_shared_passes_are_labelled_everywhere():
+    def run(rank, seed, factor):
+        result = made_up()[0](rank, seed, factor)
+        return replace(result, peak_bytes=10**9, shared_by=(1, 2) if rank in (1, 2) else ())
+
+    found = sweep(run, [1, 2, 4], range(2), check_rates=False)
+    assert [line["shared_by"] for line in as_dict(found)["ranks"]] == [(), ("1", "2"), ("1", "2"), ()]
+    assert table(found).count("1.0+") == 2
+    assert any(note.startswith("Time and memory of r = 1 and r = 2 are those of passes") for note in notes(found))
+    assert "together with all runs that shared their passes (rank 1, 2)" in page(found, {"model": "m"})
+    assert "+</td>" not in page(sweep(made_up()[0], [1, 2], range(2)), {"model": "m"})
+
+
 def test_too_little_data_gives_no_rank_but_what_would_be_needed():
     found = sweep(made_up(noise=1.0, seed_noise=0.0)[0], [1, 4, 8], range(2), check_rates=False)
     assert found.comparisons.of(4).outcome == "cannot tell"
@@ -150,7 +348,7 @@ def test_too_little_data_gives_no_rank_but_what_would_be_needed():
 
 def test_a_run_that_learned_nothing_gives_no_rank():
     found = sweep(made_up(gain=0.0)[0], [1, 2, 4], range(3), check_rates=False)
-    assert verdict(found).startswith("These data cannot tell any rank")
+    assert verdict(found).startswith("These data cannot tell which rank suffices: r = 4 has not lowered")
     assert as_dict(found)["sufficient_rank"] is None
 
 
@@ -172,6 +370,8 @@ def test_all_problems_of_a_call_are_named_at_once():
     with pytest.raises(ConfigError) as error:
         sweep(made_up()[0], [4], [0], margin=-1.0)
     assert all(word in str(error.value) for word in ("two ranks", "two different seeds", "--delta"))
+    with pytest.raises(ConfigError, match="--delta must be a finite number above 0, found inf"):
+        sweep(made_up()[0], [1, 4], [0, 1], margin=float("inf"))
 
 
 def test_the_page_needs_no_other_file_and_begins_with_the_verdict():
@@ -216,7 +416,7 @@ def test_the_runs_of_one_seed_begin_with_the_first_rows_of_the_largest_rank():
 @pytest.fixture
 def sql(tmp_path):
     rows = (ROOT / "examples/text_to_sql/train.jsonl").read_text().splitlines(keepends=True)
-    for name, part in (("train", rows[:16]), ("test", rows[16:22])):
+    for name, part in (("train", rows[:16]), ("test", rows[16:28])):
         (tmp_path / f"{name}.jsonl").write_text("".join(part))
     return [
         "--data", str(tmp_path / "train.jsonl"), "--eval-data", str(tmp_path / "test.jsonl"), "--batch-size", "4",
@@ -240,7 +440,7 @@ def test_the_command_leaves_table_page_and_all_differences_and_goes_on_in_its_fo
     plain = AutoModelForCausalLM.from_pretrained(tiny_llama_folder)
     assert found["ranks"][3]["parameters"] == sum(p.numel() for p in plain.parameters())
     assert found["ranks"][3]["loss"] < found["ranks"][0]["loss"]
-    assert np.array(found["differences"]["1"]).shape == (2, 6)
+    assert np.array(found["differences"]["1"]).shape == (2, 12)
     html = (out / "sweep.html").read_text()
     drawing = ElementTree.parse(out / "sweep.svg").getroot()
     assert [text.text for text in drawing.iter("{http://www.w3.org/2000/svg}text") if text.text in ("1", "2")] == [
@@ -254,7 +454,7 @@ def test_the_command_leaves_table_page_and_all_differences_and_goes_on_in_its_fo
         assert {update.rank for update in read_adapter(folder).low_rank.values()} == {int(line["name"])}
         assert line["adapter_bytes"] == (folder / "adapter_model.safetensors").stat().st_size
         assert line["peak_bytes"] > 1e8
-    # Six rows cannot choose ranks, so the map shows effective ranks.
+    # Twelve rows cannot choose ranks, so the map shows effective ranks.
     [effective] = found["illustrations"]["maps"]
     assert effective["layers"] == ["0", "1"]
     assert all(1 <= value <= 2 for row in effective["kinds"].values() for value in row)
@@ -266,10 +466,36 @@ def test_the_command_leaves_table_page_and_all_differences_and_goes_on_in_its_fo
     base = json.loads(capsys.readouterr().out)["loss"]
     assert found["ranks"][0]["loss"] == pytest.approx(base, rel=1e-5)
     times = {path.name: path.stat().st_mtime_ns for path in (out / "runs").iterdir()}
+    mine = out / "adapters/rank2-seed0-mine"
+    mine.mkdir()
+    (out / "adapters/notes.txt").write_text("mine")
     assert main([*options, "--seeds", "3"]) == 0
+    assert mine.is_dir()
+    assert (out / "adapters/notes.txt").is_file()
     assert {name: (out / "runs" / name).stat().st_mtime_ns for name in times} == times
     assert main([*options, "--seeds", "3", "--lr", "0.01"]) == 2
     assert "lr: 0.02 there, 0.01 now" in capsys.readouterr().err
+    (tmp_path / "more.jsonl").write_text((tmp_path / "test.jsonl").read_text().split("\n", 1)[1])
+    assert main([*options, "--seeds", "3", "--eval-data", str(tmp_path / "more.jsonl")]) == 2
+    assert "the rows of the data (SHA-256): " in capsys.readouterr().err
+
+
+def test_a_sweep_is_not_resumed_on_another_base(tiny_llama_folder, sql, tmp_path, capsys):
+    base = tmp_path / "base"
+    shutil.copytree(tiny_llama_folder, base)
+    options = ["rank", "sweep", "--model", str(base), *sql, "--max-steps", "1", "--lr", "0.02", "--no-check-rates"]
+    options += ["--ranks", "1,2", "--out", str(tmp_path / "sweep")]
+    assert main([*options, "--seeds", "2"]) == 0
+    model = AutoModelForCausalLM.from_pretrained(base)
+    model.model.layers[0].mlp.up_proj.weight.data[0, 0] += 1
+    model.save_pretrained(base)
+    assert main([*options, "--seeds", "3"]) == 2
+    assert "the base model's weights (SHA-256): " in capsys.readouterr().err
+
+
+def test_only_adapters_that_the_rate_check_made_are_removed():
+    found = sweep(made_up()[0], [1, 2, 4], range(2))
+    assert unused_adapters(found) == {f"rank{rank}-seed0-rate{rate}" for rank in (1, 2, 4) for rate in ("0.333", "3")}
 
 
 @pytest.fixture(scope="module")
@@ -327,7 +553,7 @@ def test_a_rate_that_diverges_in_a_shared_pass_is_infinitely_bad_and_harms_no_ot
 def test_classifiers_of_a_sweep_share_passes_within_a_seed(tiny_bert_folder, tmp_path):
     lines = [
         json.dumps({"text": f"{'good ' * (n % 5)}day {n}", "label": "weather" if n % 3 else "greeting"})
-        for n in range(32)
+        for n in range(36)
     ]
     for name, part in (("train", lines[:24]), ("test", lines[24:])):
         (tmp_path / f"{name}.jsonl").write_text("\n".join(part))
@@ -367,7 +593,7 @@ def test_a_kept_adapter_is_cut_to_ranks_by_module_and_the_model_is_the_base_agai
     runs = PairedRuns(config, 4, tmp_path / "adapters")
     result = runs(4, 0, 1.0)
     found = sweep(lambda rank, seed, factor: result if rank else runs(0, 0, 1.0), [2, 4], range(2), check_rates=False)
-    cut = runs.cut_ranks(tmp_path / "adapters/rank4-seed0-rate1", margin=1.0)
+    cut = runs.cut_ranks(tmp_path / "adapters/rank4-seed0-rate1", margin=0.2)
     assert cut is not None
     assert 0 < sum(cut.values()) < 4 * 4
     strict = runs.cut_ranks(tmp_path / "adapters/rank4-seed0-rate1", margin=1e-12)

@@ -9,6 +9,7 @@ from conftest import ROOT
 from rankwise import sweep_setting, verdict
 from rankwise.cli.main import main
 from rankwise.errors import ConfigError
+from rankwise.rank.crossed import largest_deviation
 from rankwise.rank.page import page
 from rankwise.rank.report import as_dict, table
 from rankwise.rank.runs import RunResult
@@ -86,6 +87,24 @@ def test_each_value_trains_with_its_own_best_rate():
     assert sweep_setting(run, "lora_alpha", VALUES, range(2)).factors == {0: 1.0, 1: 1.0, 2: 3.0, 3: 1.0}
 
 
+def test_the_power_of_joint_comparisons_is_said_before_the_first_run():
+    said = []
+    sweep_setting(made_up([1.5, 1.5, 1.5]), "lr", VALUES, range(3), say=said.append)
+    assert "exactly as good as the first, lr = 32, passes in 80% of sweeps" in said[0]
+    assert f"varies by {largest_deviation(3, 0.975):.2g}·δ from seed to seed" in said[0]
+
+
+def test_values_that_no_verdict_can_tell_apart_are_spoken_of_as_such():
+    found = sweep_setting(made_up([2.5, 2.5, 2.5]), "lora_alpha", VALUES, range(3), check_rates=False)
+    assert verdict(found).startswith("These data cannot tell which lora_alpha is better: lora_alpha = 32 has not")
+
+
+def test_the_headline_of_the_page_is_whole_whatever_the_values_hold():
+    values = [".*(?:query|value)", "all-linear"]
+    html = page(sweep_setting(made_up([1.5, 1.4]), "target_modules", values[::-1], range(3)), {"model": "m"})
+    assert "<strong>Take target_modules = .*(?:query|value)</strong>its held-out loss" in html
+
+
 def test_page_table_and_data_name_the_values():
     found = sweep_setting(made_up([1.5, 1.4, 1.8]), "lora_alpha", VALUES, range(3))
     html = page(found, {"model": "<m>", "data": "d"})
@@ -104,7 +123,7 @@ def test_all_problems_of_a_call_are_named_at_once():
 
 def test_the_command_compares_modules_and_refuses_what_cannot_be(tiny_llama_folder, tmp_path, capsys):
     rows = (ROOT / "examples/text_to_sql/train.jsonl").read_text().splitlines(keepends=True)
-    for name, part in (("train", rows[:16]), ("test", rows[16:22])):
+    for name, part in (("train", rows[:16]), ("test", rows[16:28])):
         (tmp_path / f"{name}.jsonl").write_text("".join(part))
     out = tmp_path / "sweep"
     options = ["rank", "sweep", "--model", str(tiny_llama_folder), "--data", str(tmp_path / "train.jsonl")]
@@ -119,10 +138,21 @@ def test_the_command_compares_modules_and_refuses_what_cannot_be(tiny_llama_fold
     # Two layers of 32 × 32 (q) and 16 × 32 (v).
     assert some["parameters"] == 2 * 2 * (64 + 48) < whole["parameters"]
     assert len({base["loss"], whole["loss"], some["loss"]}) == 3
+    capsys.readouterr()
+    fresh = [*options[:-1], str(tmp_path / "other")]
+    assert main([*fresh, "--ranks", "2", "--over", "target_modules=all-linear,q_porj"]) == 2
+    printed = capsys.readouterr().err
+    assert "'q_proj'" in printed
+    assert "held-out loss" not in printed
+    few = tmp_path / "few.jsonl"
+    few.write_text(rows[16])
+    assert main([*fresh, "--ranks", "2", *modules, "--eval-data", str(few)]) == 2
+    assert "at least 10 held-out rows, found 1" in capsys.readouterr().err
     for wrong, messages in (
         (["--ranks", "1,2", "--over", "lr=1"], ["at one rank", "at least two values"]),
         (["--ranks", "2", "--over", "lora_alhpa=1,2", "--with-full"], ["nearest: 'lora_alpha'", "--with-full"]),
-        (["--ranks", "2", "--over", "lr=1,x"], ["numbers above 0"]),
+        (["--ranks", "2", "--over", "lr=1,x"], ["finite numbers above 0"]),
+        (["--ranks", "2", "--over", "lr=0.01,inf", "--delta", "inf"], ["finite numbers above 0", "--delta must be"]),
     ):
         with pytest.raises(SystemExit, match="2"):
             main([*options, *wrong])
