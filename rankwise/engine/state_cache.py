@@ -24,6 +24,7 @@ from rankwise import atomic
 from rankwise.engine.batch import Stream
 from rankwise.engine.engine import Engine
 from rankwise.engine.frozen_states import FrozenStates
+from rankwise.lora.layers import Wrapper
 from rankwise.lora.places import named_base_modules, named_wrappers
 from rankwise.lora.trained import TrainedCopy
 from rankwise.models.gguf import cache_folder
@@ -114,8 +115,15 @@ def _frozen_adapters_below(engine: Engine[Any], depth: int) -> bool:
         parameters and not any(parameter.requires_grad for parameter in parameters)
         for layer in below
         for name in layer.active
-        if (parameters := layer.parameters_of(name))
+        if (parameters := layer.parameters_of(name)) and not _changes_nothing(layer, name)
     )
+
+
+def _changes_nothing(layer: Wrapper, adapter: str) -> bool:
+    """Whether an adapter is as it started, as while a task head alone trains: B·A is 0."""
+    parts = [part.update(adapter) for _, part in layer.parts_of() if adapter in part.shares]
+    zero = [u.is_plain and not u.has_start and not (u.lora_A.any() and u.lora_B.any()) for u in parts]
+    return bool(zero) and all(zero)
 
 
 def _groups(examples: Sequence[Any]) -> list[list[Any]]:

@@ -1,6 +1,7 @@
 """Adapters whose names or settings in the file are out of the ordinary: the same here, in PEFT, and read again."""
 
 import json
+from collections import OrderedDict
 
 import peft
 import pytest
@@ -38,21 +39,12 @@ class Experts(nn.Module):
         return sum(gates[..., i, None] * result for i, result in enumerate(each))
 
 
-class Block(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.lin = nn.Linear(8, 8)
-
-    def forward(self, x):
-        return self.lin(x)
-
-
 class Model(nn.Module):
     """Its own bias, experts with a layer inside, and `lin` beside `block.lin`."""
 
     def __init__(self):
         super().__init__()
-        self.lin, self.block, self.experts = nn.Linear(8, 8), Block(), Experts()
+        self.lin, self.block, self.experts = nn.Linear(8, 8), nn.Sequential(OrderedDict(lin=nn.Linear(8, 8))), Experts()
         self.bias = nn.Parameter(torch.randn(8))
 
     def forward(self, x):
