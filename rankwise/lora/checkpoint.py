@@ -227,11 +227,13 @@ def _slots(
 
 def _separate_groups(model: nn.Module, adapter: str, tensors: dict[str, Tensor]) -> list[str]:
     """Bring the A of convolutions with groups into the form in which they train; returns what is wrong with them."""
-    problems = []
-    depths = format.depths(named_wrappers(model), adapter)
-    for name, layer in named_lora_layers(model):
+    problems, wrappers = [], named_wrappers(model)
+    depths = format.depths(wrappers, adapter)
+    for name, layer in wrappers:
+        if not isinstance(layer, LoraConv) or layer.groups == 1 or adapter not in layer.shares:
+            continue
         key = f"{format.path(name, depths)}.lora_A.weight"
-        if isinstance(layer, LoraConv) and layer.groups > 1 and adapter in layer.shares and key in tensors:
+        if key in tensors:
             try:
                 tensors[key] = layer.take_stored(layer.update(adapter), tensors[key])
             except CheckpointError as error:

@@ -104,8 +104,8 @@ class LoraConfig:
             yield f"lora_alpha must be a number above 0, found {self.lora_alpha!r}"
         if not _is_number(self.lora_dropout) or not 0 <= self.lora_dropout < 1:
             yield f"lora_dropout must lie in [0, 1), found {self.lora_dropout!r}"
-        nothing = not (self.target_modules or self.target_parameters or self.trainable_token_indices or self.heads)
-        if nothing:
+        trained = self.target_modules, self.target_parameters, self.trainable_token_indices, self.modules_to_save
+        if not any(trained) and not self.task_heads:
             yield "target_modules is empty; name at least one module, or leave it out for all linear layers"
         for name in _LISTS:
             value = getattr(self, name)

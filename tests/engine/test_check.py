@@ -3,7 +3,7 @@
 import pytest
 import torch
 from conftest import LLAMA, randomise_adapter, tiny
-from test_engine import conversations, gradients, reference_loss
+from test_engine import assert_same, conversations, reference_loss
 from torch.nn import functional as F
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, LlamaConfig
 
@@ -31,6 +31,7 @@ WINDOWS = {
         "attention_chunk_size": 5, "head_dim": 8, "num_local_experts": 2, "pad_token_id": 0, "intermediate_size_mlp": 48
     },
 }  # fmt: skip
+FP32 = {"of_loss": 1e-5, "of_gradients": 1e-4}
 
 
 def build(kind, auto=AutoModelForCausalLM, task="CAUSAL_LM", **config):
@@ -41,13 +42,6 @@ def build(kind, auto=AutoModelForCausalLM, task="CAUSAL_LM", **config):
     inject_(model, LoraConfig(r=2, task_type=task))
     randomise_adapter(model)
     return model
-
-
-def assert_same(engine, examples, expected):
-    loss = engine.loss(examples)
-    torch.testing.assert_close(loss, expected, rtol=1e-5, atol=0)
-    ours, theirs = gradients(engine.model, loss), gradients(engine.model, expected)
-    assert (ours - theirs).abs().max() <= 1e-4 * theirs.abs().max()
 
 
 def texts(*rows):
@@ -66,7 +60,7 @@ def test_windows_and_chunks_that_a_model_asks_for_as_a_mask_are_kept(kind, commo
     model, examples = build(kind, **WINDOWS[kind]), conversations(5, common)
     engine = LanguageEngine(model, 0, examples)
     assert engine.packs, engine.padded_because
-    assert_same(engine, examples, reference_loss(model, examples))
+    assert_same(engine, examples, reference_loss(model, examples), **FP32)
 
 
 @pytest.mark.parametrize("window", [Window(8), Window(8, chunked=True)])
@@ -80,7 +74,7 @@ def test_a_bias_that_a_model_hands_its_attention_is_not_left_out():
     examples = conversations(5, 0)
     engine = LanguageEngine(build("doge", keep_window_size=64), 0, examples)
     assert "a mask or a bias of its own" in engine.padded_because
-    assert_same(engine, examples, reference_loss(engine.model, examples))
+    assert_same(engine, examples, reference_loss(engine.model, examples), **FP32)
 
 
 @pytest.mark.parametrize("rows", [1, 5])
@@ -89,7 +83,7 @@ def test_a_model_that_mixes_tokens_outside_attention_is_padded(rows):
     model = build("lfm2", layer_types=["conv", "full_attention"], block_auto_adjust_ff_dim=False)
     engine = LanguageEngine(model, 0, examples[:rows])
     assert "packing would change its" in engine.padded_because
-    assert_same(engine, examples, reference_loss(model, examples))
+    assert_same(engine, examples, reference_loss(model, examples), **FP32)
 
 
 @pytest.mark.parametrize(("filler", "config"), [(0, 2), (2, None)])
@@ -100,7 +94,7 @@ def test_a_decoder_classifies_a_text_by_its_last_token_that_is_not_padding(fille
     assert engine.packs, engine.padded_because
     assert model.config.pad_token_id == filler
     for engine.packs in (True, False):
-        assert_same(engine, examples, each_alone(model, examples))
+        assert_same(engine, examples, each_alone(model, examples), **FP32)
 
 
 def test_a_loaded_decoder_fills_with_its_tokenizers_padding(tmp_path, tokenizer):
@@ -126,7 +120,7 @@ def test_heads_of_every_making_are_served_packed(kind):
     examples = texts((5, 6, 7, 8), (9, 10, 11), (12, 13, 14, 15, 16, 17))
     engine = ClassifierEngine(model, 0, examples)
     assert engine.packs, engine.padded_because
-    assert_same(engine, examples, each_alone(model, examples))
+    assert_same(engine, examples, each_alone(model, examples), **FP32)
 
 
 def test_filler_is_a_token_of_the_batch_and_has_no_position_beyond_its_texts():

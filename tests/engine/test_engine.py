@@ -71,16 +71,21 @@ def gradients(model, loss):
     return torch.cat([g.flatten() for g in torch.autograd.grad(loss, trainable_parameters(model))])
 
 
+def assert_same(engine, examples, expected, of_loss=1e-10, of_gradients=1e-10):
+    """The engine's loss and gradients are those of `expected`, up to these shares."""
+    loss = engine.loss(examples)
+    torch.testing.assert_close(loss, expected, rtol=of_loss, atol=0)
+    ours, theirs = gradients(engine.model, loss), gradients(engine.model, expected)
+    assert (ours - theirs).abs().max() <= of_gradients * theirs.abs().max()
+
+
 @pytest.mark.parametrize("common", [0, 7])
 @pytest.mark.parametrize("family", CAUSAL)
 def test_packed_loss_and_gradients_are_those_of_each_example_by_itself(family, common):
     model, examples = adapted(family), conversations(5, common)
     engine = LanguageEngine(model, 2, examples)
     assert engine.padded_because is None
-    loss, expected = engine.loss(examples), reference_loss(model, examples)
-    torch.testing.assert_close(loss, expected, rtol=1e-10, atol=0)
-    ours, theirs = gradients(model, loss), gradients(model, expected)
-    assert (ours - theirs).abs().max() <= 1e-10 * theirs.abs().max()
+    assert_same(engine, examples, reference_loss(model, examples))
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2"])

@@ -5,7 +5,7 @@ import random
 import pytest
 import torch
 from conftest import TOKENS, randomise_adapter
-from test_engine import conversations, gradients, reference_loss
+from test_engine import assert_same, conversations, gradients, reference_loss
 from torch.nn import functional as F
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
 
@@ -59,13 +59,6 @@ def build(auto, kind, overrides, r, **more):
     inject_(model, LoraConfig(r=r, task_type="SEQ_CLS" if more else "CAUSAL_LM"))
     randomise_adapter(model)
     return model
-
-
-def assert_same(engine, examples, expected):
-    loss = engine.loss(examples)
-    torch.testing.assert_close(loss, expected, rtol=1e-10, atol=0)
-    ours, theirs = gradients(engine.model, loss), gradients(engine.model, expected)
-    assert (ours - theirs).abs().max() <= 1e-10 * theirs.abs().max()
 
 
 @pytest.mark.parametrize("kind", CAUSAL)

@@ -121,10 +121,10 @@ class Tokens(nn.Module):
         return self.lin(self.table(ids))
 
 
-def test_rows_of_an_embedding_alone_go_to_peft_and_back(tmp_path):
+@pytest.mark.parametrize("alone", [{"trainable_token_indices": {"table": [4, 1]}}, {"modules_to_save": ["lin"]}])
+def test_rows_of_an_embedding_or_modules_alone_go_to_peft_and_back(tmp_path, alone):
     ids = torch.arange(6)
-    tokens = {"target_modules": [], "trainable_token_indices": {"table": [4, 1]}}
-    model, folder = adapted(tmp_path, Tokens, **tokens)
+    model, folder = adapted(tmp_path, Tokens, target_modules=[], **alone)
     theirs = peft.PeftModel.from_pretrained(build(Tokens), folder).eval()
     same(theirs(ids), model(ids))
     theirs.save_pretrained(tmp_path / "theirs")
