@@ -142,8 +142,9 @@ def load_adapter_(
     except RankwiseError as error:
         reason = f"it was made for another model: {error}"
         raise CheckpointError(_message([*problems, reason], folder)) from error
-    problems += _separate_groups(model, adapter, tensors)
-    slots = _slots(model, adapter)
+    wrappers = named_wrappers(model)
+    problems += _separate_groups(wrappers, adapter, tensors)
+    slots = _slots(model, adapter, wrappers)
     problems += _mismatches(slots, tensors, model)
     if problems:
         delete_adapter_(model, adapter)
@@ -176,7 +177,8 @@ def swap_adapter_(model: nn.Module, folder: str | Path, adapter: str = DEFAULT) 
         problems.append("a start that takes a part of the base away (PiSSA, OLoRA) cannot be swapped in or out")
     problems += [f"{name}: there is no place for it in the model" for name in sorted(rest)]
     factors = {id(p) for name, u in updates.items() if layers[name].is_module for p in (u.lora_A, u.lora_B)}
-    if others := sorted(key for key, slot in _slots(model, adapter).items() if id(slot) not in factors):
+    slots = _slots(model, adapter, named_wrappers(model))
+    if others := sorted(key for key, slot in slots.items() if id(slot) not in factors):
         problems.append(f"the model's adapter trains more than low-rank updates: {', '.join(others[:5])}")
     for name, found in low_rank.items():
         update = updates.get(name)
@@ -206,10 +208,9 @@ def swap_adapter_(model: nn.Module, folder: str | Path, adapter: str = DEFAULT) 
 
 
 def _slots(
-    model: nn.Module, adapter: str, wrappers: Sequence[tuple[str, Wrapper]] | None = None, stored: bool = False
+    model: nn.Module, adapter: str, wrappers: Sequence[tuple[str, Wrapper]], stored: bool = False
 ) -> dict[str, Tensor]:
     """Every tensor of an adapter by its name in the file; `stored` as in `format.named_tensors`."""
-    wrappers = named_wrappers(model) if wrappers is None else wrappers
     slots: dict[str, Tensor] = {}
     depths = format.depths(wrappers, adapter)
     for name, layer in wrappers:
@@ -225,10 +226,9 @@ def _slots(
     return slots
 
 
-def _separate_groups(model: nn.Module, adapter: str, tensors: dict[str, Tensor]) -> list[str]:
+def _separate_groups(wrappers: Sequence[tuple[str, Wrapper]], adapter: str, tensors: dict[str, Tensor]) -> list[str]:
     """Bring the A of convolutions with groups into the form in which they train; returns what is wrong with them."""
-    problems, wrappers = [], named_wrappers(model)
-    depths = format.depths(wrappers, adapter)
+    problems, depths = [], format.depths(wrappers, adapter)
     for name, layer in wrappers:
         if not isinstance(layer, LoraConv) or layer.groups == 1 or adapter not in layer.shares:
             continue

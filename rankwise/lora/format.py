@@ -100,9 +100,8 @@ def depths(wrappers: Iterable[tuple[str, Wrapper]], adapter: str) -> dict[str, i
 
 def path(name: str, depths: Mapping[str, int]) -> str:
     """The name in the file of a module, which PEFT reaches through the wrappers around those above it."""
-    parts = name.split(".")
-    above = [part + ".base_layer" * depths.get(".".join(parts[: i + 1]), 0) for i, part in enumerate(parts[:-1])]
-    return ".".join([*above, parts[-1]])
+    above, dot, own = name.rpartition(".")
+    return path(above, depths) + ".base_layer" * depths.get(above, 0) + dot + own if above else name
 
 
 def module_of(name: str) -> str:

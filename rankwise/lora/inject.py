@@ -91,8 +91,7 @@ class _Plan(NamedTuple):
     """All of the base model, by name."""
 
 
-def _plan(model: nn.Module, config: LoraConfig, adapter: str, in_file: int | None = None) -> _Plan:
-    check_free(model, adapter)
+def _plan(model: nn.Module, config: LoraConfig, in_file: int | None = None) -> _Plan:
     present = getattr(model, ATTRIBUTE, None)
     if present is not None and config.bias != "none" and present.biases:
         raise ConfigError(f'bias="{config.bias}": only one adapter can train biases, and one here already does')
@@ -160,7 +159,8 @@ def largest_ranks(model: nn.Module, config: LoraConfig) -> dict[str, int]:
 
     Raises TargetError as `inject_` does.
     """
-    plan = _plan(model, replace(config, r=1, rank_pattern={}), DEFAULT)
+    check_free(model, DEFAULT)
+    plan = _plan(model, replace(config, r=1, rank_pattern={}))
     return {configured_as(m.name, plan.modules): largest_rank(m, plan.modules) for m in plan.report.matrices}
 
 
@@ -175,17 +175,18 @@ def inject_(
     Returns the report of what is adapted. Raises TargetError for patterns that match nothing, ConfigError for ranks
     that do not fit or a name that is taken; the model is then unchanged.
     """
-    plan = _plan(model, config, adapter)
+    check_free(model, adapter)
+    plan = _plan(model, config)
     _put_in(model, config, adapter, plan, generator)
     return plan.report
 
 
 def inject_unset_(model: nn.Module, config: LoraConfig, adapter: str, in_file: int) -> InjectReport:
-    """As `inject_`, for an adapter whose values come from a file.
+    """As `inject_`, for an adapter whose values come from a file, and whose name is free (`check_free`).
 
     Start values are not drawn, and r may be above min(d, k), up to `in_file`, the largest rank in the file.
     """
-    plan = _plan(model, config, adapter, in_file)
+    plan = _plan(model, config, in_file)
     _put_in(model, config, adapter, plan, None, draw=False)
     return plan.report
 

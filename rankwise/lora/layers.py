@@ -153,11 +153,11 @@ class LoraLayer(Wrapper):
         self.start(update, config, generator)
         self.reset_magnitude(update)
 
-    @torch.no_grad()
     def reset_magnitude(self, update: Update) -> None:
         """Let DoRA's magnitudes be the lengths of the rows as they are."""
         if update.magnitude is not None:
-            update.magnitude.copy_(self.row_lengths(update))
+            with torch.no_grad():
+                update.magnitude.copy_(self.row_lengths(update))
 
     def start(self, update: Update, config: LoraConfig, generator: torch.Generator | None) -> None:
         """Set the start values of an update."""

@@ -44,7 +44,7 @@ class LoraLinear(LoraLayer):
         A, B = update.factors(x.dtype)
         change = F.linear(F.linear(update.drop(x) if update.dropout else x, A), B)
         base: Any = self._modules["base"]
-        if type(base) is nn.Linear and not _is_watched(base):
+        if type(base) is nn.Linear and not is_watched(base):
             # Past the call of a module, which for one token takes as long as a product.
             own: Any = base._parameters
             return F.linear(x, own["weight"], own["bias"]).add_(change, alpha=update.scale)
@@ -102,9 +102,10 @@ class LoraLinear(LoraLayer):
 
     def _only_plain_update(self) -> Update | None:
         """The one update at work, if its change is scale·B·A·x and nothing more."""
-        if self.by_row is not None or self.parts is not None or self.merged or len(self.active) != 1:
+        active = self.active
+        if len(active) != 1 or self.merged or self.by_row is not None or self.parts is not None:
             return None
-        [(adapter, weight)] = self.active.items()
+        [(adapter, weight)] = active.items()
         # Past nn.Module's search for attributes, which costs as much as a quarter of a token's product.
         shares: Any = self._modules["shares"]
         update = shares._modules[adapter]
@@ -113,7 +114,7 @@ class LoraLinear(LoraLayer):
     def _frozen_matrix(self, x: Tensor) -> tuple[Tensor, Tensor | None] | None:
         """(W, bias) if base(x) is W·x + bias and nothing else, with both frozen."""
         base: Any = self._modules["base"]
-        if not is_plain_linear(base) or _is_watched(base):
+        if not is_plain_linear(base) or is_watched(base):
             return None
         weight, bias = base._parameters.get("weight"), base._parameters.get("bias")
         if (
@@ -127,23 +128,22 @@ class LoraLinear(LoraLayer):
         return weight, bias
 
 
-def _is_watched(base: nn.Module) -> bool:
-    """Whether a call of a layer does more than its class says.
+def is_watched(base: nn.Module) -> bool:
+    """Whether a call of a layer, or its gradient, does more than its class says.
 
     Some libraries give a layer another forward, which moves its weight to where the input is.
     """
-    return has_hooks(base) or "forward" in base.__dict__
+    own = base.__dict__  # A look-up here takes half as long as one of an attribute.
+    return (
+        own["_forward_hooks"]
+        or own["_forward_pre_hooks"]
+        or own["_backward_hooks"]
+        or own["_backward_pre_hooks"]
+        or "forward" in own
+    )
 
 
 def nested_like(nested: Tensor, padded: Tensor) -> Tensor:
     """The rows of `padded` [N, L, …], each as long as that of `nested`."""
     pairs = zip(padded, nested.unbind(), strict=True)
     return torch.nested.as_nested_tensor([row[: len(own)] for row, own in pairs])
-
-
-def has_hooks(module: nn.Module) -> bool:
-    """Whether a call of a module, or its gradient, calls something else too."""
-    own = module.__dict__  # A look-up here takes half as long as one of an attribute.
-    return bool(
-        own["_forward_hooks"] or own["_forward_pre_hooks"] or own["_backward_hooks"] or own["_backward_pre_hooks"]
-    )

@@ -105,13 +105,15 @@ def select_parameters(
 
     Raises TargetError for an entry that matches none; `kind` is the model's type, for messages.
     """
+    wanted = config.target_parameters
+    if not wanted:
+        return []
     there = [
         (name, parameter)
         for name, module in modules.items()
         for parameter, _ in module.named_parameters(recurse=False)
         if name and not is_inside(name, heads)
     ]
-    wanted = config.target_parameters or ()
     chosen = [(m, p) for m, p in there if any(matches_name(f"{m}.{p}", entry) for entry in wanted)]
     problems = [
         f"target_parameters {entry!r} matches none{nearest(entry, [p for _, p in there])}"

@@ -20,6 +20,7 @@ from transformers.pytorch_utils import Conv1D
 
 from rankwise import eject_, load_adapter_, merge_, save_adapter, unmerge_
 from rankwise.lora.checkpoint import _slots
+from rankwise.lora.places import named_wrappers
 
 CASES, CASES_FROM_DATA, CASES_IN_BF16 = 600, 100, 100
 IDS = torch.tensor([[3, 0, 7, 7, 1, 9], [2, 2, 5, 10, 4, 8]])
@@ -222,7 +223,7 @@ def peft_gradients(model, output):
 
 
 def our_gradients(model, output):
-    slots = _slots(model, "default")
+    slots = _slots(model, "default", named_wrappers(model))
     leaves = {name: slot if slot._base is None else slot._base for name, slot in slots.items()}
     grads = torch.autograd.grad(upstream(output), list(leaves.values()), allow_unused=True)
     return {name: g.flatten() for name, g in zip(leaves, grads, strict=True) if g is not None}
