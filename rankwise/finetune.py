@@ -1,4 +1,4 @@
-"""The main path: load → inject → data → train → evaluate → save."""
+"""The main path: read data → load → inject → train → save → cut ranks → evaluate → report."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
