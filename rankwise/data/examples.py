@@ -193,10 +193,10 @@ def _reference(row: Row, tokenizer: Tokenizer) -> str | None:
     return tokenizer.decode(ids[trained.index(True) :], skip_special_tokens=True)
 
 
-def user_prompt(text: str, tokenizer: Tokenizer, answer: str | None = None) -> Prompt:
-    """A single question, as the model would be asked it in training."""
+def user_prompt(text: str, tokenizer: Tokenizer) -> Prompt:
+    """A single question, as the model would be asked it in training, without a reference answer."""
     [ids] = _tokens([question({"prompt": text}, tokenizer)], tokenizer)
-    return Prompt(ids, answer)
+    return Prompt(ids, None)
 
 
 Encoded = tuple[Ids, tuple[bool, ...]]

@@ -13,7 +13,6 @@ from rankwise.errors import ConfigError, listing
 from rankwise.plan.choices import Choices
 from rankwise.train.trackers import TrackerName
 
-Start = Literal["default", "gaussian", "orthogonal", "pissa", "olora", "eva", "corda", "lora_ga"]
 AUTO_RANK = 32
 """The rank that trains where the rank is to be found: most tasks need less."""
 FIXED_RANK = 8

@@ -14,6 +14,8 @@ from rankwise.lora.trained import TrainedCopy
 
 Pair = tuple[nn.Parameter, nn.Parameter]
 """A [r, k] and B [d, r] of one update"""
+DAMPING = 1e-6
+"""δ of `PreconditionedAdamW`; Bᵀ·B starts at zero, where ∂A is zero too."""
 
 
 def lora_optimizer(
@@ -62,11 +64,9 @@ class PreconditionedAdamW(AdamW):
     The step of ΔW then depends less on how its size is spread over A and B, and so less on the rank and the scale.
     """
 
-    def __init__(self, pairs: list[Pair], groups: list[dict[str, Any]], lr: float, damping: float = 1e-6) -> None:
-        """`damping` is δ; Bᵀ·B starts at zero, where ∂A is zero too."""
+    def __init__(self, pairs: list[Pair], groups: list[dict[str, Any]], lr: float) -> None:
         super().__init__(groups, lr=lr, fused=True)
         self._pairs = pairs
-        self._damping = damping
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
@@ -84,7 +84,7 @@ class PreconditionedAdamW(AdamW):
     def _solve(self, gram: Tensor, gradient: Tensor) -> Tensor:
         """(gram [r, r] + δ·I)⁻¹ · gradient [r, n]"""
         identity = torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
-        return torch.linalg.solve(gram + self._damping * identity, gradient)
+        return torch.linalg.solve(gram + DAMPING * identity, gradient)
 
 
 def _sparse(model: nn.Module, trained: set[int]) -> list[str]:
