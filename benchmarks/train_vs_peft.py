@@ -31,14 +31,14 @@ def prepare(steps: int):
     import torch
 
     from rankwise import LoraConfig, TrainConfig, inject_
-    from rankwise.data.examples import text_examples
     from rankwise.data.rows import read_rows
+    from rankwise.data.tasks import examples_for
     from rankwise.models.load import load_model, load_tokenizer
     from rankwise.train.batches import planned_steps
 
     tokenizer = load_tokenizer("smollm2-135m")
     train, held_out = (
-        text_examples(read_rows(DATA / f"{part}.jsonl", "causal_lm"), tokenizer, 1024, "error")
+        examples_for("causal_lm", read_rows(DATA / f"{part}.jsonl", "causal_lm"), tokenizer, [], 1024, "error")
         for part in ("train", "valid")
     )
     torch.manual_seed(0)

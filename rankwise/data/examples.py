@@ -121,27 +121,11 @@ class Prompt:
     answer: str | None
 
 
-def text_examples(
-    rows: Sequence[Row],
-    tokenizer: Tokenizer,
-    max_length: int,
-    long_rows: LongRows,
-    train_on: TrainOn = "completion",
-) -> list[TextExample]:
-    """One TextExample for each prompt/completion, messages or text row.
-
-    `train_on` "completion" trains every assistant turn with its end-of-turn token, "last" the last one alone, "all"
-    every token; of a text every token is trained.
-    Raises DataError if rows are longer than `max_length` tokens and `long_rows` is "error", if a cut row would have no
-    trained token, or if the chat template refuses a row or leaves open where its turns begin and end.
-    """
-    return usable(*tokenise(rows, tokenizer, train_on), max_length, long_rows)
-
-
 def usable(examples: list[E], problems: Sequence[Problem], max_length: int, long_rows: LongRows) -> list[E]:
     """The examples, in their length. Raises DataError if there are problems, and as `fit` does."""
     if problems:
-        raise DataError(f"{len(problems)} rows cannot be rendered:\n{listing(list(map(str, problems)), MOST_PROBLEMS)}")
+        shown = listing(list(map(str, problems)), MOST_PROBLEMS)
+        raise DataError(f"rows that this model cannot be trained or measured on; problems: {len(problems)}\n{shown}")
     return fit(examples, max_length, long_rows)
 
 

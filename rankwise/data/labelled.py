@@ -5,11 +5,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
-from rankwise.data.examples import Ids, LongRows, fit
+from rankwise.data.examples import Ids
 from rankwise.data.files import Problem, Row
-from rankwise.data.rows import MOST_PROBLEMS
 from rankwise.data.transcripts import Tokenizer
-from rankwise.errors import DataError, listing
 
 SEVERAL_LABELS = "multi_label_classification"
 """What transformers' configurations call texts with any number of labels (`problem_type`) …"""
@@ -151,21 +149,6 @@ class TagExample:
 
 
 LabelledExample = LabelExample | LabelSetExample | TagExample
-
-
-def label_examples(
-    rows: Sequence[Row], tokenizer: Tokenizer, labels: Sequence[str], max_length: int, long_rows: LongRows
-) -> list[Any]:
-    """One LabelExample, LabelSetExample or TagExample for each row with labels; `labels` gives each label its index.
-
-    Raises DataError for labels that are not in `labels`, for words that are no tokens of their own and for rows longer
-    than `max_length` tokens.
-    """
-    examples, problems = tokenise_labelled(rows, tokenizer, labels)
-    if problems:
-        shown = listing(list(map(str, problems)), MOST_PROBLEMS)
-        raise DataError(f"rows that this model cannot be trained or measured on; problems: {len(problems)}\n{shown}")
-    return fit(examples, max_length, long_rows)
 
 
 def labels_in(row: Row) -> list[str]:

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
-from rankwise.data.examples import Ids, LongRows, fit
+from rankwise.data.examples import Ids
 from rankwise.data.files import Row
 from rankwise.data.transcripts import Tokenizer
 
@@ -45,11 +45,6 @@ class PairExample:
         anchor, positive, *negatives = (text[:length] for text in self.texts)
         cut = sum(max(0, len(text) - length) for text in self.texts)
         return PairExample(anchor, positive, tuple(negatives), self.place, cut)
-
-
-def pair_examples(rows: Sequence[Row], tokenizer: Tokenizer, max_length: int, long_rows: LongRows) -> list[PairExample]:
-    """One PairExample for each pairs row. Raises DataError for texts longer than `max_length` tokens."""
-    return fit(tokenised_pairs(rows, tokenizer), max_length, long_rows)
 
 
 def tokenised_pairs(rows: Sequence[Row], tokenizer: Tokenizer) -> list[PairExample]:

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
-from rankwise.data.examples import NO_END, Ids, LongRows, asked, usable
+from rankwise.data.examples import NO_END, Ids, asked
 from rankwise.data.files import Problem, Row
 from rankwise.data.transcripts import Tokenizer
 from rankwise.errors import DataError
@@ -51,17 +51,6 @@ class Seq2SeqExample:
     def cut_to(self, length: int) -> "Seq2SeqExample":
         cut = sum(max(0, len(text) - length) for text in self.texts)
         return Seq2SeqExample(self.source[:length], self.target[:length], self.place, cut)
-
-
-def seq2seq_examples(
-    rows: Sequence[Row], tokenizer: Tokenizer, max_length: int, long_rows: LongRows
-) -> list[Seq2SeqExample]:
-    """One Seq2SeqExample for each row that asks something and has an answer.
-
-    Raises DataError if a question or an answer is longer than `max_length` tokens and `long_rows` is "error", or if the
-    tokenizer cannot render a row.
-    """
-    return usable(*tokenised_answers(rows, tokenizer), max_length, long_rows)
 
 
 def tokenised_answers(rows: Sequence[Row], tokenizer: Tokenizer) -> tuple[list[Seq2SeqExample], list[Problem]]:

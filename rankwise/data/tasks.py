@@ -3,11 +3,11 @@
 from collections.abc import Sequence
 from typing import Any
 
-from rankwise.data.examples import LongRows, text_examples, tokenise
+from rankwise.data.examples import LongRows, tokenise, usable
 from rankwise.data.files import Problem, Row
-from rankwise.data.labelled import label_examples, tokenise_labelled
-from rankwise.data.pairs import pair_examples, tokenised_pairs
-from rankwise.data.seq2seq import seq2seq_examples, tokenised_answers
+from rankwise.data.labelled import tokenise_labelled
+from rankwise.data.pairs import tokenised_pairs
+from rankwise.data.seq2seq import tokenised_answers
 from rankwise.data.transcripts import Tokenizer, TrainOn
 
 
@@ -20,24 +20,28 @@ def examples_for(
     long_rows: LongRows,
     train_on: TrainOn = "completion",
 ) -> list[Any]:
-    """The rows as examples of the task: see `text_examples`, `label_examples`, `pair_examples`, `seq2seq_examples`."""
+    """The rows as examples of the task, each of whose texts has at most `max_length` tokens.
+
+    `labels` gives each label its index. `train_on`, of causal_lm, says which tokens of a conversation are trained:
+    "completion" every assistant turn with its end-of-turn token, "last" the last one alone, "all" every token; of a
+    text every token is trained.
+    Raises DataError for rows of which the task can make no example (`tokenised`); for rows that are too long, if
+    `long_rows` is "error"; if "drop" leaves no row, or "cut" a row with nothing to predict.
+    """
     if not rows:
         return []
-    match task:
-        case "seq_cls" | "token_cls":
-            return label_examples(rows, tokenizer, labels, max_length, long_rows)
-        case "embedding":
-            return pair_examples(rows, tokenizer, max_length, long_rows)
-        case "seq2seq_lm":
-            return seq2seq_examples(rows, tokenizer, max_length, long_rows)
-        case _:
-            return text_examples(rows, tokenizer, max_length, long_rows, train_on)
+    return usable(*tokenised(task, rows, tokenizer, labels, train_on), max_length, long_rows)
 
 
 def tokenised(
     task: str, rows: Sequence[Row], tokenizer: Tokenizer, labels: Sequence[str], train_on: TrainOn
 ) -> tuple[list[Any], list[Problem]]:
-    """The same in any length, and what is wrong with rows that cannot be examples."""
+    """The rows as examples of any length, and what is wrong with rows that cannot be examples.
+
+    Those are rows that the chat template cannot render, that have a label which is not among `labels`, whose words are
+    no tokens of their own, or that have no answer for a decoder to write.
+    Raises DataError if the tokenizer names no end-of-text token where one ends an answer.
+    """
     match task:
         case "seq_cls" | "token_cls":
             return tokenise_labelled(rows, tokenizer, labels)

@@ -16,7 +16,8 @@ from transformers import AutoModelForSeq2SeqLM, PreTrainedTokenizerFast, T5Confi
 from rankwise import load_adapter_
 from rankwise.cli.main import main
 from rankwise.data.rows import read_rows
-from rankwise.data.seq2seq import seq2seq_examples, tokenised_answers
+from rankwise.data.seq2seq import tokenised_answers
+from rankwise.data.tasks import examples_for
 
 LETTERS = "abcdefgh ijklmnopqrstuvwxyz0123456789:\n"
 ROWS = [
@@ -109,7 +110,7 @@ def test_eval_generate_and_merge_agree_with_the_run(run, folder, tmp_path, capsy
 def test_source_and_target_have_the_tokenizers_own_ends(folder, tmp_path):
     tokenizer = reads_characters()
     rows = read_rows(jsonl(tmp_path / "a.jsonl", [{"instruction": "ab", "input": "c", "output": "d"}]), "seq2seq_lm")
-    [example] = seq2seq_examples(rows, tokenizer, 64, "error")
+    [example] = examples_for("seq2seq_lm", rows, tokenizer, [], 64, "error")
     assert tokenizer.decode(example.source) == "ab\nc</s>"
     assert tokenizer.decode(example.target) == "d</s>"
     assert example.counted == 2

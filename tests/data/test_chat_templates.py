@@ -7,9 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from rankwise.data.examples import asked, text_examples, tokenise
+from rankwise.data.examples import asked, tokenise
 from rankwise.data.files import Row
 from rankwise.data.shapes import SHAPES, standard_fields
+from rankwise.data.tasks import examples_for
 from rankwise.errors import DataError
 
 TEMPLATES = Path(__file__).parent / "chat_templates"
@@ -158,7 +159,7 @@ CASES = [
 @pytest.mark.parametrize(("name", "one"), CASES, ids=[f"{name}-{len(one.fields['messages'])}" for name, one in CASES])
 def test_the_trained_tokens_are_every_assistant_turn_with_its_end_and_nothing_else(name, one, speaking):
     tokenizer = speaking(name)
-    [example] = text_examples([one], tokenizer, 10_000, "error")
+    [example] = examples_for("causal_lm", [one], tokenizer, [], 10_000, "error")
     expected = marked_turns(name, one, tokenizer)
     assert len(expected) == sum(message["role"] == "assistant" for message in one.fields["messages"])
     assert trained_turns(example, tokenizer) == expected
@@ -167,7 +168,7 @@ def test_the_trained_tokens_are_every_assistant_turn_with_its_end_and_nothing_el
 @pytest.mark.parametrize("name", TURNS)
 def test_all_that_the_model_reads_is_the_conversation_as_the_template_renders_it(name, speaking):
     tokenizer, one = speaking(name), row(TALK)
-    [example] = text_examples([one], tokenizer, 10_000, "error")
+    [example] = examples_for("causal_lm", [one], tokenizer, [], 10_000, "error")
     text = tokenizer.decode(example.ids)
     whole = tokenizer.apply_chat_template(one.fields["messages"], tokenize=False).rstrip()
     if name in WITHOUT_END:
@@ -183,7 +184,7 @@ def test_the_tokens_before_an_answer_are_those_with_which_the_model_is_asked_for
     ends_are_tokens = TURNS[name].endswith(r"<\|im_end\|>)")
     for talk in talks[: 3 if ends_are_tokens else 2]:
         one = row(talk)
-        [example] = text_examples([one], tokenizer, 10_000, "error")
+        [example] = examples_for("causal_lm", [one], tokenizer, [], 10_000, "error")
         last = max(place for place in range(1, len(example.ids)) if not example.trained[place - 1])
         assert asked(one, tokenizer).ids == example.ids[:last]
 
@@ -194,7 +195,7 @@ def test_a_template_that_marks_its_generation_marks_the_same_tokens(name, talk, 
     if talk is TOOL_TALK and name not in WITH_TOOLS:
         talk = TALK[:2]
     tokenizer, one = speaking(name), row(talk, tools=[WEATHER] if talk is TOOL_TALK else [])
-    [example] = text_examples([one], tokenizer, 10_000, "error")
+    [example] = examples_for("causal_lm", [one], tokenizer, [], 10_000, "error")
     encoded = tokenizer.apply_chat_template(
         one.fields["messages"], tools=one.fields.get("tools"), return_dict=True, return_assistant_tokens_mask=True
     )
@@ -230,13 +231,15 @@ AMBIGUOUS = {
 def test_a_template_that_rewrites_turns_is_an_error_that_names_the_turn(name, speaking):
     talk, message = AMBIGUOUS[name]
     with pytest.raises(DataError, match=message):
-        text_examples([row(talk, tools=[WEATHER] if talk is TOOL_TALK else [])], speaking(name), 10_000, "error")
+        examples_for(
+            "causal_lm", [row(talk, tools=[WEATHER] if talk is TOOL_TALK else [])], speaking(name), [], 10_000, "error"
+        )
 
 
 @pytest.mark.parametrize("name", ["qwen3", "gpt-oss"])
 def test_such_a_template_trains_the_last_turn_alone(name, speaking):
     tokenizer, talk = speaking(name), AMBIGUOUS[name][0]
-    [example] = text_examples([row(talk)], tokenizer, 10_000, "error", train_on="last")
+    [example] = examples_for("causal_lm", [row(talk)], tokenizer, [], 10_000, "error", train_on="last")
     [turn] = trained_turns(example, tokenizer)
     assert re.fullmatch(r"(<think>\n\n</think>\n\n|<\|channel\|>final<\|message\|>)?x(<\|im_end\|>|<\|return\|>)", turn)
     assert asked(row(talk), tokenizer).ids == example.ids[: example.prompt_length]
@@ -266,20 +269,22 @@ def test_arguments_reach_templates_that_join_them_to_text(speaking):
         "{% for call in m.tool_calls or [] %}{{ call.function.name + ' ' + call.function.arguments }}{% endfor %}"
         "{{ eos_token }}{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"
     )
-    [example] = text_examples([row(TOOL_TALK)], joining, 1000, "error")
+    [example] = examples_for("causal_lm", [row(TOOL_TALK)], joining, [], 1000, "error")
     assert trained_turns(example, joining)[0] == 'get_weather {"city": "Rome", "days": 3}' + END
 
 
 def test_turns_of_weight_0_are_not_trained(speaking):
     tokenizer = speaking("chatml")
-    [example] = text_examples([row([*TALK[:3], {**TALK[3], "weight": 0}, *TALK[4:]])], tokenizer, 1000, "error")
+    [example] = examples_for(
+        "causal_lm", [row([*TALK[:3], {**TALK[3], "weight": 0}, *TALK[4:]])], tokenizer, [], 1000, "error"
+    )
     assert trained_turns(example, tokenizer) == [f"Say it once{END}", f"x{END}"]
 
 
 def test_the_last_turn_alone_is_not_trained_if_its_weight_is_0(speaking):
     tokenizer = speaking("chatml")
     rows = [row([user("a"), assistant("b"), user("c"), {**assistant("d"), "weight": 0}])]
-    [example] = text_examples(rows, tokenizer, 1000, "error", train_on="last")
+    [example] = examples_for("causal_lm", rows, tokenizer, [], 1000, "error", train_on="last")
     assert trained_turns(example, tokenizer) == [f"b{END}"]
 
 
@@ -292,12 +297,19 @@ def test_reasoning_that_a_template_leaves_out_is_an_error(name, speaking):
 @pytest.mark.parametrize("name", ASKED_FIRST)
 def test_an_opening_that_a_template_does_not_know_is_an_error(name, speaking):
     with pytest.raises(DataError, match=r"put a user's turn before it|the chat template refuses it"):
-        text_examples([row([{"role": "assistant", "content": "Ask me."}, *TALK])], speaking(name), 10_000, "error")
+        examples_for(
+            "causal_lm",
+            [row([{"role": "assistant", "content": "Ask me."}, *TALK])],
+            speaking(name),
+            [],
+            10_000,
+            "error",
+        )
 
 
 def test_all_trains_every_token(speaking):
     tokenizer = speaking("chatml")
-    [all_of_it] = text_examples([row(TALK)], tokenizer, 1000, "error", train_on="all")
-    [answers] = text_examples([row(TALK)], tokenizer, 1000, "error")
+    [all_of_it] = examples_for("causal_lm", [row(TALK)], tokenizer, [], 1000, "error", train_on="all")
+    [answers] = examples_for("causal_lm", [row(TALK)], tokenizer, [], 1000, "error")
     assert all(all_of_it.trained)
     assert tokenizer.decode(all_of_it.ids) == tokenizer.decode(answers.ids)

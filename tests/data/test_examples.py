@@ -3,9 +3,9 @@ import copy
 import pytest
 from conftest import ROOT
 
-from rankwise.data.examples import asked, text_examples, user_prompt
-from rankwise.data.labelled import label_examples
+from rankwise.data.examples import asked, user_prompt
 from rankwise.data.rows import Row, read_rows
+from rankwise.data.tasks import examples_for
 from rankwise.errors import DataError
 
 SYSTEM = "<|im_start|>system\nYou are a helpful AI assistant named SmolLM, trained by Hugging Face<|im_end|>\n"
@@ -20,7 +20,9 @@ def trained_text(example, tokenizer):
 
 
 def test_a_completion_is_trained_with_its_end_of_turn_token_and_nothing_else(tmp_path, tokenizer):
-    [example] = text_examples([row(tmp_path, prompt="Hi", completion="Hello 42")], tokenizer, 100, "error")
+    [example] = examples_for(
+        "causal_lm", [row(tmp_path, prompt="Hi", completion="Hello 42")], tokenizer, [], 100, "error"
+    )
     assert (
         tokenizer.decode(example.ids)
         == f"{SYSTEM}<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\nHello 42<|im_end|>"
@@ -31,7 +33,7 @@ def test_a_completion_is_trained_with_its_end_of_turn_token_and_nothing_else(tmp
 def test_every_assistant_turn_is_trained(tmp_path, tokenizer):
     turns = [("user", "a"), ("assistant", "first"), ("user", "b"), ("assistant", "second")]
     messages = [{"role": role, "content": content} for role, content in turns]
-    [example] = text_examples([row(tmp_path, messages=messages)], tokenizer, 200, "error")
+    [example] = examples_for("causal_lm", [row(tmp_path, messages=messages)], tokenizer, [], 200, "error")
     assert trained_text(example, tokenizer) == "first<|im_end|>second<|im_end|>"
     whole = tokenizer.apply_chat_template(messages, tokenize=False)
     assert tokenizer.decode(example.ids) == whole.rstrip()
@@ -39,7 +41,7 @@ def test_every_assistant_turn_is_trained(tmp_path, tokenizer):
 
 def test_the_prompt_of_a_row_has_the_tokens_that_training_saw_before_the_completion(tmp_path, tokenizer):
     one = row(tmp_path, prompt="table: x\nQ: 7?", completion="SELECT 7")
-    [example] = text_examples([one], tokenizer, 100, "error")
+    [example] = examples_for("causal_lm", [one], tokenizer, [], 100, "error")
     prompt = asked(one, tokenizer)
     assert prompt.ids == example.ids[: example.prompt_length] == user_prompt("table: x\nQ: 7?", tokenizer).ids
     assert prompt.answer == "SELECT 7"
@@ -56,11 +58,13 @@ def test_a_conversation_asks_for_its_last_assistant_turn_or_for_the_next_one(tmp
 def test_without_a_chat_template_the_completion_ends_with_the_end_token(tmp_path, tokenizer):
     plain = copy.copy(tokenizer)
     plain.chat_template = None
-    [example] = text_examples([row(tmp_path, prompt="2 + 2 =", completion=" 4")], plain, 100, "error")
+    [example] = examples_for("causal_lm", [row(tmp_path, prompt="2 + 2 =", completion=" 4")], plain, [], 100, "error")
     assert tokenizer.decode(example.ids) == "2 + 2 = 4<|im_end|>"
     assert trained_text(example, plain) == " 4<|im_end|>"
     with pytest.raises(DataError, match="no chat template"):
-        text_examples([row(tmp_path, messages=[{"role": "assistant", "content": "x"}])], plain, 100, "error")
+        examples_for(
+            "causal_lm", [row(tmp_path, messages=[{"role": "assistant", "content": "x"}])], plain, [], 100, "error"
+        )
 
 
 def test_a_template_that_rewrites_earlier_turns_is_an_error_with_its_line(tmp_path, tokenizer):
@@ -71,41 +75,41 @@ def test_a_template_that_rewrites_earlier_turns_is_an_error_with_its_line(tmp_pa
         "{% if add_generation_prompt %}assistant: {% endif %}"
     )
     user, answer = {"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}
-    text_examples([row(tmp_path, messages=[user, answer])], forgetful, 100, "error")
+    examples_for("causal_lm", [row(tmp_path, messages=[user, answer])], forgetful, [], 100, "error")
     with pytest.raises(DataError, match=r"data.jsonl:1: the template renders turn 2 in another way"):
-        text_examples([row(tmp_path, messages=[user, answer, user, answer])], forgetful, 100, "error")
+        examples_for("causal_lm", [row(tmp_path, messages=[user, answer, user, answer])], forgetful, [], 100, "error")
 
 
 def test_a_template_that_refuses_a_row_is_an_error_with_its_line(tmp_path, tokenizer):
     strict = copy.copy(tokenizer)
     strict.chat_template = "{{ raise_exception('roles must alternate') }}"
     with pytest.raises(DataError, match=r"data.jsonl:1: the chat template refuses it: roles must alternate"):
-        text_examples([row(tmp_path, prompt="a", completion="b")], strict, 100, "error")
+        examples_for("causal_lm", [row(tmp_path, prompt="a", completion="b")], strict, [], 100, "error")
 
 
 def test_long_rows_are_an_error_unless_the_user_says_what_happens_to_them(tmp_path, tokenizer):
     rows = [row(tmp_path, prompt="a", completion="b"), row(tmp_path, prompt="a", completion="b " * 50)]
     with pytest.raises(DataError, match=r"1 of 2 rows are longer than 50 tokens[\s\S]*the longest has \d+"):
-        text_examples(rows, tokenizer, 50, "error")
-    assert len(text_examples(rows, tokenizer, 50, "drop")) == 1
-    assert [len(example.ids) for example in text_examples(rows, tokenizer, 50, "cut")][1] == 50
+        examples_for("causal_lm", rows, tokenizer, [], 50, "error")
+    assert len(examples_for("causal_lm", rows, tokenizer, [], 50, "drop")) == 1
+    assert [len(example.ids) for example in examples_for("causal_lm", rows, tokenizer, [], 50, "cut")][1] == 50
     with pytest.raises(DataError, match="2 rows have no trained token within --max-length 20"):
-        text_examples(rows, tokenizer, 20, "cut")
+        examples_for("causal_lm", rows, tokenizer, [], 20, "cut")
     with pytest.raises(DataError, match="leaves no row"):
-        text_examples(rows, tokenizer, 20, "drop")
+        examples_for("causal_lm", rows, tokenizer, [], 20, "drop")
 
 
 def test_labels_that_training_lacks_are_named(tmp_path, tokenizer):
     rows = [row(tmp_path, text="x", label="a"), row(tmp_path, text="y", label="z")]
     with pytest.raises(DataError, match=r"data.jsonl:1: 'z'"):
-        label_examples(rows, tokenizer, ["a", "b"], 100, "error")
-    assert [example.label for example in label_examples(rows, tokenizer, ["z", "a"], 100, "error")] == [1, 0]
+        examples_for("seq_cls", rows, tokenizer, ["a", "b"], 100, "error")
+    assert [example.label for example in examples_for("seq_cls", rows, tokenizer, ["z", "a"], 100, "error")] == [1, 0]
 
 
 @pytest.mark.parametrize("part", ["train", "valid", "test"])
 def test_the_tokens_of_the_demo_are_those_of_its_prompts_and_completions_one_by_one(tokenizer, part):
     rows = read_rows(ROOT / "examples" / "text_to_sql" / f"{part}.jsonl", "causal_lm")
-    for one, example in zip(rows, text_examples(rows, tokenizer, 1024, "error"), strict=True):
+    for one, example in zip(rows, examples_for("causal_lm", rows, tokenizer, [], 1024, "error"), strict=True):
         turns = [{"role": "user", "content": one.fields["prompt"]}]
         prompt = tokenizer.apply_chat_template(turns, add_generation_prompt=True).input_ids
         completion = tokenizer(one.fields["completion"] + "<|im_end|>").input_ids
@@ -115,7 +119,7 @@ def test_the_tokens_of_the_demo_are_those_of_its_prompts_and_completions_one_by_
 
 def test_every_token_of_a_plain_text_is_trained_and_the_end_is_marked_once(tmp_path, tokenizer):
     for text in ("Once upon a time\n\nthere was ", "Once upon a time\n\nthere was <|im_end|>"):
-        [example] = text_examples([row(tmp_path, text=text)], tokenizer, 100, "error")
+        [example] = examples_for("causal_lm", [row(tmp_path, text=text)], tokenizer, [], 100, "error")
         assert tokenizer.decode(example.ids) == text.removesuffix("<|im_end|>") + "<|im_end|>"
         assert all(example.trained)
         assert example.prompt_length == 1
@@ -140,7 +144,7 @@ def test_no_token_lies_on_both_sides_of_an_answers_beginning(tmp_path, tokenizer
     plain = copy.copy(tokenizer)
     plain.chat_template = None
     one = row(tmp_path, prompt=prompt, completion=completion)
-    [example] = text_examples([one], plain, 100, "error")
+    [example] = examples_for("causal_lm", [one], plain, [], 100, "error")
     assert trained_text(example, plain) == completion + "<|im_end|>"
     assert example.ids[: example.prompt_length] == asked(one, plain).ids == tuple(plain(prompt).input_ids)
 
@@ -155,7 +159,7 @@ def test_where_no_token_would_lie_on_both_sides_the_text_is_tokenised_as_a_whole
     core.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first")
     core.decoder = decoders.Metaspace(prepend_scheme="first")
     own = PreTrainedTokenizerFast(tokenizer_object=core, eos_token="</s>")
-    [example] = text_examples([row(tmp_path, prompt=":", completion="A")], own, 100, "error")
+    [example] = examples_for("causal_lm", [row(tmp_path, prompt=":", completion="A")], own, [], 100, "error")
     assert list(example.ids) == own(":A</s>").input_ids
     assert own("A").input_ids != list(example.ids[example.prompt_length : -1])
 

@@ -15,9 +15,10 @@ from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from rankwise.data.files import Row
-from rankwise.data.labelled import TagExample, first_tokens, label_counts, label_examples, tokenise_labelled
+from rankwise.data.labelled import TagExample, first_tokens, label_counts, tokenise_labelled
 from rankwise.data.report import report_on
 from rankwise.data.rows import divide, read_rows, scan_rows, split_rows
+from rankwise.data.tasks import examples_for
 from rankwise.errors import DataError
 
 TAGGED = [
@@ -155,7 +156,7 @@ def test_held_out_rows_of_another_shape_are_refused(tmp_path):
 def test_a_word_s_token_is_the_one_that_transformers_gives_to_it(bert):
     rows = read_rows(ROOT / "examples/sql_values/train.jsonl", "token_cls")[:300]
     labels = sorted(label_counts(rows))
-    examples = label_examples(rows, bert, labels, 512, "error")
+    examples = examples_for("token_cls", rows, bert, labels, 512, "error")
     several = 0
     for row, example in zip(rows, examples, strict=True):
         encoded = bert(row.fields["tokens"], is_split_into_words=True)
@@ -171,7 +172,7 @@ def test_words_have_the_tokens_that_the_sentence_has(tokenizer):
     draw = random.Random(0)
     pieces = ["wake", "me", "ünder", "12,5", ".", "(", "Extraordinarily", "潮爆", "e\u0301", "🙂", "don't", "--"]
     rows = [tagged(*((draw.choice(pieces), "O") for _ in range(draw.randrange(1, 9)))) for _ in range(60)]
-    for row, example in zip(rows, label_examples(rows, tokenizer, ["O"], 512, "error"), strict=True):
+    for row, example in zip(rows, examples_for("token_cls", rows, tokenizer, ["O"], 512, "error"), strict=True):
         words = row.fields["tokens"]
         assert list(example.ids) == tokenizer(" ".join(words)).input_ids
         for number, place in enumerate(example.words):
@@ -205,28 +206,31 @@ def test_tokens_are_given_to_words_by_their_characters():
 
 def test_a_cut_sentence_keeps_the_words_that_begin_before_the_cut(bert):
     row = tagged(("alphabetical", "A"), ("unbelievableness", "B"), ("c", "C"))
-    [whole] = label_examples([row], bert, ["A", "B", "C"], 512, "error")
+    [whole] = examples_for("token_cls", [row], bert, ["A", "B", "C"], 512, "error")
     assert whole.words[1] + 1 < whole.words[2] == len(whole.ids) - 2
     for length in range(2, len(whole.ids)):
-        [cut] = label_examples([row], bert, ["A", "B", "C"], length, "cut")
+        [cut] = examples_for("token_cls", [row], bert, ["A", "B", "C"], length, "cut")
         kept = [place for place in whole.words if place < length]
         assert cut == TagExample(
             whole.ids[:length], tuple(kept), (0, 1, 2)[: len(kept)], whole.place, len(whole.ids) - length
         )
     with pytest.raises(DataError, match="1 of 1 rows are longer than 3 tokens"):
-        label_examples([row], bert, ["A", "B", "C"], 3, "error")
+        examples_for("token_cls", [row], bert, ["A", "B", "C"], 3, "error")
     with pytest.raises(DataError, match="leaves no row"):
-        label_examples([row], bert, ["A", "B", "C"], 3, "drop")
+        examples_for("token_cls", [row], bert, ["A", "B", "C"], 3, "drop")
 
 
 def test_tags_and_labels_that_training_lacks_are_all_named(bert, tmp_path):
     rows = read_rows(jsonl(tmp_path / "a.jsonl", [*TAGGED, {"tokens": ["x"], "tags": ["B-LOC"]}]), "token_cls")
     with pytest.raises(DataError, match=r"problems: 2\n.*a.jsonl:2: 'I-PER' is not.*\n.*a.jsonl:3: 'B-LOC' is not"):
-        label_examples(rows, bert, ["B-MISC", "B-ORG", "B-PER", "O"], 512, "error")
+        examples_for("token_cls", rows, bert, ["B-MISC", "B-ORG", "B-PER", "O"], 512, "error")
     sets = read_rows(jsonl(tmp_path / "b.jsonl", SETS), "seq_cls")
     with pytest.raises(DataError, match=r"b.jsonl:1: 'bank' is not among the 1 labels that are trained"):
-        label_examples(sets, bert, ["pay"], 512, "error")
-    assert [e.labels for e in label_examples(sets, bert, ["bank", "pay"], 512, "error")] == [(True,) * 2, (False,) * 2]
+        examples_for("seq_cls", sets, bert, ["pay"], 512, "error")
+    assert [e.labels for e in examples_for("seq_cls", sets, bert, ["bank", "pay"], 512, "error")] == [
+        (True,) * 2,
+        (False,) * 2,
+    ]
 
 
 def test_a_report_counts_the_words_of_each_tag_and_finds_what_would_stop_a_run(bert, tmp_path):
@@ -267,8 +271,8 @@ def test_one_label_that_a_text_may_have_or_not_is_enough(bert, tmp_path):
 
 def test_an_answer_is_written_as_people_read_it(bert):
     row = tagged(("What", "O"), ("about", "O"), ("Extraordinarily", "B-x"), ("Blue", "I-x"), ("?", "O"))
-    [example] = label_examples([row], bert, ["B-x", "I-x", "O"], 512, "error")
+    [example] = examples_for("token_cls", [row], bert, ["B-x", "I-x", "O"], 512, "error")
     text = example.written(example.answer, bert, ["B-x", "I-x", "O"])
     assert text == "what about extraordinarily/B-x blue/I-x ?"
-    [one, none] = label_examples([Row(Path("a"), 1, row) for row in SETS], bert, ["bank", "pay"], 512, "error")
+    [one, none] = examples_for("seq_cls", [Row(Path("a"), 1, row) for row in SETS], bert, ["bank", "pay"], 512, "error")
     assert [e.written(e.answer, bert, ["bank", "pay"]) for e in (one, none)] == ["bank, pay", "(no label)"]

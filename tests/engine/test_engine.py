@@ -11,9 +11,10 @@ from torch import nn
 from torch.nn import functional as F
 
 from rankwise import LoraConfig, inject_, trainable_parameters
-from rankwise.data.examples import TextExample, text_examples
+from rankwise.data.examples import TextExample
 from rankwise.data.files import Row
 from rankwise.data.labelled import LabelExample
+from rankwise.data.tasks import examples_for
 from rankwise.engine.attention import Packing
 from rankwise.engine.batch import pack, rounded_up
 from rankwise.engine.classifiers import ClassifierEngine
@@ -99,7 +100,7 @@ def test_turns_in_the_middle_and_texts_trained_from_their_first_token_count_as_i
     fields = [{"messages": talk}, {"messages": talk[:2]}, {"text": "a b c"}, {"text": "a b d"}]
     fields += [{"messages": [*talk[:3], {"role": "assistant", "content": "h"}]}]
     rows = [Row(Path("data.jsonl"), line, one) for line, one in enumerate(fields, start=1)]
-    examples = text_examples(rows, tokenizer, 100, "error")
+    examples = examples_for("causal_lm", rows, tokenizer, [], 100, "error")
     names = {token: number for number, token in enumerate(sorted({token for e in examples for token in e.ids}))}
     examples = [TextExample(tuple(names[token] for token in e.ids), e.trained, e.place) for e in examples]
     assert len(names) < 96
