@@ -23,7 +23,7 @@ from rankwise.errors import ConfigError, DataError
 from rankwise.lora.config import LoraConfig
 from rankwise.lora.inject import adapters_off, inject_, largest_ranks
 from rankwise.lora.start import FROM_DATA, start_from_data_
-from rankwise.models.load import base_sha256, load_model, load_tokenizer, longest_input, longest_input_of, pad_id
+from rankwise.models.load import base_sha256, load_model, load_tokenizer, longest_input_of, pad_id
 from rankwise.models.pooling import unread_layers
 from rankwise.rank.inspect import inspect_adapter
 from rankwise.rank.shrink import HeldOut, ShrinkReport, shrink_, split_held_out
@@ -59,12 +59,15 @@ class Dataset:
     """Examples of the task."""
     first: Sequence[Any]
     """Those that were looked at; all of them, but for a large file's."""
+    held_out_rows: Sequence[Row]
     held_out: list[Any]
     questions: list[Prompt]
     """Held-out prompts to answer, for exact match."""
     labels: list[str]
     """Names of the classes, in the order of the classifier's outputs; empty for other tasks."""
     sha256: str
+    examples_of: Callable[[Sequence[Row]], list[Any]]
+    """Makes such examples of other rows. Raises DataError."""
 
 
 def finetune(config: TrainConfig, reporter: Reporter | None = None, resume: bool = False) -> dict[str, Any]:
@@ -132,7 +135,7 @@ def _finetune(config: TrainConfig, run: RunFolder, reporter: Reporter) -> dict[s
     try:
         if not interrupted:
             if not uncut_because:
-                shrunk, uncut_because = _shrink(engine, tokenizer, labels, held_out_rows, config, run, reporter)
+                shrunk, uncut_because = _shrink(engine, data, config, run, reporter)
             before, after = _evaluate_both(engine, tokenizer, data, config, reporter)
     except KeyboardInterrupt:
         interrupted, before = True, None
@@ -254,38 +257,27 @@ def _tokenise(
         examples = first = examples_of(train)
     questions = held_out[: config.eval_answers] if config.task in ASKING else []
     answers = [asked(row, tokenizer) for row in questions]
-    return Dataset(examples, first, examples_of(held_out), answers, labels, data_sha256(tokenizer, train, held_out))
+    sha256 = data_sha256(tokenizer, train, held_out)
+    return Dataset(examples, first, held_out, examples_of(held_out), answers, labels, sha256, examples_of)
 
 
 def _shrink(
-    engine: Engine[Any],
-    tokenizer: Any,
-    labels: list[str],
-    rows: Sequence[Row],
-    config: TrainConfig,
-    run: RunFolder,
-    reporter: Reporter,
+    engine: Engine[Any], data: Dataset, config: TrainConfig, run: RunFolder, reporter: Reporter
 ) -> tuple[ShrinkReport | None, str | None]:
     """Cut the trained adapter to the ranks that the held-out rows show to be enough, and save both.
 
     Where they show none, the adapter stays as it is; then the reason is returned and no report.
     """
-    length = min(config.max_length, longest_input(engine.model))
     try:
-        parts = split_held_out(rows, config.seed, ROWS_OF_CUT)
-        held_out = HeldOut(
-            *(
-                examples_for(config.task, part, tokenizer, labels, length, config.long_rows, config.train_on)
-                for part in (parts.calibration, parts.choice, parts.confirmation)
-            )
-        )
+        parts = split_held_out(data.held_out_rows, config.seed, ROWS_OF_CUT)
+        held_out = HeldOut(*map(data.examples_of, (parts.calibration, parts.choice, parts.confirmation)))
         with reporter.stage("shrinking") as stage:
             report = shrink_(engine, held_out, on_progress=stage.update, share=SHARE_OF_CUT)
     except (ConfigError, DataError) as error:
         reporter.say(f"the adapter stays as it was trained: {error}")
         return None, str(error)
     run.keep_full_adapter()
-    run.save_adapter(engine.model, labels)
+    run.save_adapter(engine.model, data.labels)
     reporter.say(report.summary())
     return report, None
 
