@@ -318,7 +318,10 @@ def _measured(before: Evaluation | None, after: Evaluation | None) -> dict[str, 
 
 def _describe(data: Dataset, engine: Engine[Any], dropped: int) -> str:
     path = "packed, no padding" if engine.packs else f"padded, because {engine.padded_because}"
-    left_out = f"; {dropped:,} too long and left out" if dropped else ""
     if later := len(data.train) - len(data.first):
-        left_out = f"; these are the first that run, the other {later:,} are looked at while training goes on"
-    return f"training: {measure(data.first)}{left_out}\n{len(data.held_out):,} rows are held out; {path}"
+        rest = f"; these are the first that run, the other {later:,} are looked at while training goes on"
+    elif dropped:
+        rest = f"; {dropped:,} too long and left out"
+    else:
+        rest = ""
+    return f"training: {measure(data.first)}{rest}\n{len(data.held_out):,} rows are held out; {path}"
