@@ -58,7 +58,7 @@ def run_training(
     def save() -> None:
         nonlocal saved
         # A step that went astray is not among `steps`: its adapter is nothing to go on from.
-        if saved != training.done == len(steps):
+        if training.done == len(steps) and training.done != saved:
             run.save_checkpoint(training, watch, steps, labels)
             saved = training.done
 
@@ -71,8 +71,10 @@ def run_training(
         try:
             for step in left:
                 step = _measured(step, training, watch, watched, evaluate_every)
-                for note in (steps.append, run.add_step, track, view.step):
-                    note(step)
+                steps.append(step)
+                run.add_step(step)
+                track(step)
+                view.step(step)
                 if step.number % save_every == 0:
                     save()
                 if isinstance(training.plan.examples, LazyExamples):
