@@ -1,6 +1,6 @@
 """The settings of a training run: command-line flags, YAML keys and `run.yaml` are all made from this one class."""
 
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from math import inf
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -191,9 +191,9 @@ class TrainConfig:
             yield "--eval-steps needs held-out data; give --eval-data, or an --eval-fraction above 0"
         if self.eval_data and self.eval_fraction != "auto":
             yield "--eval-data and --eval-fraction both say what is held out; give one of them"
-        if self.patience not in (0, self._default("patience")) and self.eval_steps == 0:
+        if self.patience not in (0, type(self).patience) and self.eval_steps == 0:
             yield f"--patience {self.patience} waits for held-out losses, which --eval-steps 0 never measures; give one"
-        if self.eval_answers not in (0, self._default("eval_answers")) and self.task not in ASKING:
+        if self.eval_answers not in (0, type(self).eval_answers) and self.task not in ASKING:
             yield f"--eval-answers needs --task {' or '.join(ASKING)}; other tasks have no answers"
         if self.metrics and not self.eval_data and not self.eval_fraction:
             yield "--metrics needs held-out data; give --eval-data, or an --eval-fraction above 0"
@@ -209,9 +209,6 @@ class TrainConfig:
             yield "--task embedding needs --batch-size of at least 2: a row is told apart from the others of its batch"
         if self.task == "embedding" and self.label_smoothing:
             yield "--label-smoothing does not go with --task embedding, whose texts are right or not"
-
-    def _default(self, name: str) -> Any:
-        return next(field.default for field in fields(self) if field.name == name)
 
     @property
     def takes_rows_as_they_come(self) -> bool:
@@ -261,17 +258,19 @@ class TrainConfig:
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values for YAML, enough to repeat the run."""
-        plain = {name: str(value) if isinstance(value, Path) else value for name, value in asdict(self).items()}
-        sources = {name: [str(entry) for entry in getattr(self, name)] for name in ("data", "eval_data")}
-        lists = {
-            "layers_to_transform": list(self.layers_to_transform),
-            "target_modules": list(self.target_modules),
-            "columns": list(self.columns),
-            "tracker": list(self.tracker),
-        }
-        named = {name: entries[0] if len(entries) == 1 else entries for name, entries in sources.items()}
-        return {**plain, **named, **lists}
+        settings = {name: _plain(value) for name, value in asdict(self).items()}
+        for name in ("data", "eval_data"):
+            if len(settings[name]) == 1:
+                settings[name] = settings[name][0]
+        return settings
 
     def as_yaml(self) -> str:
         """The content of run.yaml; `--config` reads it back."""
         return yaml.safe_dump(self.as_dict(), sort_keys=False, allow_unicode=True)
+
+
+def _plain(value: Any) -> Any:
+    """Paths as strings and tuples as lists."""
+    if isinstance(value, tuple):
+        return [_plain(entry) for entry in value]
+    return str(value) if isinstance(value, Path) else value
