@@ -30,7 +30,11 @@ _NO_WEIGHTS = ["*/*.safetensors", "consolidated*"]
 
 
 def local_path(name: str) -> Path:
-    """See `rankwise.models.local_path`."""
+    """The folder, in Hugging Face layout, of a base model: an embedded name, a folder, a .gguf file or a hub id.
+
+    A GGUF file is de-quantised once and kept in the user's cache; a hub id is downloaded where a network is there.
+    Raises ModelError that says which command gets a missing model.
+    """
     return _place_of(name) or _folder_of(_from_hub(name, weights=True), name)
 
 
