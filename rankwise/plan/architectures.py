@@ -67,28 +67,26 @@ def _decoder(
     heads: int,
     other: int,
     tied: bool,
-    **differing: object,
 ) -> ModelShape:
-    """A causal model; `other` is what lies outside of the blocks beside the table of tokens."""
+    """A causal model with packed attention; `other` is what lies outside of the blocks beside the table of tokens."""
     d = s.number("hidden_size", "n_embd", "n_embed")
     vocabulary, table_width = s.number("vocab_size"), s.number("word_embed_proj_dim", default=d)
-    values = {
-        "model_type": kind,
-        "path": path,
-        "block": block,
-        "layers": layers,
-        "heads": heads,
-        "head_width": d // heads,
-        "causal": True,
-        "attention": "packed",
-        "vocabulary": vocabulary,
-        "width": d,
-        "positions": s.number("max_position_embeddings", "n_positions", default=10**9),
-        "other": vocabulary * table_width + other,
-        "head": Linear("lm_head", vocabulary, table_width, False, "final"),
-        "head_is_tied": bool(s.get("tie_word_embeddings", default=tied)),
-    }
-    return ModelShape(**{**values, **differing})  # pyright: ignore[reportArgumentType]
+    return ModelShape(
+        model_type=kind,
+        path=path,
+        block=block,
+        layers=layers,
+        heads=heads,
+        head_width=d // heads,
+        causal=True,
+        attention="packed",
+        vocabulary=vocabulary,
+        width=d,
+        positions=s.number("max_position_embeddings", "n_positions", default=10**9),
+        other=vocabulary * table_width + other,
+        head=Linear("lm_head", vocabulary, table_width, False, "final"),
+        head_is_tied=bool(s.get("tie_word_embeddings", default=tied)),
+    )
 
 
 def _llama(s: Settings, kind: str) -> ModelShape:
@@ -98,7 +96,8 @@ def _llama(s: Settings, kind: str) -> ModelShape:
     block = llama_block(s, variant, d, heads, width)
     final_norm = d if variant.norms_have_weights else 0
     layers = s.number("num_hidden_layers")
-    return _decoder(s, kind, "model.layers", block, layers, heads, final_norm, variant.tied, head_width=width)
+    shape = _decoder(s, kind, "model.layers", block, layers, heads, final_norm, variant.tied)
+    return replace(shape, head_width=width)
 
 
 def plain_block(
@@ -179,7 +178,7 @@ def _bloom(s: Settings, kind: str) -> ModelShape:
     names = ("self_attention.query_key_value", f"self_attention.{_DENSE[0]}", *_DENSE[1:])
     block = plain_block(names, d, 4 * d, heads, "gelu", attention="scores")
     layers = s.number("n_layer", "num_hidden_layers")
-    return _decoder(s, kind, "transformer.h", block, layers, heads, 4 * d, tied=True, attention="scores")
+    return replace(_decoder(s, kind, "transformer.h", block, layers, heads, 4 * d, tied=True), attention="scores")
 
 
 def _falcon(s: Settings, kind: str) -> ModelShape:
@@ -203,7 +202,7 @@ def _falcon(s: Settings, kind: str) -> ModelShape:
         parallel="two norms" if two_norms else "one norm",
         attention=attention,
     )
-    return _decoder(s, kind, "transformer.h", block, layers, heads, 2 * d, tied=True, attention=attention)
+    return replace(_decoder(s, kind, "transformer.h", block, layers, heads, 2 * d, tied=True), attention=attention)
 
 
 def _only(s: Settings, wanted: dict[str, bool]) -> None:
@@ -214,10 +213,9 @@ def _only(s: Settings, wanted: dict[str, bool]) -> None:
         raise ModelError(f"{s.place} has settings whose cost a plan does not know: {', '.join(other)}")
 
 
-def _apart_block(names: tuple[str, ...], d: int, f: int, heads: int, norms: dict[str, int], **kind: object) -> Block:
-    """A block with query, key and value in matrices of their own, all with biases, and LayerNorm."""
-    attention, activation = kind["attention"], str(kind["activation"])
-    reads = (*["attention in"] * 3, "joined" if attention == "packed" else "attended", "mlp in", "activated")
+def _apart_block(names: tuple[str, ...], d: int, f: int, heads: int, norms: dict[str, int], activation: str) -> Block:
+    """A block with query, key and value in matrices of their own, all with biases, LayerNorm and packed attention."""
+    reads = (*["attention in"] * 3, "joined", "mlp in", "activated")
     sizes = [(d, d)] * 4 + [(f, d), (d, f)]
     parts = zip(names, sizes, reads, strict=True)
     kept = {"queries": d, "keys": d, "values": d, "attended": d, "log-sums": heads, "statistics": 4}
@@ -225,7 +223,7 @@ def _apart_block(names: tuple[str, ...], d: int, f: int, heads: int, norms: dict
         linears=tuple(Linear(name, *size, True, tensor) for name, size, tensor in parts),
         other=4 * d,
         kept={**kept, **norms, **_activation(activation, f)},
-        kept_by_length=1 if attention == "padded" else 0,
+        kept_by_length=0,
         from_input=("attention in",),
         activations=f,
     )
@@ -237,13 +235,13 @@ def _opt(s: Settings, kind: str) -> ModelShape:
     names = (*(f"self_attn.{part}_proj" for part in ("k", "v", "q", "out")), "fc1", "fc2")
     activation = s.get("activation_function", default="relu")
     f = s.number("ffn_dim")
-    block = _apart_block(names, d, f, heads, {"residuals": 2 * d}, attention="packed", activation=activation)
+    block = _apart_block(names, d, f, heads, {"residuals": 2 * d}, activation)
     narrow, layers = s.number("word_embed_proj_dim", default=d), s.number("num_hidden_layers")
     ends = (("project_in", d, narrow), ("project_out", narrow, d)) if narrow != d else ()
     outside = tuple(Linear(f"model.decoder.{name}", rows, columns, False, name) for name, rows, columns in ends)
     # Positions begin at 2.
     other = (s.number("max_position_embeddings") + 2) * d + 2 * d
-    return _decoder(s, kind, "model.decoder.layers", block, layers, heads, other, tied=True, outside=outside)
+    return replace(_decoder(s, kind, "model.decoder.layers", block, layers, heads, other, tied=True), outside=outside)
 
 
 def _encoder(s: Settings, kind: str, task: str, labels: int) -> ModelShape:
@@ -257,7 +255,7 @@ def _encoder(s: Settings, kind: str, task: str, labels: int) -> ModelShape:
         names = (*(f"attention.{part}_lin" for part in ("q", "k", "v", "out")), "ffn.lin1", "ffn.lin2")
     activation = s.get("hidden_act", "activation", default="gelu")
     norms = {"before norms": 2 * d}
-    block = _apart_block(names, d, f, heads, norms, attention="packed", activation=activation)
+    block = _apart_block(names, d, f, heads, norms, activation)
     first = "pre_classifier" if distil else "bert.pooler.dense" if bert else "classifier.dense"
     vocabulary = s.number("vocab_size")
     types = 0 if distil else s.number("type_vocab_size", default=2)
