@@ -76,6 +76,8 @@ def main(options: list[str]) -> int:
 
 
 def _show(report: "DataReport", tokenizer: Any, all_problems: bool, console: Any) -> None:
+    from rankwise.data.rows import MOST_PROBLEMS
+
     for line in report.lines:
         console.print(line, markup=False)
     console.print(f"training: {report.train}", markup=False)
@@ -86,7 +88,7 @@ def _show(report: "DataReport", tokenizer: Any, all_problems: bool, console: Any
         console.print(f"labels: {len(counts)}, with {counts[-1]:,} to {counts[0]:,} {kind} each", markup=False)
     _show_example(report, tokenizer, console)
     if report.problems:
-        most = len(report.problems) if all_problems else 20
+        most = len(report.problems) if all_problems else MOST_PROBLEMS
         console.print(f"\nproblems: {len(report.problems):,}", markup=False)
         console.print(listing([str(problem) for problem in report.problems], most), markup=False)
     console.print(f"\n{report.verdict}", markup=False)

@@ -4,7 +4,7 @@ import json
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from rankwise.data.files import HALF_CHARACTER, has_half_character, parse_json
+from rankwise.data.files import HALF_CHARACTER, has_half_character, parsed
 
 Message = dict[str, Any]
 Faults = list[str]
@@ -43,7 +43,7 @@ def unreadable(text: str) -> str | None:
 
 def messages_from(value: Any, faults: Faults, need_answer: bool = True) -> list[Message]:
     """OpenAI messages, checked: roles and their order, contents, tool calls. Writes what is wrong to `faults`."""
-    value = _parsed(value)
+    value = parsed(value)
     if not isinstance(value, list) or not value:
         faults.append("messages must be a list that is not empty")
         return []
@@ -57,7 +57,7 @@ def messages_from(value: Any, faults: Faults, need_answer: bool = True) -> list[
 
 def messages_from_sharegpt(value: Any, faults: Faults, need_answer: bool = True) -> list[Message]:
     """`conversations` of {"from", "value"} turns (or of messages, as some data sets have them) → messages."""
-    value = _parsed(value)
+    value = parsed(value)
     if not isinstance(value, list) or not value:
         faults.append("conversations must be a list that is not empty")
         return []
@@ -73,7 +73,7 @@ def messages_from_sharegpt(value: Any, faults: Faults, need_answer: bool = True)
         elif not isinstance(turn.get("value"), str):
             faults.append(f"{name}.value must be a string, found {kind(turn.get('value'))}")
         elif turn["from"] in _CALLS:
-            calls = _parsed(turn["value"])
+            calls = parsed(turn["value"])
             calls = calls if isinstance(calls, list) else [calls]
             messages.append({"role": "assistant", "content": "", "tool_calls": calls})
         else:
@@ -85,7 +85,7 @@ def messages_from_sharegpt(value: Any, faults: Faults, need_answer: bool = True)
 
 def tools_from(value: Any, faults: Faults) -> list[dict[str, Any]]:
     """Tool definitions: a list, or the JSON text of one; bare functions are wrapped as OpenAI writes them."""
-    value = _parsed(value)
+    value = parsed(value)
     if value in (None, "", []):
         return []
     if not isinstance(value, list) or not all(isinstance(tool, dict) for tool in value):
@@ -95,16 +95,6 @@ def tools_from(value: Any, faults: Faults) -> list[dict[str, Any]]:
     if not all(isinstance(tool["function"], dict) and isinstance(tool["function"].get("name"), str) for tool in tools):
         faults.append("each of tools must name its function")
     return tools
-
-
-def _parsed(value: Any) -> Any:
-    """Lists are JSON text in CSV files and in some data sets; what is no JSON stays as it is."""
-    if not isinstance(value, str):
-        return value
-    try:
-        return parse_json(value)
-    except (ValueError, RecursionError):
-        return value
 
 
 def _message(name: str, entry: Any, faults: Faults) -> Message:
@@ -159,7 +149,7 @@ def _tool_calls(name: str, calls: Any, faults: Faults) -> Iterable[dict[str, Any
         if not isinstance(function, Mapping) or not isinstance(function.get("name"), str) or not function["name"]:
             faults.append(f"{whole} must name the function that is called")
             continue
-        arguments = _parsed(function.get("arguments") or {})
+        arguments = parsed(function.get("arguments") or {})
         if not isinstance(arguments, dict):
             faults.append(f"{whole}: the arguments must be a JSON object, found {arguments!r}")
         given = {key: value for key, value in call.items() if value is not None} if "function" in call else {}

@@ -181,6 +181,14 @@ def parse_json(text: str) -> Any:
     return _DECODER.decode(text)
 
 
+def parsed(value: Any) -> Any:
+    """Lists are JSON text in CSV files and in some data sets; what is no JSON stays as it is."""
+    try:
+        return parse_json(value) if isinstance(value, str) else value
+    except (ValueError, RecursionError):
+        return value
+
+
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     fields = dict(pairs)
     if len(fields) < len(pairs):

@@ -19,11 +19,10 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from rankwise.data.conversations import Faults, kind, messages_from, messages_from_sharegpt, tools_from, unreadable
-from rankwise.data.files import parse_json
+from rankwise.data.files import Fields, parsed
 from rankwise.errors import ConfigError, DataError, nearest
 from rankwise.lora.config import TaskType
 
-Fields = Mapping[str, Any]
 Task = Literal["causal_lm", "seq_cls", "token_cls", "embedding", "seq2seq_lm"]
 TASK_TYPES = {
     "causal_lm": TaskType.CAUSAL_LM,
@@ -190,7 +189,7 @@ def _text_labels(fields: Fields, faults: Faults) -> dict[str, Any]:
 
 def _tokens_tags(fields: Fields, faults: Faults) -> dict[str, Any]:
     tags = _label_list("tags", fields["tags"], faults)
-    tokens = _list(fields["tokens"])
+    tokens = parsed(fields["tokens"])
     if not isinstance(tokens, list) or not tokens:
         faults.append(f"tokens must be a list of words that is not empty, found {tokens!r:.80}")
         return {}
@@ -202,7 +201,7 @@ def _tokens_tags(fields: Fields, faults: Faults) -> dict[str, Any]:
 
 
 def _label_list(name: str, value: Any, faults: Faults) -> list[str]:
-    labels = _list(value)
+    labels = parsed(value)
     if not isinstance(labels, list):
         faults.append(f"{name} must be a list, found {labels!r:.80}")
         return []
@@ -214,14 +213,6 @@ def _label_list(name: str, value: Any, faults: Faults) -> list[str]:
 
 def _is_label(value: Any) -> bool:
     return isinstance(value, str | int) and not isinstance(value, bool) and bool(str(value).strip())
-
-
-def _list(value: Any) -> Any:
-    """A list of a table's cell, where it is JSON text; any other value as it is."""
-    try:
-        return parse_json(value) if isinstance(value, str) else value
-    except (ValueError, RecursionError):
-        return value
 
 
 SHAPES = (
