@@ -169,7 +169,7 @@ def run_rankwise(task: Task, name: str, steps: int) -> Result:
     from rankwise.engine.tasks import engine_for
     from rankwise.models.load import pad_id
     from rankwise.train.config import TrainConfig
-    from rankwise.train.loop import training_steps
+    from rankwise.train.loop import Training
 
     model = task.model()
     inject_(model, LoraConfig(task_type="SEQ_CLS" if task.kind == "seq_cls" else "CAUSAL_LM", r=RANK, lora_alpha=ALPHA))
@@ -185,7 +185,7 @@ def run_rankwise(task: Task, name: str, steps: int) -> Result:
         max_steps=steps,
         batches=batches,
     )
-    done = list(training_steps(engine, task.train, config))
+    done = list(Training(engine, task.train, config).steps())
     ends = [0.0, *(step.seconds for step in done)]
     seconds = [after - before for before, after in pairwise(ends)]
     return Result(model, seconds, [step.tokens for step in done], needed_flops(task, config, engine.packs))

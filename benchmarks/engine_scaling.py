@@ -46,7 +46,7 @@ def run(settings: dict[str, Any]) -> dict[str, float]:
     from rankwise.engine.language import LanguageEngine
     from rankwise.models.load import load_model
     from rankwise.train.config import TrainConfig
-    from rankwise.train.loop import training_steps
+    from rankwise.train.loop import Training
     from rankwise.train.progress import forget_peak_memory, peak_memory_bytes
 
     model = load_model(MODEL, "causal_lm", base_dtype=settings.get("base_dtype", "fp32"))
@@ -73,7 +73,7 @@ def run(settings: dict[str, Any]) -> dict[str, float]:
     )
     forget_peak_memory()
     loaded = peak_memory_bytes()
-    ends = [0.0, *(step.seconds for step in training_steps(engine, examples, config, parameters=parameters))]
+    ends = [0.0, *(step.seconds for step in Training(engine, examples, config, parameters).steps())]
     seconds = [after - before for before, after in pairwise(ends)]
     return {
         "seconds": statistics.median(seconds[1:]),

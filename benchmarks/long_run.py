@@ -33,7 +33,7 @@ def run(lengths: str, model_name: str, steps: int, batch_size: int) -> None:
     from rankwise.engine.tasks import engine_for
     from rankwise.models.load import pad_id
     from rankwise.train.config import TrainConfig
-    from rankwise.train.loop import training_steps
+    from rankwise.train.loop import Training
     from rankwise.train.progress import peak_memory_bytes
 
     task = Task("sql" if model_name == "smollm2-135m" else "classify", None)
@@ -49,7 +49,7 @@ def run(lengths: str, model_name: str, steps: int, batch_size: int) -> None:
     found = []
     as_they_come = patch("rankwise.engine.batch.rounded_up", lambda tokens: tokens)
     with as_they_come if lengths == "any" else nullcontext():
-        for step in training_steps(engine, task.train, config):
+        for step in Training(engine, task.train, config).steps():
             if step.number % max(1, steps // 10) == 0:
                 found.append((step.number, peak_memory_bytes(), step.seconds))
     print(json.dumps(found))

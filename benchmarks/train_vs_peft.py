@@ -52,12 +52,12 @@ def run_rankwise(steps: int, folder: Path) -> float:
     """Train through rankwise's own loop; returns seconds."""
     from rankwise import TrainConfig, save_adapter
     from rankwise.engine.language import LanguageEngine
-    from rankwise.train.loop import training_steps
+    from rankwise.train.loop import Training
 
     model, _, train, _, _ = prepare(steps)
     engine = LanguageEngine(model, 2, train)
     config = TrainConfig(model="", data=(DATA,), out=folder, batch_size=BATCH, lr=RATE, max_steps=steps)
-    [*_, last] = training_steps(engine, train, config)
+    [*_, last] = Training(engine, train, config).steps()
     save_adapter(model, folder)
     return last.seconds
 

@@ -19,7 +19,7 @@ from rankwise.engine.classifiers import ClassifierEngine
 from rankwise.engine.language import LanguageEngine
 from rankwise.engine.state_cache import plan_states, states_kept
 from rankwise.rank.nested import NestedEngine
-from rankwise.train.loop import training_steps
+from rankwise.train.loop import Training
 
 
 @pytest.fixture(autouse=True)
@@ -84,7 +84,7 @@ def test_blocks_below_run_once_for_each_row_and_the_bits_do_not_depend_on_what_w
         model.model.layers[0].mlp.gate_proj.register_forward_hook(
             lambda _, args, __, seen=seen: seen.append(args[0].shape[1])
         )
-        list(training_steps(engine, examples, config))
+        list(Training(engine, examples, config).steps())
         runs.append(torch.cat([p.detach().flatten() for p in trainable_parameters(model)]))
         passes.append(Counter(seen))
     assert torch.equal(*runs)
@@ -94,7 +94,9 @@ def test_blocks_below_run_once_for_each_row_and_the_bits_do_not_depend_on_what_w
     # What is left are the short passes that compare before training.
     assert passes[1].total() < 9
     without = adapted_above(tiny("llama", torch.float64), 1)
-    list(training_steps(LanguageEngine(without, 2, examples), examples, TrainConfig(**{**vars(config), "cache_gb": 0})))
+    list(
+        Training(LanguageEngine(without, 2, examples), examples, TrainConfig(**{**vars(config), "cache_gb": 0})).steps()
+    )
     expected = torch.cat([p.detach().flatten() for p in trainable_parameters(without)])
     assert (runs[0] - expected).abs().max() <= 1e-9 * expected.abs().max()
 
@@ -176,7 +178,7 @@ def test_a_nested_run_takes_its_states_from_the_disk_too():
         model = adapted_above(tiny("llama"), 1)
         engine = NestedEngine(LanguageEngine(model, 2, examples), [1, 2, 3], seed=0)
         config = TrainConfig(model="m", data=("d",), out="o", batch_size=2, lr=0.01, cache_gb=gigabytes)
-        for step in training_steps(engine, examples, config):
+        for step in Training(engine, examples, config).steps():
             found.append(step.loss)
             assert (engine.inner.states is not None) == bool(gigabytes)
     assert found[:3] == pytest.approx(found[3:], rel=1e-5)

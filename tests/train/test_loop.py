@@ -8,7 +8,7 @@ from rankwise import LoraConfig, TrainConfig, inject_, trainable_parameters
 from rankwise.data.examples import TextExample
 from rankwise.engine.language import LanguageEngine
 from rankwise.errors import ConfigError, RankwiseError
-from rankwise.train.loop import training_steps
+from rankwise.train.loop import Training
 
 EXAMPLES = [TextExample((5, 6, 7 + n, 8), (False, False, True, True), "here") for n in range(6)]
 
@@ -29,7 +29,7 @@ def engine(**changes):
 def test_training_on_alike_batches_sees_every_row_once_an_epoch():
     run = engine()
     config = settings(batches="alike", epochs=1)
-    steps = list(training_steps(run, EXAMPLES, config))
+    steps = list(Training(run, EXAMPLES, config).steps())
     assert sum(step.tokens for step in steps) == sum(len(example.ids) for example in EXAMPLES)
 
 
@@ -39,7 +39,7 @@ def test_training_lowers_the_loss_and_the_same_seed_gives_the_same_numbers(dropo
     for _ in range(2):
         run = engine(lora_dropout=dropout)
         torch.manual_seed(7)
-        losses = [step.loss for step in training_steps(run, EXAMPLES, settings(epochs=20))]
+        losses = [step.loss for step in Training(run, EXAMPLES, settings(epochs=20)).steps()]
         runs.append((losses, [p.detach().clone() for p in trainable_parameters(run.model)]))
     assert runs[0][0] == runs[1][0]
     assert all(torch.equal(a, b) for a, b in zip(runs[0][1], runs[1][1], strict=True))
@@ -49,13 +49,13 @@ def test_training_lowers_the_loss_and_the_same_seed_gives_the_same_numbers(dropo
 def test_only_the_adapter_moves():
     run = engine()
     base = {n: p.clone() for n, p in run.model.named_parameters() if not p.requires_grad}
-    list(training_steps(run, EXAMPLES, settings(epochs=2)))
+    list(Training(run, EXAMPLES, settings(epochs=2)).steps())
     assert all(torch.equal(p, base[n]) for n, p in run.model.named_parameters() if n in base)
     assert all(p.abs().max() > 0 for p in trainable_parameters(run.model))
 
 
 def test_the_rate_rises_for_a_twentieth_of_the_steps_and_falls_to_nearly_zero():
-    rates = [step.learning_rate for step in training_steps(engine(), EXAMPLES, settings(max_steps=40))]
+    rates = [step.learning_rate for step in Training(engine(), EXAMPLES, settings(max_steps=40)).steps()]
     assert rates[0] == pytest.approx(0.005)
     assert max(rates) == rates[1] == pytest.approx(0.01)
     assert rates[2:] == sorted(rates[2:], reverse=True)
@@ -67,12 +67,12 @@ def test_a_loss_that_is_not_finite_stops_before_the_adapter_is_spoilt():
     run.model.lm_head.weight.data[:] = float("inf")
     before = [p.detach().clone() for p in trainable_parameters(run.model)]
     with pytest.raises(RankwiseError, match="not finite at step 1"):
-        list(training_steps(run, EXAMPLES, settings()))
+        list(Training(run, EXAMPLES, settings()).steps())
     assert all(torch.equal(a, b) for a, b in zip(trainable_parameters(run.model), before, strict=True))
 
 
 def test_it_stops_between_two_steps():
-    steps = list(training_steps(engine(), EXAMPLES, settings(epochs=20), stopped=lambda: True))
+    steps = list(Training(engine(), EXAMPLES, settings(epochs=20)).steps(lambda: True))
     assert len(steps) == 1
 
 
