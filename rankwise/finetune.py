@@ -123,7 +123,7 @@ def _finetune(config: TrainConfig, run: RunFolder, reporter: Reporter) -> dict[s
     reporter.say(described)
 
     predicted = forecast(plan, config, lora, len(labels), engine.packs)
-    engine.recomputes = predicted["recompute"]
+    engine.recomputes = predicted.recompute
     _prepare(engine, plan, config, reporter)
     start, training = _start(engine, data, plan, config, run, reporter)
     outcome = run_training(training, data.held_out, labels, config, run, reporter)
@@ -153,7 +153,7 @@ def _finetune(config: TrainConfig, run: RunFolder, reporter: Reporter) -> dict[s
         "useful_tokens": sum(step.tokens for step in steps),
         "useful_tokens_per_second": sum(step.tokens for step in steps) / steps[-1].seconds if steps else None,
         "peak_memory_bytes": peak_memory_bytes(),
-        **predicted,
+        **asdict(predicted),
         "shrunk": shrunk and asdict(shrunk),
         "uncut_because": uncut_because,
         "packed": engine.packs,

@@ -257,7 +257,7 @@ class PairedRuns:
         engine = engine_for(self.config.task, model, pad_id(self._tokenizer), self.train)
         plan = planned_steps(self.train, self.config)
         predicted = forecast(plan, self.config, self.lora(self.largest), len(self.labels), engine.packs)
-        engine.recomputes = predicted["recompute"]
+        engine.recomputes = predicted.recompute
         return engine
 
     def lora(self, rank: int) -> LoraConfig:

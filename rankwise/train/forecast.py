@@ -1,7 +1,7 @@
 """What a coming run will cost: its batches counted, and the plan made of them."""
 
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -23,6 +23,19 @@ STEPS = 1_000
 """Of a run, at most, that a forecast counts."""
 
 
+@dataclass(frozen=True)
+class Forecast:
+    """What a plan says of a run; result.json has these fields."""
+
+    recompute: bool
+    """Whether the run is to recompute activations."""
+    predicted_seconds: float | None
+    """Of all steps. None: the plan does not know the model or the targets, or this machine was never measured, as
+    `rankwise plan` does."""
+    predicted_peak_memory_bytes: float | None
+    """None: the plan does not know the model or the targets."""
+
+
 def counted_batches(plan: Sequence[Sequence[Sequence[Any]]], packs: bool) -> list[Batch]:
     """What each batch of a run will put through the model, on the engine's packed path or the padded one."""
     return [_counted(batch, packs) for step in plan for batch in step]
@@ -37,13 +50,10 @@ def _counted(examples: Sequence[Any], packs: bool) -> Batch:
     return packed_batch(sum(lengths), len(stream.targets), packing.lengths, packing.before, len(examples))
 
 
-def forecast(plan: Plan[Any], config: TrainConfig, lora: LoraConfig, labels: int, packs: bool) -> dict[str, Any]:
-    """What a plan says of a run that is about to begin, for result.json; and whether it is to recompute activations.
+def forecast(plan: Plan[Any], config: TrainConfig, lora: LoraConfig, labels: int, packs: bool) -> Forecast:
+    """What a plan says of a run that is about to begin; its first STEPS steps stand for all.
 
-    It is made of the run's first STEPS steps, and says the same of the rest.
-
-    None stands for a model or targets that a plan does not know; with --recompute auto those recompute nothing. The
-    time is None, too, unless this machine was measured before (`rankwise plan` does that).
+    With --recompute auto, a model or targets that a plan does not know recompute nothing.
     """
     choices, first = config.choices, plan.beginning[:STEPS]
     try:
@@ -54,9 +64,6 @@ def forecast(plan: Plan[Any], config: TrainConfig, lora: LoraConfig, labels: int
             choices = replace(choices, recompute=True)
             cost = make_plan(shape, lora, batches, len(first), read_machine(), choices).adapter
     except RankwiseError:
-        return {"recompute": choices.recompute, "predicted_seconds": None, "predicted_peak_memory_bytes": None}
-    return {
-        "recompute": choices.recompute,
-        "predicted_seconds": cost.seconds and cost.seconds.total * len(plan) / len(first),
-        "predicted_peak_memory_bytes": cost.memory and cost.memory.peak,
-    }
+        return Forecast(choices.recompute, None, None)
+    seconds = cost.seconds and cost.seconds.total * len(plan) / len(first)
+    return Forecast(choices.recompute, seconds, cost.memory and cost.memory.peak)

@@ -86,4 +86,4 @@ def test_auto_recomputes_when_the_planned_memory_is_not_free(free, recompute, ti
         way: forecast(planned_steps(rows, config), config, LoraConfig(r=8), 0, True) for way, config in configs.items()
     }
     assert planned["auto"] == planned["always" if recompute else "never"]
-    assert planned["always"]["predicted_peak_memory_bytes"] < planned["never"]["predicted_peak_memory_bytes"]
+    assert planned["always"].predicted_peak_memory_bytes < planned["never"].predicted_peak_memory_bytes
