@@ -3,7 +3,7 @@
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 from rankwise.data.examples import Ids
 from rankwise.data.files import Problem, Row
@@ -18,16 +18,11 @@ _SHORT = 24
 
 
 @dataclass(frozen=True)
-class LabelExample:
-    """A text as tokens and the index of its label."""
+class _LabelledText:
+    """A text as tokens, whose loss is one prediction: of its label, or the mean over all labels."""
 
     counts_tokens: ClassVar[bool] = False
     ids: Ids
-    label: int
-    place: str
-    """file:line, for messages."""
-    cut: int = 0
-    """Tokens that were cut off its end."""
 
     @property
     def texts(self) -> tuple[Ids, ...]:
@@ -40,21 +35,35 @@ class LabelExample:
 
     @property
     def answer(self) -> tuple[int, ...]:
-        """What the model should find."""
-        return (self.label,)
+        """What a classifier should find."""
+        raise NotImplementedError
 
     @property
     def taught(self) -> tuple[int, ...]:
-        """All that the loss knows beside the tokens."""
         return self.answer
 
-    def cut_to(self, length: int) -> "LabelExample":
+    def cut_to(self, length: int) -> Self:
         """The first `length` tokens."""
         return replace(self, ids=self.ids[:length], cut=max(0, len(self.ids) - length))
 
-    def short(self) -> "LabelExample":
+    def short(self) -> Self:
         """The first 24 tokens."""
         return self.cut_to(_SHORT)
+
+
+@dataclass(frozen=True)
+class LabelExample(_LabelledText):
+    """A text as tokens and the index of its label."""
+
+    label: int
+    place: str
+    """file:line, for messages."""
+    cut: int = 0
+    """Tokens that were cut off its end."""
+
+    @property
+    def answer(self) -> tuple[int, ...]:
+        return (self.label,)
 
     def written(self, answer: Sequence[int], _tokenizer: Tokenizer, names: Sequence[str]) -> str:
         """An answer, for people to read."""
@@ -62,39 +71,16 @@ class LabelExample:
 
 
 @dataclass(frozen=True)
-class LabelSetExample:
+class LabelSetExample(_LabelledText):
     """A text as tokens, and for each label whether it has it."""
 
-    counts_tokens: ClassVar[bool] = False
-    ids: Ids
     labels: tuple[bool, ...]
     place: str
     cut: int = 0
 
     @property
-    def texts(self) -> tuple[Ids, ...]:
-        return (self.ids,)
-
-    @property
-    def counted(self) -> int:
-        """How many predictions the loss counts: that of a text is its mean over all labels."""
-        return 1
-
-    @property
     def answer(self) -> tuple[int, ...]:
         return self.labels
-
-    @property
-    def taught(self) -> tuple[int, ...]:
-        return self.answer
-
-    def cut_to(self, length: int) -> "LabelSetExample":
-        """The first `length` tokens."""
-        return replace(self, ids=self.ids[:length], cut=max(0, len(self.ids) - length))
-
-    def short(self) -> "LabelSetExample":
-        """The first 24 tokens."""
-        return self.cut_to(_SHORT)
 
     def written(self, answer: Sequence[int], _tokenizer: Tokenizer, names: Sequence[str]) -> str:
         """An answer, for people to read."""

@@ -1,7 +1,7 @@
 """Rows → tokens for embeddings: a text, one that belongs to it, and ones that do not."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import ClassVar
 
 from rankwise.data.examples import Ids
@@ -39,7 +39,7 @@ class PairExample:
 
     def short(self) -> "PairExample":
         """The first 24 tokens of each text."""
-        return replace(self.cut_to(24), cut=0)
+        return self.cut_to(24)
 
     def cut_to(self, length: int) -> "PairExample":
         anchor, positive, *negatives = (text[:length] for text in self.texts)

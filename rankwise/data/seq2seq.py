@@ -1,7 +1,7 @@
 """Rows → tokens for sequence-to-sequence models: the encoder reads what is asked, the decoder writes the answer."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import ClassVar
 
 from rankwise.data.examples import NO_END, Ids, asked
@@ -46,7 +46,7 @@ class Seq2SeqExample:
 
     def short(self) -> "Seq2SeqExample":
         """The first 24 tokens of both."""
-        return replace(self.cut_to(24), cut=0)
+        return self.cut_to(24)
 
     def cut_to(self, length: int) -> "Seq2SeqExample":
         cut = sum(max(0, len(text) - length) for text in self.texts)
