@@ -36,16 +36,14 @@ def main(options: list[str]) -> int:
 
 
 def _print(out: Path, result: dict[str, Any]) -> None:
+    from rankwise.train.report import changes
+
     print(f"adapter: {out / 'adapter'} (after step {result['adapter_step']})")
     if result["shrunk"] is not None:
         print(_cut(out, result["shrunk"]))
     if result["eval_loss_after"] is not None:
-        before, after = result["eval_loss_before"], result["eval_loss_after"]
-        change = f" ({after / before - 1:+.1%})" if before else ""
-        print(f"held-out loss: {before:.4f} → {after:.4f}{change} on {result['eval_rows']} rows")
-        if result["metric_after"] is not None:
-            metric = result["metric_name"].replace("_", " ")
-            print(f"{metric}: {result['metric_before']:.1%} → {result['metric_after']:.1%}")
+        for name, change in changes(result).items():
+            print(f"{name}: {change}")
     speed = result["useful_tokens_per_second"] or 0
     print(
         f"{result['steps']} steps in {result['seconds']:.0f} s, {speed:.0f} useful tokens/s, "

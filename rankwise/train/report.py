@@ -61,11 +61,7 @@ def verdict(result: dict[str, Any], steps: Sequence[Step]) -> Verdict:
         if result["interrupted"]:
             return Verdict("open", f"Interrupted after {result['steps']} steps and not measured; {trained}.")
         return Verdict("open", f"Nothing was held out, so nothing shows whether it worked; {trained}.")
-    change = f" ({after / before - 1:+.1%})" if before else ""
-    facts = f"held-out loss {before:.4f} → {after:.4f}{change} on {result['eval_rows']:,} rows"
-    if result["metric_after"] is not None:
-        name = result["metric_name"].replace("_", " ")
-        facts += f", {name} {result['metric_before']:.1%} → {result['metric_after']:.1%}"
+    facts = ", ".join(f"{name} {change}" for name, change in changes(result).items())
     if after >= before:
         return Verdict("bad", f"It did not learn: {facts}.")
     if cut := result.get("shrunk"):
@@ -77,6 +73,17 @@ def verdict(result: dict[str, Any], steps: Sequence[Step]) -> Verdict:
     if None in (first.get("lower"), last.get("upper")) or last["upper"] >= first["lower"]:
         return Verdict("open", f"A small gain, or chance in the choice of rows: {facts}.")
     return Verdict("good", f"It learned: {facts}.")
+
+
+def changes(result: dict[str, Any]) -> dict[str, str]:
+    """What became of the loss on the held-out rows, which a result has measured, and of the task's metric, by name."""
+    before, after = result["eval_loss_before"], result["eval_loss_after"]
+    share = f" ({after / before - 1:+.1%})" if before else ""
+    found = {"held-out loss": f"{before:.4f} → {after:.4f}{share} on {result['eval_rows']:,} rows"}
+    if result["metric_after"] is not None:
+        name = result["metric_name"].replace("_", " ")
+        found[name] = f"{result['metric_before']:.1%} → {result['metric_after']:.1%}"
+    return found
 
 
 def spectrum_bars(sigma: Sequence[float]) -> str:
