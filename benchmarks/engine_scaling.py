@@ -47,7 +47,7 @@ def run(settings: dict[str, Any]) -> dict[str, float]:
     from rankwise.models.load import load_model
     from rankwise.train.config import TrainConfig
     from rankwise.train.loop import Training
-    from rankwise.train.progress import forget_peak_memory, peak_memory_bytes
+    from rankwise.train.peak_memory import forget_peak_memory, peak_memory_bytes
 
     model = load_model(MODEL, "causal_lm", base_dtype=settings.get("base_dtype", "fp32"))
     parameters = list(model.requires_grad_(True).parameters()) if settings.get("full") else None

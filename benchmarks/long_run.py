@@ -34,7 +34,7 @@ def run(lengths: str, model_name: str, steps: int, batch_size: int) -> None:
     from rankwise.models.load import pad_id
     from rankwise.train.config import TrainConfig
     from rankwise.train.loop import Training
-    from rankwise.train.progress import peak_memory_bytes
+    from rankwise.train.peak_memory import peak_memory_bytes
 
     task = Task("sql" if model_name == "smollm2-135m" else "classify", None)
     model = task.model()

@@ -33,7 +33,8 @@ from rankwise.train.config import TrainConfig
 from rankwise.train.evaluate import Evaluation, evaluate
 from rankwise.train.forecast import forecast
 from rankwise.train.loop import Training
-from rankwise.train.progress import Reporter, peak_memory_bytes
+from rankwise.train.peak_memory import peak_memory_bytes
+from rankwise.train.progress import Reporter
 from rankwise.train.rate_check import best_rate
 from rankwise.train.report import render_report
 from rankwise.train.run import run_training

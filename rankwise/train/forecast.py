@@ -17,7 +17,7 @@ from rankwise.plan.plan import make_plan
 from rankwise.plan.workload import Batch, packed_batch, padded_batch
 from rankwise.train.batches import Plan
 from rankwise.train.config import TrainConfig
-from rankwise.train.progress import peak_memory_bytes
+from rankwise.train.peak_memory import peak_memory_bytes
 
 STEPS = 1_000
 """Of a run, at most, that a forecast counts."""
