@@ -6,9 +6,6 @@ from dataclasses import replace
 from math import ceil, inf, isfinite
 from typing import Any
 
-import torch
-from torch import nn
-
 from rankwise.engine.engine import Engine
 from rankwise.errors import RankwiseError
 from rankwise.lora.inject import trainable_parameters
@@ -18,6 +15,7 @@ from rankwise.train.evaluate import held_out_loss
 from rankwise.train.learning_rate import default_rate
 from rankwise.train.loop import Training
 from rankwise.train.random_state import random_state, set_random_state
+from rankwise.train.watch import set_values_
 
 SHARE, LEAST = 0.05, 5
 """Of the run's steps, and how many at least, for each of the three."""
@@ -46,7 +44,8 @@ def best_rate(
     for rate in rates:
         training = Training(engine, examples, replace(config, lr=rate, max_steps=steps))
         losses.append(_loss(training, _part(held_out, training, config.seed)))
-        _restore(parameters, start)
+        set_values_(parameters, start)
+        training.optimizer.zero_grad()
         set_random_state(random_start)
         say(f"learning rate {rate:.2g}: {'held-out' if held_out else 'training'} loss {losses[-1]:.4f} at step {steps}")
     if not isfinite(min(losses)):
@@ -76,10 +75,3 @@ def _part(held_out: Sequence[Any], training: Training, seed: int) -> list[Any]:
             break
         part.append(example)
     return part
-
-
-@torch.no_grad()
-def _restore(parameters: Sequence[nn.Parameter], values: Sequence[torch.Tensor]) -> None:
-    for parameter, value in zip(parameters, values, strict=True):
-        parameter.copy_(value)
-        parameter.grad = None

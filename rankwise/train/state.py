@@ -8,14 +8,13 @@ from math import inf
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from rankwise.errors import CheckpointError
 from rankwise.train.loop import Training
 from rankwise.train.random_state import random_state, set_random_state
-from rankwise.train.watch import Watch
+from rankwise.train.watch import Watch, set_values_
 
 TENSORS_FILE, NUMBERS_FILE = "state.safetensors", "state.json"
 
@@ -59,9 +58,7 @@ def load_state(training: Training, watch: Watch, folder: Path) -> None:
     trained, best = (_list(tensors, name) for name in ("trained", "best"))
     if [value.shape for value in trained] != [parameter.shape for parameter in training.parameters]:
         raise CheckpointError(f"{folder} holds the state of another adapter; was it made by another rankwise version?")
-    with torch.no_grad():
-        for parameter, value in zip(training.parameters, trained, strict=True):
-            parameter.copy_(value)
+    set_values_(training.parameters, trained)
     state: dict[int, dict[str, Any]] = {int(index): other for index, other in numbers["optimizer"]["state"].items()}
     for name, tensor in tensors.items():
         kind, _, rest = name.partition(".")

@@ -60,8 +60,13 @@ class Watch:
         """Whether the last `patience` evaluations brought nothing better."""
         return 0 < self.patience <= self.waited
 
-    @torch.no_grad()
     def take_best(self) -> None:
         """Give the adapter its best values back."""
-        for parameter, value in zip(self.parameters, self.best, strict=True):
-            parameter.copy_(value)
+        set_values_(self.parameters, self.best)
+
+
+@torch.no_grad()
+def set_values_(parameters: Sequence[nn.Parameter], values: Sequence[Tensor]) -> None:
+    """Give each parameter the value of its shape that stands in its place."""
+    for parameter, value in zip(parameters, values, strict=True):
+        parameter.copy_(value)
