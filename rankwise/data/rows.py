@@ -18,8 +18,8 @@ from rankwise.errors import DataError, listing
 
 Data = Path | str | Sequence[Path | str]
 """A file, a folder or a hub data set, or several of them; see `rankwise.data.sources`."""
-TENTH, MOST_HELD_OUT = 0.1, 600
-"""Of the rows are held out, if nobody says how many."""
+HELD_OUT_SHARE, MAX_HELD_OUT_ROWS = 0.1, 600
+"""If nobody says how many rows are held out, it is this share of them, but at most so many."""
 MOST_PROBLEMS = 20
 """Problems that a message shows in full."""
 
@@ -189,7 +189,7 @@ def split_rows(rows: Sequence[Row], fraction: float, seed: int) -> tuple[Sequenc
 
 def usual_fraction(rows: Sequence[Row]) -> float:
     """The share of the rows that is held out, if nobody says how many."""
-    return min(TENTH, MOST_HELD_OUT / len(rows))
+    return min(HELD_OUT_SHARE, MAX_HELD_OUT_ROWS / len(rows))
 
 
 def cannot_split(rows: Sequence[Row]) -> str | None:

@@ -17,8 +17,8 @@ from rankwise.train.loop import Training
 from rankwise.train.random_state import random_state, set_random_state
 from rankwise.train.watch import set_values_
 
-SHARE, LEAST = 0.05, 5
-"""Of the run's steps, and how many at least, for each of the three."""
+CHECK_SHARE, MIN_CHECK_STEPS = 0.05, 5
+"""Each of the three rates is tried for this share of the run's steps, but for at least so many."""
 
 
 def best_rate(
@@ -36,7 +36,7 @@ def best_rate(
     Raises RankwiseError if no rate gives a finite loss.
     """
     total = len(planned_steps(examples, config))
-    steps = min(total, max(LEAST, ceil(SHARE * total)))
+    steps = min(total, max(MIN_CHECK_STEPS, ceil(CHECK_SHARE * total)))
     rates = [default_rate(total) * multiple for multiple in (1 / 3, 1, 3)]
     parameters = trainable_parameters(engine.model)
     start, random_start = [parameter.detach().clone() for parameter in parameters], random_state()

@@ -16,8 +16,8 @@ from rankwise.train.run_folder import RunFolder
 from rankwise.train.trackers import tracking
 from rankwise.train.watch import Watch, evaluations
 
-LOOKING = 0.25
-"""Of a step's time, how long rows of a large file are then looked through."""
+LOOK_AHEAD_SHARE = 0.25
+"""After each step, rows of a large file that come later are looked through for this share of a step's time."""
 
 
 @dataclass(frozen=True)
@@ -78,7 +78,7 @@ def run_training(
                 if step.number % save_every == 0:
                     save()
                 if isinstance(training.plan.examples, LazyExamples):
-                    training.plan.examples.look_through(LOOKING * step.seconds / step.number)
+                    training.plan.examples.look_through(LOOK_AHEAD_SHARE * step.seconds / step.number)
             save()
         except StorageError:
             raise

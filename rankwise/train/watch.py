@@ -11,13 +11,13 @@ from rankwise.train.batches import Plan
 from rankwise.train.config import TrainConfig
 
 EVALUATIONS = 5
-"""Most in a run, by default: early stopping waits for three, so fewer would never end a run before its end."""
+"""By default a run has at most so many: early stopping waits for three, so fewer would never end a run early."""
 FEWEST_ROWS = 50
-"""Held-out rows of an evaluation, by default, where there are so many."""
-MOST = 0.1
-"""Of the training's work may go into evaluations, by default."""
-FORWARD = 1 / 3
-"""The work of a forward pass alone, as a share of a training step's."""
+"""By default an evaluation takes at least so many held-out rows, where there are so many."""
+EVALUATION_BUDGET = 0.1
+"""By default the evaluations of a run may do this share of the work of its training."""
+FORWARD_SHARE = 1 / 3
+"""A forward pass alone does this share of the work of a training step."""
 
 
 def evaluations(config: TrainConfig, plan: Plan[Any], held_out: Sequence[Any]) -> tuple[int, Sequence[Any]]:
@@ -28,7 +28,7 @@ def evaluations(config: TrainConfig, plan: Plan[Any], held_out: Sequence[Any]) -
     """
     if not held_out or config.eval_steps is not None:
         return config.eval_steps or 0, held_out
-    most = MOST / FORWARD * plan.tokens
+    most = EVALUATION_BUDGET / FORWARD_SHARE * plan.tokens
     share = most / EVALUATIONS / sum(len(example.ids) for example in held_out)
     count = min(len(held_out), max(FEWEST_ROWS, int(share * len(held_out))))
     rows = [held_out[number * len(held_out) // count] for number in range(count)]

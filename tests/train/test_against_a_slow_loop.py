@@ -17,7 +17,7 @@ from rankwise.train.loop import Training
 from rankwise.train.progress import Reporter
 from rankwise.train.run import run_training
 from rankwise.train.run_folder import RunFolder
-from rankwise.train.watch import EVALUATIONS, FEWEST_ROWS, FORWARD, MOST, evaluations
+from rankwise.train.watch import EVALUATION_BUDGET, EVALUATIONS, FEWEST_ROWS, FORWARD_SHARE, evaluations
 
 
 def rows(count, seed):
@@ -190,5 +190,6 @@ def test_one_epoch_is_evaluated_often_enough_to_stop_early_on_a_part_of_the_rows
     places = [held_out.index(row) for row in watched]
     assert places == sorted(set(places))
     assert places[-1] >= 0.98 * len(held_out)
-    work = FORWARD * EVALUATIONS * sum(len(row.ids) for row in watched)
-    assert 0.9 * MOST * plan.tokens < work <= 1.05 * MOST * plan.tokens
+    work = FORWARD_SHARE * EVALUATIONS * sum(len(row.ids) for row in watched)
+    budget = EVALUATION_BUDGET * plan.tokens
+    assert 0.9 * budget < work <= 1.05 * budget
