@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from rankwise.data.examples import Prompt, asked
-from rankwise.data.labelled import label_counts, lacks_labels, problem_type
+from rankwise.data.labelled import label_counts, problem_type, why_no_classifier
 from rankwise.data.lazy import LazyExamples
 from rankwise.data.report import measure
 from rankwise.data.rows import Row, divide
@@ -131,7 +131,7 @@ def _finetune(config: TrainConfig, run: RunFolder, reporter: Reporter) -> dict[s
     return_freed_memory()  # What training needed at its height is not to lie beside what evaluation needs.
     steps, interrupted = outcome.steps, outcome.interrupted
     run.save_adapter(model, labels)
-    shrunk, uncut_because = None, config.fixed_because(len(held_out_rows))
+    shrunk, uncut_because = None, config.why_rank_is_fixed(len(held_out_rows))
     before = after = None
     try:
         if not interrupted:
@@ -141,7 +141,7 @@ def _finetune(config: TrainConfig, run: RunFolder, reporter: Reporter) -> dict[s
     except KeyboardInterrupt:
         interrupted, before = True, None
     result = {
-        **_measured(before, after),
+        **_evaluation_fields(before, after),
         "trainable_parameters": report.trainable_parameters,
         "total_parameters": report.total_parameters,
         "steps": len(steps),
@@ -234,8 +234,8 @@ def labels_of(rows: Sequence[Row]) -> list[str]:
     Raises DataError if they leave nothing to learn.
     """
     labels = label_counts(rows)
-    if lacking := lacks_labels(rows, labels):
-        raise DataError(f"{rows[0].file}: {lacking}")
+    if reason := why_no_classifier(rows, labels):
+        raise DataError(f"{rows[0].file}: {reason}")
     return sorted(labels)
 
 
@@ -299,7 +299,8 @@ def _evaluate_both(
         return before, measured(stage)
 
 
-def _measured(before: Evaluation | None, after: Evaluation | None) -> dict[str, Any]:
+def _evaluation_fields(before: Evaluation | None, after: Evaluation | None) -> dict[str, Any]:
+    """Those of result.json that say what the evaluations of base and adapter measured."""
     answers = [sample.answer for sample in after.samples] if after else []
     return {
         "eval_loss_before": before and before.loss,

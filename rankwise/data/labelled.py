@@ -148,7 +148,7 @@ def label_counts(rows: Sequence[Row]) -> Counter[str]:
     return Counter(label for row in rows for label in labels_in(row)) if rows and _has_labels(rows[0]) else Counter()
 
 
-def lacks_labels(rows: Sequence[Row], labels: Counter[str]) -> str | None:
+def why_no_classifier(rows: Sequence[Row], labels: Counter[str]) -> str | None:
     """Why a classifier cannot be trained on rows with these labels; None if it can, or if they have none to learn."""
     several = bool(rows) and problem_type(rows) == SEVERAL_LABELS
     if several and not labels:

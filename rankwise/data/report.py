@@ -8,8 +8,8 @@ from typing import Any
 
 from rankwise.data.examples import Example, LongRows, TextExample, fitted, longest_text
 from rankwise.data.files import Problem, Row
-from rankwise.data.labelled import label_counts, lacks_labels
-from rankwise.data.rows import Division, cannot_split
+from rankwise.data.labelled import label_counts, why_no_classifier
+from rankwise.data.rows import Division, why_no_split
 from rankwise.data.tasks import tokenised
 from rankwise.data.transcripts import Tokenizer, TrainOn
 
@@ -78,9 +78,9 @@ class DataReport:
     """Rows that are too long and left out."""
     example: Example | None
     """The first one."""
-    lacks_labels: str | None
+    why_no_classifier: str | None
     """Why no classifier can be trained on these labels."""
-    cannot_split: str | None = None
+    why_no_split: str | None = None
     """Why a run could hold out none of the rows by itself."""
 
     @property
@@ -91,10 +91,10 @@ class DataReport:
         if not self.train.rows:
             long = f"; {self.dropped:,} rows are too long (--max-length)" if self.dropped else ""
             return f"not ready: no row is left to train on{long}"
-        if self.lacks_labels:
-            return f"not ready: {self.lacks_labels}"
+        if self.why_no_classifier:
+            return f"not ready: {self.why_no_classifier}"
         notes = [f"{self.dropped:,} rows are too long and left out"] if self.dropped else []
-        notes += [self.cannot_split] if self.cannot_split else []
+        notes += [self.why_no_split] if self.why_no_split else []
         return f"ready to train ({'; '.join(notes)})" if notes else "ready to train"
 
     @property
@@ -141,8 +141,8 @@ def report_on(
         problems=list(dict.fromkeys(problems)),
         dropped=dropped,
         example=next(iter(sides[0]), None),
-        lacks_labels=lacks_labels(division.train, labels),
-        cannot_split=cannot_split(division.train) if division.train and not division.held_out else None,
+        why_no_classifier=why_no_classifier(division.train, labels),
+        why_no_split=why_no_split(division.train) if division.train and not division.held_out else None,
     )
 
 

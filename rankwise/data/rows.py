@@ -192,7 +192,7 @@ def usual_fraction(rows: Sequence[Row]) -> float:
     return min(HELD_OUT_SHARE, MAX_HELD_OUT_ROWS / len(rows))
 
 
-def cannot_split(rows: Sequence[Row]) -> str | None:
+def why_no_split(rows: Sequence[Row]) -> str | None:
     """Why a run could not hold out a share of the rows; None if it can."""
     try:
         split_rows(rows, usual_fraction(rows), seed=0)

@@ -225,7 +225,7 @@ class TrainConfig:
         gigabytes = self.cache_gb if self.cache_gb is not None else STATES_GB if rows_run_again else 0
         return gigabytes * 1e9
 
-    def fixed_because(self, held_out: int | None = None) -> str | None:
+    def why_rank_is_fixed(self, held_out: int | None = None) -> str | None:
         """Why the ranks are not chosen after training; None if they are. `held_out`: rows, where that is known."""
         if self.r != "auto":
             return "--r is given"
@@ -241,11 +241,11 @@ class TrainConfig:
         """The rank that trains."""
         if self.r != "auto":
             return self.r
-        return FIXED_RANK if self.fixed_because(held_out) else AUTO_RANK
+        return FIXED_RANK if self.why_rank_is_fixed(held_out) else AUTO_RANK
 
     def rank_rule(self, held_out: int | None = None) -> str:
         """What becomes of --r auto, in one line."""
-        if reason := self.fixed_because(held_out):
+        if reason := self.why_rank_is_fixed(held_out):
             return f"--r auto: rank {FIXED_RANK}, which stays, because {reason}"
         return f"--r auto: rank {AUTO_RANK} trains; then each module is cut to what the held-out rows show to be enough"
 

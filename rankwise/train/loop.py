@@ -105,10 +105,10 @@ class Training:
             raise self.failed
 
     @property
-    def places(self) -> frozenset[str]:
-        """The modules in which an adapter trains."""
-        own = [name for name, layer in named_wrappers(self.engine.model) if _trains(layer, self.adapters)]
-        return frozenset(own)
+    def trained_modules(self) -> frozenset[str]:
+        """The names of the modules in which an adapter trains."""
+        wrappers = named_wrappers(self.engine.model)
+        return frozenset(name for name, layer in wrappers if _trains(layer, self.adapters))
 
     @property
     def batches(self) -> list[list[Any]]:
@@ -183,7 +183,7 @@ def steps_of(
 def _states_kept(trainings: Sequence[Training]) -> AbstractContextManager[None]:
     """What enters the lowest block that trains, kept on the disk; where not all train in the same places, nothing."""
     most_bytes = min(training.state_bytes for training in trainings)
-    if len({training.places for training in trainings}) > 1:
+    if len({training.trained_modules for training in trainings}) > 1:
         most_bytes = 0.0
     one, *others = (training.plan.rows for training in trainings)
     rows = [*one, *chain.from_iterable(others)] if others else one

@@ -70,7 +70,7 @@ def run_training(
         left = () if watch.gave_up else training.steps(lambda: interrupt.signal is not None or watch.gave_up)
         try:
             for step in left:
-                step = _measured(step, training, watch, watched, evaluate_every)
+                step = _with_held_out_loss(step, training, watch, watched, evaluate_every)
                 steps.append(step)
                 run.add_step(step)
                 track(step)
@@ -111,7 +111,7 @@ def _watched(
     return every, rows
 
 
-def _measured(step: Step, training: Training, watch: Watch, held_out: Sequence[Any], every: int) -> Step:
+def _with_held_out_loss(step: Step, training: Training, watch: Watch, held_out: Sequence[Any], every: int) -> Step:
     """The step with the held-out loss after it, if it is to be measured there, which `watch` notes.
 
     Raises RankwiseError if a loss after it is not finite. After the last step, which no other follows whose loss would

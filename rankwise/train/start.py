@@ -13,7 +13,8 @@ from rankwise.data.files import Row
 from rankwise.errors import ConfigError, listing
 from rankwise.train.config import TrainConfig
 
-_PLACES = ("out", "data", "eval_data", "model")
+_PATH_SETTINGS = ("out", "data", "eval_data", "model")
+"""Settings that say where something lies."""
 
 
 @dataclass(frozen=True)
@@ -69,7 +70,7 @@ class Start:
 
 def settings_of(config: TrainConfig) -> dict[str, Any]:
     """The settings that a run keeps to its end: all but where its folder, data and base lie, which may be moved."""
-    return {name: value for name, value in config.as_dict().items() if name not in _PLACES}
+    return {name: value for name, value in config.as_dict().items() if name not in _PATH_SETTINGS}
 
 
 def data_sha256(tokenizer: Any, *sides: Sequence[Row]) -> str:
