@@ -85,7 +85,7 @@ def main(options: list[str]) -> int:
         print(config.rank_rule(held_out), file=sys.stderr)
         lora = lora.lowered_to(shape.largest_ranks(lora))
     machine = _machine(config) if config.time and batches else None
-    plan = make_plan(shape, lora, batches, steps, machine, config.choices)
+    plan = make_plan(shape, lora, batches, steps, machine, config.memory_options)
     print(json.dumps(plan.as_dict()) if config.json else plan_text(plan))
     return 0
 

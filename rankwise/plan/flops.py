@@ -8,7 +8,7 @@ Recomputing activations adds one more forward pass of the blocks from the lowest
 from dataclasses import dataclass
 
 from rankwise.lora.report import InjectReport
-from rankwise.plan.choices import DEFAULT, Choices
+from rankwise.plan.memory_options import DEFAULT_OPTIONS, MemoryOptions
 from rankwise.plan.shape import Linear, ModelShape
 from rankwise.plan.workload import Batch
 
@@ -32,7 +32,9 @@ class Flops:
         return self.matrices + self.adapter + self.attention + self.head
 
 
-def lora_flops(shape: ModelShape, report: InjectReport, batch: Batch, choices: Choices = DEFAULT) -> Flops:
+def lora_flops(
+    shape: ModelShape, report: InjectReport, batch: Batch, options: MemoryOptions = DEFAULT_OPTIONS
+) -> Flops:
     """What a batch with the adapter of `report` computes.
 
     The backward pass ends at the lowest adapted block, and there it leaves out the gradient of the block's input.
@@ -50,7 +52,7 @@ def lora_flops(shape: ModelShape, report: InjectReport, batch: Batch, choices: C
                 adapted_here = True
                 adapter += 2 * r * (2 * linear.d + 2 * linear.k + linear.d + linear.k * needs_input_gradient)
         reached = reached or adapted_here
-        if choices.recompute and reached and index < shape.layers - 1:
+        if options.recompute and reached and index < shape.layers - 1:
             matrices += sum(2 * linear.d * linear.k for linear in shape.block.linears)
             adapter += sum(2 * r * (linear.d + linear.k) for linear, r in _updates(shape, ranks, index))
             attention += 4 * shape.attended

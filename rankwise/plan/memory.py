@@ -11,8 +11,8 @@ from math import inf
 from pathlib import Path
 
 from rankwise.lora.report import InjectReport
-from rankwise.plan.choices import DEFAULT, Choices
 from rankwise.plan.flops import places_of_head
+from rankwise.plan.memory_options import DEFAULT_OPTIONS, MemoryOptions
 from rankwise.plan.shape import ModelShape, is_dora
 from rankwise.plan.workload import Batch
 
@@ -85,27 +85,31 @@ class Memory:
 
 
 def lora_memory(
-    shape: ModelShape, report: InjectReport, batch: Batch, process_bytes: float, choices: Choices = DEFAULT
+    shape: ModelShape,
+    report: InjectReport,
+    batch: Batch,
+    process_bytes: float,
+    options: MemoryOptions = DEFAULT_OPTIONS,
 ) -> Memory:
     """Of a run whose largest batch is `batch`."""
     ranks = {matrix.name: matrix.r for matrix in report.matrices}
-    frozen = base_bytes(shape, report, choices) + copied_bytes(report, choices)
-    kept = kept_numbers(shape, ranks, batch.padded_to, choices.recompute, is_dora(report))
+    frozen = base_bytes(shape, report, options) + copied_bytes(report, options)
+    kept = kept_numbers(shape, ranks, batch.padded_to, options.recompute, is_dora(report))
     return _memory(shape, kept, batch, process_bytes, frozen, TRAINED * report.trainable_parameters)
 
 
-def copied_bytes(report: InjectReport, choices: Choices) -> float:
+def copied_bytes(report: InjectReport, options: MemoryOptions) -> float:
     """Of the copies that a run prepares; with DoRA it prepares none."""
     copies = COPIES * FLOAT * sum(matrix.d * matrix.k for matrix in report.matrices)
-    if choices.base_dtype != "fp32" or is_dora(report) or copies > most_bytes_of_copies():
+    if options.base_dtype != "fp32" or is_dora(report) or copies > most_bytes_of_copies():
         return 0.0
     return copies
 
 
-def base_bytes(shape: ModelShape, report: InjectReport, choices: Choices) -> float:
+def base_bytes(shape: ModelShape, report: InjectReport, options: MemoryOptions) -> float:
     """Of the base's numbers. In bf16 are linear layers and embeddings, but no head that trains in full."""
     wide = report.total_parameters
-    if choices.base_dtype == "fp32":
+    if options.base_dtype == "fp32":
         return FLOAT * wide
     linears = [linear for linear in (*shape.linears(), shape.head) if linear.name not in report.heads]
     linears = linears[:-1] if shape.head_is_tied else linears

@@ -9,10 +9,10 @@ from typing import Any, TypeVar
 
 from rankwise.lora.config import LoraConfig
 from rankwise.lora.report import AdaptedMatrix, InjectReport
-from rankwise.plan.choices import DEFAULT, Choices
 from rankwise.plan.flops import Flops, full_flops, lora_flops
 from rankwise.plan.machine import Machine
 from rankwise.plan.memory import FLOAT, PROCESS, TRAINED, Memory, base_bytes, copied_bytes, full_memory, lora_memory
+from rankwise.plan.memory_options import DEFAULT_OPTIONS, MemoryOptions
 from rankwise.plan.shape import ModelShape, is_dora
 from rankwise.plan.speed import Seconds, full_seconds, lora_seconds, run_seconds
 from rankwise.plan.workload import Batch
@@ -53,7 +53,7 @@ class Plan:
     """Trained tokens, or texts."""
     adapter: Cost
     full: Cost
-    choices: Choices = DEFAULT
+    options: MemoryOptions = DEFAULT_OPTIONS
 
     def kinds(self) -> list[tuple[str, AdaptedMatrix, int]]:
         """(last part of the name, one of them, how many) of each kind of adapted matrix."""
@@ -70,7 +70,7 @@ class Plan:
         ]
         return {
             "model_type": self.shape.model_type,
-            "choices": vars(self.choices),
+            "choices": vars(self.options),
             "total_parameters": self.report.total_parameters,
             "trainable_parameters": self.report.trainable_parameters,
             "share": self.report.share,
@@ -111,7 +111,7 @@ def make_plan(
     batches: Sequence[Batch],
     steps: int,
     machine: Machine | None,
-    choices: Choices = DEFAULT,
+    options: MemoryOptions = DEFAULT_OPTIONS,
 ) -> Plan:
     """The plan of a run through these batches in so many optimiser steps.
 
@@ -134,12 +134,12 @@ def make_plan(
 
     adapter = Cost(
         trained,
-        base_bytes(shape, report, choices) + TRAINED * trained,
+        base_bytes(shape, report, options) + TRAINED * trained,
         adapter_file_bytes(report),
-        _sum_flops(each(lambda batch: lora_flops(shape, report, batch, choices))),
-        _largest(each(lambda batch: lora_memory(shape, report, batch, process, choices))),
+        _sum_flops(each(lambda batch: lora_flops(shape, report, batch, options))),
+        _largest(each(lambda batch: lora_memory(shape, report, batch, process, options))),
         seconds(
-            lambda m, batch: lora_seconds(shape, report, batch, m, choices), trained, copied_bytes(report, choices)
+            lambda m, batch: lora_seconds(shape, report, batch, m, options), trained, copied_bytes(report, options)
         ),
     )
     full = Cost(
@@ -153,7 +153,7 @@ def make_plan(
     useful, computed, counted = (
         sum(getattr(batch, name) for batch in batches) for name in ("useful", "computed", "counted")
     )
-    return Plan(shape, report, steps, len(batches), useful, computed, counted, adapter, full, choices)
+    return Plan(shape, report, steps, len(batches), useful, computed, counted, adapter, full, options)
 
 
 def _sum_flops(parts: list[Flops]) -> Flops | None:

@@ -74,7 +74,7 @@ def _costs(plan: Plan) -> list[str]:
 
 def _frozen(plan: Plan) -> int:
     """Bytes of a frozen number, norms and the like left out, which stay in fp32."""
-    return NARROW if plan.choices.base_dtype == "bf16" else FLOAT
+    return NARROW if plan.options.base_dtype == "bf16" else FLOAT
 
 
 def _bytes(count: float) -> str:

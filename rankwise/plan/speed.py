@@ -4,10 +4,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from rankwise.lora.report import InjectReport
-from rankwise.plan.choices import DEFAULT, Choices
 from rankwise.plan.flops import Flops, full_flops, lora_flops, places_of_head
 from rankwise.plan.machine import Machine
 from rankwise.plan.memory import FLOAT, kept_numbers
+from rankwise.plan.memory_options import DEFAULT_OPTIONS, MemoryOptions
 from rankwise.plan.shape import ModelShape, is_dora
 from rankwise.plan.workload import Batch
 
@@ -47,14 +47,14 @@ class Seconds:
 
 
 def lora_seconds(
-    shape: ModelShape, report: InjectReport, batch: Batch, machine: Machine, choices: Choices = DEFAULT
+    shape: ModelShape, report: InjectReport, batch: Batch, machine: Machine, options: MemoryOptions = DEFAULT_OPTIONS
 ) -> Seconds:
     """Of one batch with the adapter of `report`, without the optimiser."""
     ranks = {matrix.name: matrix.r for matrix in report.matrices}
     kept = kept_numbers(shape, ranks, batch.padded_to, dora=is_dora(report))
-    flops = lora_flops(shape, report, batch, choices)
+    flops = lora_flops(shape, report, batch, options)
     r = max(ranks.values(), default=1)
-    return _seconds(shape, kept, r, flops, batch, machine, AGAIN if choices.recompute else 1)
+    return _seconds(shape, kept, r, flops, batch, machine, AGAIN if options.recompute else 1)
 
 
 def full_seconds(shape: ModelShape, batch: Batch, machine: Machine) -> Seconds:

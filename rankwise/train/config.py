@@ -10,7 +10,7 @@ import yaml
 from rankwise.data.shapes import ASKING, Format, Task
 from rankwise.data.transcripts import TrainOn
 from rankwise.errors import ConfigError, listing
-from rankwise.plan.choices import Choices
+from rankwise.plan.memory_options import MemoryOptions
 from rankwise.train.trackers import TrackerName
 
 AUTO_RANK = 32
@@ -216,9 +216,9 @@ class TrainConfig:
         return self.batches == "random" and self.batch_tokens is None and self.long_rows != "drop"
 
     @property
-    def choices(self) -> Choices:
+    def memory_options(self) -> MemoryOptions:
         """The settings that trade memory for time, as a plan takes them; "auto" is yet to be settled."""
-        return Choices(base_dtype=self.base_dtype, recompute=self.recompute == "always")
+        return MemoryOptions(base_dtype=self.base_dtype, recompute=self.recompute == "always")
 
     def state_bytes(self, rows_run_again: bool) -> float:
         """How much of the cache the states of frozen blocks may take."""

@@ -55,15 +55,15 @@ def forecast(plan: Plan[Any], config: TrainConfig, lora: LoraConfig, labels: int
 
     With --recompute auto, a model or targets that a plan does not know recompute nothing.
     """
-    choices, first = config.choices, plan.beginning[:STEPS]
+    options, first = config.memory_options, plan.beginning[:STEPS]
     try:
         shape = read_shape(local_path(config.model), config.task, labels)
         batches = counted_batches(first, packs)
-        cost = make_plan(shape, lora, batches, len(first), read_machine(), choices).adapter
+        cost = make_plan(shape, lora, batches, len(first), read_machine(), options).adapter
         if config.recompute == "auto" and cost.memory and cost.memory.peak - peak_memory_bytes() > free_bytes():
-            choices = replace(choices, recompute=True)
-            cost = make_plan(shape, lora, batches, len(first), read_machine(), choices).adapter
+            options = replace(options, recompute=True)
+            cost = make_plan(shape, lora, batches, len(first), read_machine(), options).adapter
     except RankwiseError:
-        return Forecast(choices.recompute, None, None)
+        return Forecast(options.recompute, None, None)
     seconds = cost.seconds and cost.seconds.total * len(plan) / len(first)
-    return Forecast(choices.recompute, seconds, cost.memory and cost.memory.peak)
+    return Forecast(options.recompute, seconds, cost.memory and cost.memory.peak)

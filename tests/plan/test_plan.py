@@ -24,9 +24,9 @@ from rankwise.lora.config import LoraConfig
 from rankwise.lora.narrow import compute_in_
 from rankwise.plan import calibrate, machine, memory
 from rankwise.plan.architectures import read_shape
-from rankwise.plan.choices import Choices
 from rankwise.plan.flops import lora_flops
 from rankwise.plan.memory import base_bytes
+from rankwise.plan.memory_options import MemoryOptions
 from rankwise.plan.plan import adapter_file_bytes
 from rankwise.plan.workload import even_batch
 from rankwise.train.batches import planned_steps
@@ -137,7 +137,7 @@ def test_recomputing_adds_the_operations_that_torch_counts(family, tmp_path):
     shape = read_shape(tmp_path, task, labels=5)
     [batch] = counted_batches(planned_steps(examples, settings(task=task)), packs=True)
     report = shape.adapted(lora)
-    plain, again = (lora_flops(shape, report, batch, Choices(recompute=way)) for way in (False, True))
+    plain, again = (lora_flops(shape, report, batch, MemoryOptions(recompute=way)) for way in (False, True))
     rankwise.inject_(model, lora)
     engine = engine_for(task, model, 0, examples)
     counts = []
@@ -157,7 +157,7 @@ def test_a_base_in_bf16_takes_the_planned_bytes(family, tmp_path):
     task = "seq_cls" if family == "bert" else "causal_lm"
     lora = LoraConfig(r=2, task_type="SEQ_CLS" if task == "seq_cls" else None)
     shape = read_shape(tmp_path, task, labels=5)
-    planned = base_bytes(shape, shape.adapted(lora), Choices(base_dtype="bf16"))
+    planned = base_bytes(shape, shape.adapted(lora), MemoryOptions(base_dtype="bf16"))
     compute_in_(model.bfloat16(), torch.float32, ["classifier"])
     held = sum(parameter.nbytes for parameter in model.parameters())
     # Norms outside of the blocks are planned with the embeddings.
@@ -376,8 +376,8 @@ def test_dora_is_planned_without_the_copies_that_it_does_not_prepare(tmp_path):
     model = tiny("llama")
     model.config.save_pretrained(tmp_path)
     shape = read_shape(tmp_path, "causal_lm")
-    assert memory.copied_bytes(shape.adapted(LoraConfig(r=2)), Choices()) > 0
-    assert memory.copied_bytes(shape.adapted(LoraConfig(r=2, use_dora=True)), Choices()) == 0
+    assert memory.copied_bytes(shape.adapted(LoraConfig(r=2)), MemoryOptions()) > 0
+    assert memory.copied_bytes(shape.adapted(LoraConfig(r=2, use_dora=True)), MemoryOptions()) == 0
     rankwise.inject_(model, LoraConfig(r=2, use_dora=True))
     assert prepared.preparable(model) == []
 

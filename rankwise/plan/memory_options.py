@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 
 @dataclass(frozen=True, kw_only=True)
-class Choices:
+class MemoryOptions:
     """The settings of `rankwise train` that change what the same adapter on the same data costs."""
 
     base_dtype: str = "fp32"
@@ -13,4 +13,4 @@ class Choices:
     """Whether the backward pass computes the blocks' activations again instead of finding them kept."""
 
 
-DEFAULT = Choices()
+DEFAULT_OPTIONS = MemoryOptions()
