@@ -22,11 +22,11 @@ import torch
 
 from rankwise import LoraConfig, TrainConfig, activate_, inject_
 from rankwise.data.rows import read_rows
+from rankwise.data.shapes import TASK_TYPES
 from rankwise.data.tasks import examples_for
 from rankwise.engine.engine import Engine
 from rankwise.engine.tasks import engine_for
 from rankwise.finetune import labels_of
-from rankwise.models.adapted import TASK_TYPES
 from rankwise.models.load import load_model, load_tokenizer, pad_id
 from rankwise.train.loop import Training
 from rankwise.train.together import train_together
