@@ -11,7 +11,6 @@ from rankwise.data.seq2seq import Seq2SeqExample
 from rankwise.engine.batch import Stream
 from rankwise.engine.check import pieces
 from rankwise.engine.engine import FAILURES, Engine
-from rankwise.errors import ModelError
 from rankwise.models.load import decoder_inputs
 
 
@@ -25,12 +24,7 @@ class Seq2SeqEngine(Engine[Seq2SeqExample]):
 
     def __init__(self, model: Any, pad_id: int, sample: Sequence[Seq2SeqExample]) -> None:
         """Raises ModelError for a model whose decoder's inputs are not known."""
-        shifted = decoder_inputs(model)
-        if shifted is None:
-            raise ModelError(
-                f"{type(model).__name__} does not say how its decoder begins; use a model such as T5 or BART"
-            )
-        self._decoder_inputs = shifted
+        self._decoder_inputs = decoder_inputs(model)
         self.whole_head_because: str | None = "it is checked first"
         super().__init__(model, pad_id, sample)
         self.whole_head_because = self._why_whole_head(sample)

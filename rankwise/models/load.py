@@ -77,8 +77,8 @@ def load_model(
         )
     if task == "embedding" and model.config.is_encoder_decoder:
         raise ModelError(f"{name} has an encoder and a decoder; texts are embedded with models that have one of them")
-    if task == "seq2seq_lm" and decoder_inputs(model) is None:
-        raise ModelError(f"{name} does not say how its decoder begins; use a model such as T5 or BART")
+    if task == "seq2seq_lm":
+        decoder_inputs(model)  # A model that does not say how its decoder begins is refused here.
     if task == "seq2seq_lm" and hasattr(model.config, "ngram"):
         raise ModelError(
             f"{name} predicts several tokens at once, by a loss of its own; use a model such as T5 or BART"
@@ -92,13 +92,17 @@ def load_model(
     return model.to(_device()).eval()
 
 
-def decoder_inputs(model: Any) -> Callable[[torch.Tensor], torch.Tensor] | None:
-    """From target tokens [B, t] to what the decoder reads before each of them, as the model's file does it; None if
-    that does not say."""
+def decoder_inputs(model: Any) -> Callable[[torch.Tensor], torch.Tensor]:
+    """From target tokens [B, t] to what the decoder reads before each of them, as the model's file does it.
+
+    Raises ModelError if that does not say.
+    """
     own = getattr(model, "prepare_decoder_input_ids_from_labels", None)
-    shift = getattr(sys.modules[type(model).__module__], "shift_tokens_right", None)
-    if own is not None or shift is None:
+    if own is not None:
         return own
+    shift = getattr(sys.modules[type(model).__module__], "shift_tokens_right", None)
+    if shift is None:
+        raise ModelError(f"{type(model).__name__} does not say how its decoder begins; use a model such as T5 or BART")
     return lambda targets: shift(targets, model.config.pad_token_id, model.config.decoder_start_token_id)
 
 
