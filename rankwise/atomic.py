@@ -24,7 +24,7 @@ def replacing(path: Path, to_disk: bool = True) -> Iterator[Path]:
     """Give a temporary path to write a file or a folder to; rename it to `path` when the block ends without an error.
 
     A file that stood at `path` is replaced in one step; a folder must not stand there yet. With `to_disk` the content
-    is on the disk before it gets its name, so that a power cut cannot tear it either, which takes a third of the time.
+    is on the disk before it gets its name, so that a power cut cannot tear it either.
     Raises StorageError if the disk is full or the place cannot be written; what stood at `path` is then untouched.
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
