@@ -90,11 +90,15 @@ def run_training(
     complete = not at_once and (training.done == total or watch.gave_up)
     if complete and watch.best:
         _take_best(watch, training, reporter)
+    return _outcome(steps, training, watch, complete, interrupt.signal)
+
+
+def _outcome(steps: list[Step], training: Training, watch: Watch, complete: bool, signal: str | None) -> Outcome:
     return Outcome(
         steps,
         interrupted=not complete,
-        signal=None if complete else interrupt.signal,
-        stopped_early=complete and training.done < total,
+        signal=None if complete else signal,
+        stopped_early=complete and training.done < len(training.plan),
         adapter_step=watch.best_step if complete and watch.best else training.done,
     )
 
