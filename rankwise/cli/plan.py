@@ -34,7 +34,7 @@ class PlanConfig(TrainConfig):
     data: tuple[Path, ...] = ()
     """As in train; its rows are tokenised. Without it --rows and --tokens-per-row say how much there is."""
     out: Path | None = None  # pyright: ignore[reportIncompatibleVariableOverride]
-    """Not used."""
+    """Taken, as a flag of train; nothing is written there."""
     rows: int | None = None
     """Rows to train on, where there is no --data."""
     tokens_per_row: int | None = None

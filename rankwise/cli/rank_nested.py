@@ -4,11 +4,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import tyro
-
 from rankwise.cli.arguments import parse
 from rankwise.cli.one_result import leave_result
-from rankwise.train.config import TrainConfig
+from rankwise.cli.rank_config import RankConfig
 
 if TYPE_CHECKING:
     from rankwise.cli.paired_runs import PairedRuns
@@ -17,7 +15,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, kw_only=True)
-class NestedConfig(TrainConfig):
+class NestedConfig(RankConfig):
     """Estimate the held-out loss at every rank up to --r with one training. The estimate errs high: it is a place to
     start from, not a result. All other settings are those of rankwise train."""
 
@@ -25,7 +23,6 @@ class NestedConfig(TrainConfig):
     """File for the result, JSON; it must not exist yet."""
     r: int = 16
     """The largest rank."""
-    eval_answers: tyro.conf.Suppress[int] = 0
 
 
 def main(options: list[str]) -> int:

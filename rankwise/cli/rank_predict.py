@@ -10,8 +10,8 @@ import tyro
 
 from rankwise.cli.arguments import parse
 from rankwise.cli.one_result import leave_result
+from rankwise.cli.rank_config import RankConfig
 from rankwise.errors import ConfigError
-from rankwise.train.config import TrainConfig
 
 if TYPE_CHECKING:
     from rankwise.cli.paired_runs import PairedRuns
@@ -23,7 +23,7 @@ HEAD_BATCHES = 32
 
 
 @dataclass(frozen=True, kw_only=True)
-class PredictConfig(TrainConfig):
+class PredictConfig(RankConfig):
     """Say before training which range of ranks is worth trying, from the part of the gradient that is the same on two
     halves of the data; it never says which rank suffices. A classifier's head is trained first, by the settings of
     rankwise train."""
@@ -35,7 +35,6 @@ class PredictConfig(TrainConfig):
     directions: int = 64
     """Most directions that are looked for in a layer; a narrower matrix has no more than its width."""
     r: tyro.conf.Suppress[int] = 8
-    eval_answers: tyro.conf.Suppress[int] = 0
 
     def _problems(self):
         yield from super()._problems()

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 import tyro
 
 from rankwise.cli.arguments import parse
+from rankwise.cli.rank_config import RankConfig
 from rankwise.errors import nearest
-from rankwise.train.config import TrainConfig
 
 if TYPE_CHECKING:
     from rankwise.cli.paired_runs import PairedRuns
@@ -28,7 +28,7 @@ SETTINGS: dict[str, Callable[[str], Any]] = {
 
 
 @dataclass(frozen=True, kw_only=True)
-class SweepConfig(TrainConfig):
+class SweepConfig(RankConfig):
     """Train at several ranks with several seeds and say, with 95 % confidence, which rank suffices, or what it would
     take to tell. All other settings are those of rankwise train."""
 
@@ -52,7 +52,6 @@ class SweepConfig(TrainConfig):
     at_once: int | None = None
     """So many runs train in one pass over the base; without it, as many as make it faster. 1: one after the other."""
     r: tyro.conf.Suppress[int] = 8
-    eval_answers: tyro.conf.Suppress[int] = 0
 
     def _problems(self):
         yield from super()._problems()
@@ -172,7 +171,7 @@ def _settings(config: SweepConfig) -> dict[str, Any]:
     from rankwise.cli.paired_runs import rows_sha256
 
     settings = config.as_dict()
-    unimportant = ("out", "seeds", "delta", "check_rates", "with_full", "keep_adapters", "at_once", "r", "eval_answers")
+    unimportant = ("out", "seeds", "delta", "check_rates", "with_full", "keep_adapters", "at_once", "r")
     for name in unimportant:
         del settings[name]
     return settings | {"rows_sha256": rows_sha256(config)}

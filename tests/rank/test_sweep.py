@@ -469,7 +469,8 @@ def test_the_command_leaves_table_page_and_all_differences_and_goes_on_in_its_fo
     mine = out / "adapters/rank2-seed0-mine"
     mine.mkdir()
     (out / "adapters/notes.txt").write_text("mine")
-    assert main([*options, "--seeds", "3"]) == 0
+    (tmp_path / "run.yaml").write_text("save_steps: 7\nr: auto\n")
+    assert main([*options, "--seeds", "3", "--config", str(tmp_path / "run.yaml")]) == 0
     assert mine.is_dir()
     assert (out / "adapters/notes.txt").is_file()
     assert {name: (out / "runs" / name).stat().st_mtime_ns for name in times} == times
