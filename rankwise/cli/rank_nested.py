@@ -9,7 +9,7 @@ from rankwise.cli.one_result import leave_result
 from rankwise.cli.rank_config import RankConfig
 
 if TYPE_CHECKING:
-    from rankwise.cli.paired_runs import PairedRuns
+    from rankwise.paired_runs import PairedRuns
     from rankwise.rank.nested import Nested
     from rankwise.train.progress import Reporter
 

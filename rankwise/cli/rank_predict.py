@@ -14,7 +14,7 @@ from rankwise.cli.rank_config import RankConfig
 from rankwise.errors import ConfigError
 
 if TYPE_CHECKING:
-    from rankwise.cli.paired_runs import PairedRuns
+    from rankwise.paired_runs import PairedRuns
     from rankwise.rank.predict import Prediction
     from rankwise.train.progress import Reporter
 

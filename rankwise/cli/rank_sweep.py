@@ -15,7 +15,7 @@ from rankwise.cli.rank_config import RankConfig
 from rankwise.errors import nearest
 
 if TYPE_CHECKING:
-    from rankwise.cli.paired_runs import PairedRuns
+    from rankwise.paired_runs import PairedRuns
     from rankwise.rank.illustrate import Illustrations
     from rankwise.rank.sweep import Sweep
 
@@ -101,7 +101,7 @@ def _is_positive(text: str) -> bool:
 def main(options: list[str]) -> int:
     config = parse(SweepConfig, options, "rank sweep")
     from rankwise import atomic
-    from rankwise.cli.paired_runs import PairedRuns
+    from rankwise.paired_runs import PairedRuns
     from rankwise.rank.crossed import LEAST_EXAMPLES
     from rankwise.rank.page import page, picture
     from rankwise.rank.report import as_dict, table
@@ -131,7 +131,7 @@ def main(options: list[str]) -> int:
 def _swept(config: SweepConfig, runs: "PairedRuns", settings: dict[str, Any], say: Callable[[str], None]) -> "Sweep":
     from functools import partial
 
-    from rankwise.cli.paired_runs import SettingRuns
+    from rankwise.paired_runs import SettingRuns
     from rankwise.rank.sweep import sweep, sweep_setting
 
     seeds = range(config.seed, config.seed + config.seeds)
@@ -168,7 +168,7 @@ def _illustrations(found: "Sweep", runs: "PairedRuns") -> "Illustrations":
 def _settings(config: SweepConfig) -> dict[str, Any]:
     """What decides the result of a single run, but for the base's weights: all settings but the number of seeds and
     the margin, and the data."""
-    from rankwise.cli.paired_runs import rows_sha256
+    from rankwise.paired_runs import rows_sha256
 
     settings = config.as_dict()
     unimportant = ("out", "seeds", "delta", "check_rates", "with_full", "keep_adapters", "at_once", "r")

@@ -13,15 +13,14 @@ import torch
 from conftest import ROOT, tiny
 from transformers import AutoModelForCausalLM, AutoTokenizer, BertConfig, BertModel
 
-from rankwise import LoraConfig, eject_, inject_, read_adapter
-from rankwise.cli import paired_runs
+from rankwise import LoraConfig, eject_, inject_, paired_runs, read_adapter
 from rankwise.cli.main import main
-from rankwise.cli.paired_runs import PairedRuns
 from rankwise.cli.rank_sweep import SweepConfig
 from rankwise.errors import CheckpointError, ConfigError, RankwiseError
 from rankwise.lora.inject import DEFAULT
 from rankwise.lora.places import named_lora_layers
 from rankwise.models.load import load_model
+from rankwise.paired_runs import PairedRuns
 from rankwise.rank.illustrate import Illustrations, illustrate, unused_adapters
 from rankwise.rank.page import HEIGHT, LEFT, WIDTH, page
 from rankwise.rank.report import as_dict, table
