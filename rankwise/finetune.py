@@ -13,7 +13,7 @@ from rankwise.data.labelled import label_counts, lacks_labels, problem_type
 from rankwise.data.lazy import LazyExamples
 from rankwise.data.report import measure
 from rankwise.data.rows import Row, divide
-from rankwise.data.shapes import ASKING, TASK_TYPES, Layout
+from rankwise.data.shapes import ASKING, Layout
 from rankwise.data.tasks import examples_for
 from rankwise.engine.engine import Engine
 from rankwise.engine.explain import explain
@@ -84,23 +84,6 @@ def finetune(config: TrainConfig, reporter: Reporter | None = None, resume: bool
         return _finetune(config, run, reporter or Reporter())
 
 
-def lora_config(config: TrainConfig, model: Any, held_out: int | None = None) -> LoraConfig:
-    """The settings of the adapter that a run trains in `model`. `held_out`: rows, by which --r auto is settled."""
-    return LoraConfig(
-        task_type=TASK_TYPES[config.task],
-        r=config.trained_rank(held_out),
-        lora_alpha=config.lora_alpha,
-        lora_dropout=config.lora_dropout,
-        target_modules=config.targets,
-        exclude_modules=unread_layers(model) if config.task == "embedding" else None,
-        layers_to_transform=config.layers_to_transform or None,
-        init_lora_weights=True if config.init_lora_weights == "default" else config.init_lora_weights,
-        use_rslora=config.use_rslora,
-        use_dora=config.use_dora,
-        base_model_name_or_path=config.model,
-    )
-
-
 def _finetune(config: TrainConfig, run: RunFolder, reporter: Reporter) -> dict[str, Any]:
     train_rows, held_out_rows = read_data(config, reporter.say)
     labels = labels_of(train_rows)
@@ -163,7 +146,8 @@ def _finetune(config: TrainConfig, run: RunFolder, reporter: Reporter) -> dict[s
 
 def _ranks_that_fit(model: Any, config: TrainConfig, held_out: int) -> tuple[LoraConfig, str]:
     """The adapter's settings, with ranks that nobody gave lowered where a matrix is smaller, and what is to be said."""
-    lora = lora_config(config, model, held_out)
+    left_out = unread_layers(model) if config.task == "embedding" else None
+    lora = config.lora(config.trained_rank(held_out), left_out)
     if config.r != "auto":
         return lora, ""
     limits = largest_ranks(model, lora)

@@ -16,7 +16,6 @@ from torch import nn
 
 from rankwise.data.labelled import problem_type
 from rankwise.data.rows import Row
-from rankwise.data.shapes import TASK_TYPES
 from rankwise.data.tasks import examples_for
 from rankwise.engine.engine import Engine
 from rankwise.engine.tasks import engine_for
@@ -262,15 +261,7 @@ class PairedRuns:
 
     def lora(self, rank: int) -> LoraConfig:
         """The settings of an adapter of this rank."""
-        return LoraConfig(
-            task_type=TASK_TYPES[self.config.task],
-            r=rank,
-            lora_alpha=self.config.lora_alpha,
-            lora_dropout=self.config.lora_dropout,
-            target_modules=self.config.targets,
-            exclude_modules=self._left_out,
-            layers_to_transform=self.config.layers_to_transform or None,
-        )
+        return self.config.lora(rank, self._left_out)
 
     def fit(self, engine: Any, seed: int, factor: float, parameters: Sequence[nn.Parameter] | None = None) -> Cost:
         """Train the adapter of the engine's model, or `parameters`."""

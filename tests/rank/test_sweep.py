@@ -450,7 +450,9 @@ def test_the_command_leaves_table_page_and_all_differences_and_goes_on_in_its_fo
     assert {path.name for path in (out / "adapters").iterdir()} == kept
     for line in found["ranks"][1:3]:
         folder = out / f"adapters/rank{line['name']}-seed0-rate1"
-        assert {update.rank for update in read_adapter(folder).low_rank.values()} == {int(line["name"])}
+        adapter = read_adapter(folder)
+        assert {update.rank for update in adapter.low_rank.values()} == {int(line["name"])}
+        assert adapter.config.base_model_name_or_path == str(tiny_llama_folder)
         assert line["adapter_bytes"] == (folder / "adapter_model.safetensors").stat().st_size
         assert line["peak_bytes"] > 1e8
     # Twelve rows cannot choose ranks, so the map shows effective ranks.
