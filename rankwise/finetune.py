@@ -106,10 +106,10 @@ def _finetune(config: TrainConfig, run: RunFolder, reporter: Reporter) -> dict[s
     engine.recomputes = predicted["recompute"]
     _prepare(engine, plan, config, reporter)
     start, training = _start(engine, data, plan, config, run, reporter)
-    outcome = run_training(training, data.held_out, labels, config, run, reporter)
+    outcome = run_training(training, data.held_out, config, run, reporter)
     return_freed_memory()  # What training needed at its height is not to lie beside what evaluation needs.
     steps, interrupted = outcome.steps, outcome.interrupted
-    run.save_adapter(model, labels)
+    run.save_adapter(model)
     shrunk, uncut_because = None, config.fixed_because(len(held_out_rows))
     before = after = None
     try:
@@ -269,7 +269,7 @@ def _shrink(
         reporter.say(f"the adapter stays as it was trained: {error}")
         return None, str(error)
     run.keep_full_adapter()
-    run.save_adapter(engine.model, labels)
+    run.save_adapter(engine.model)
     reporter.say(report.summary())
     return report, None
 

@@ -202,7 +202,7 @@ class PairedRuns:
         if self.adapters and key.rank and key.seed - self.config.seed < KEPT_SEEDS and not cost.diverged:
             adapter = next(iter(injection(engine.model).active))
             folder = save_adapter(engine.model, self.adapters / key.name, adapter)
-            write_labels(engine.model, self.labels, folder)
+            write_labels(engine.model, self.config.task, folder)
         return _result(losses, counts, cost, parameters, adapter_file_bytes(report) if key.rank else 0)
 
     def _full(self, seed: int, factor: float) -> RunResult:

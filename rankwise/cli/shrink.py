@@ -74,7 +74,7 @@ def main(options: list[str]) -> int:
         report = shrink_(engine, held_out, config.delta, config.reader, on_progress=stage.update)
     with atomic.replacing(config.out) as temporary:
         save_adapter(adapted.model, temporary)
-        write_labels(adapted.model, adapted.labels, temporary)
+        write_labels(adapted.model, adapted.task, temporary)
         atomic.write_text(temporary / "shrink.json", json.dumps(asdict(report), indent=2) + "\n")
     print(report)
     print(f"adapter: {config.out}")

@@ -17,6 +17,7 @@ from rankwise.engine.engine import Engine
 from rankwise.engine.generate import generate
 from rankwise.errors import RankwiseError
 from rankwise.lora.inject import set_adapter_training
+from rankwise.models.adapted import label_names
 from rankwise.train import metrics
 from rankwise.train.label_scores import label_scores
 from rankwise.train.metrics import Estimate
@@ -127,8 +128,7 @@ def _of_pairs(
 
 
 def _of_labels(engine: Engine[Any], tokenizer: Any, examples: Sequence[Any], rows: _Rows, loss: Estimate) -> Evaluation:
-    id2label = engine.model.config.id2label
-    names = [id2label[number] for number in range(len(id2label))]
+    names = label_names(engine.model)
     scores = label_scores(examples, rows.answers, names)
     samples = tuple(
         Sample(
