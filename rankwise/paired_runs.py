@@ -232,14 +232,21 @@ class PairedRuns:
 
     def check_settings(self, setting: str, values: Sequence[Any]) -> None:
         """Raise ConfigError or TargetError for a value with which no run can begin."""
-        engine, given = self.engine(self.config.seed), self.config
+        engine = self.engine(self.config.seed)
+        for value in values:
+            with self.with_setting(setting, value), _taken_out_again(engine.model):
+                self._inject(engine.model, Key(self.largest, self.config.seed), DEFAULT)
+
+    @contextmanager
+    def with_setting(self, name: str, value: Any) -> Iterator[None]:
+        """Let the runs inside have another value of a setting. Raises ConfigError for one that cannot be."""
+        before = self.config, self.rate
+        self.config = replace(self.config, **{name: value})
+        self.rate = value if name == "lr" else self.rate
         try:
-            for value in values:
-                self.config = replace(given, **{setting: value})
-                with _taken_out_again(engine.model):
-                    self._inject(engine.model, Key(self.largest, given.seed), DEFAULT)
+            yield
         finally:
-            self.config = given
+            self.config, self.rate = before
 
     def measure(self, engine: Engine[Any]) -> tuple[Array, Array]:
         """([N] summed losses, [N] counts) of the held-out examples."""
@@ -305,20 +312,13 @@ class SettingRuns:
     def __init__(self, runs: PairedRuns, setting: str, values: Sequence[Any]) -> None:
         """Raises ConfigError or TargetError, before any run, for a value with which none can begin."""
         self._runs, self._setting, self._values = runs, setting, values
-        self._config, self._rate = runs.config, runs.rate
         runs.check_settings(setting, values)
 
     def __call__(self, number: int, seed: int, factor: float) -> RunResult:
-        runs = self._runs
         if number == BASE:
-            return runs(BASE, seed, factor)
-        value = self._values[number - 1]
-        try:
-            runs.config = replace(self._config, **{self._setting: value})
-            runs.rate = value if self._setting == "lr" else self._rate
-            return runs(runs.largest, seed, factor)
-        finally:
-            runs.config, runs.rate = self._config, self._rate
+            return self._runs(BASE, seed, factor)
+        with self._runs.with_setting(self._setting, self._values[number - 1]):
+            return self._runs(self._runs.largest, seed, factor)
 
 
 @contextmanager
