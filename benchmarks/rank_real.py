@@ -150,15 +150,14 @@ def shrunk(runs: Any, reporter: Any, factor: float) -> dict[str, Any]:
 
     from rankwise.errors import DataError
     from rankwise.lora.inject import inject_
-    from rankwise.rank.shrink import HeldOut, shrink_, split_held_out
+    from rankwise.rank.shrink import shrink_, split_held_out
 
     config = runs.config
     engine: Any = EvaluationClock(runs.engine(config.seed))
     inject_(engine.model, runs.lora(runs.largest))
     with reporter.stage(f"training at rank {runs.largest}"):
         runs.fit(engine.engine, config.seed, factor)
-    parts = split_held_out(runs.held_out_rows, config.seed)
-    held_out = HeldOut(*(runs.examples(part) for part in (parts.calibration, parts.choice, parts.confirmation)))
+    held_out = split_held_out(runs.held_out_rows, config.seed).map(runs.examples)
     begin = time.perf_counter()
     with reporter.stage("shrinking"):
         try:

@@ -34,7 +34,7 @@ from rankwise.plan.plan import adapter_file_bytes
 from rankwise.rank.crossed import Array
 from rankwise.rank.measure import per_example
 from rankwise.rank.runs import Key, RunResult
-from rankwise.rank.shrink import HeldOut, shrink_, split_held_out
+from rankwise.rank.shrink import shrink_, split_held_out
 from rankwise.rank.start import freeze_updates_, inject_nested_
 from rankwise.rank.sweep import BASE, FULL
 from rankwise.train.batches import planned_steps
@@ -219,8 +219,8 @@ class PairedRuns:
         engine = self.engine(self.config.seed)
         load_adapter_(engine.model, adapter)
         try:
-            parts = split_held_out(self.held_out_rows, self.config.seed, ROWS_OF_CUT)
-            return shrink_(engine, HeldOut(*map(self.examples, vars(parts).values())), margin).ranks_after
+            rows = split_held_out(self.held_out_rows, self.config.seed, ROWS_OF_CUT)
+            return shrink_(engine, rows.map(self.examples), margin).ranks_after
         except (ConfigError, DataError):
             return None
         finally:

@@ -47,6 +47,10 @@ class HeldOut:
     choice: Sequence[Any]
     confirmation: Sequence[Any]
 
+    def map(self, read: Callable[[Sequence[Any]], Sequence[Any]]) -> "HeldOut":
+        """The same parts, each as `read` gives it, such as the examples of rows."""
+        return HeldOut(read(self.calibration), read(self.choice), read(self.confirmation))
+
 
 @dataclass(frozen=True)
 class ShrinkReport:
