@@ -127,11 +127,11 @@ class Contest:
 
         def test(part: str, ranks: Mapping[str, int]) -> dict[str, Any]:
             from rankwise.rank.cut import set_updates_
-            from rankwise.rank.paired import compare
+            from rankwise.rank.paired import paired_test
 
             cut = {name: parts[name].truncated(rank) for name, rank in ranks.items()}
             set_updates_(engine.model, layers, cut, "default", "vllm")
-            result = compare(measure(engine, getattr(self.held_out, part)), full[part])
+            result = paired_test(measure(engine, getattr(self.held_out, part)), full[part])
             numbers = sum(update.A.numel() + update.B.numel() for update in cut.values())
             figures = {"parameters": numbers, "total_rank": sum(ranks.values()), "difference": result.difference}
             return {**figures, "bound": result.bound, "within_delta": result.within(self.delta or 0.0)}

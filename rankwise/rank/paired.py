@@ -79,8 +79,8 @@ def measure(
 
 
 @dataclass(frozen=True)
-class Comparison:
-    """Candidate against reference on the same rows; nats for each trained token (or text)."""
+class PairedTest:
+    """Of a candidate against a reference on the same rows; nats for each trained token (or text)."""
 
     difference: float
     """Mean loss of the candidate minus that of the reference."""
@@ -107,7 +107,7 @@ class Comparison:
         return math.ceil((z * self.deviation / (delta - self.difference)) ** 2)
 
 
-def compare(candidate: ExampleLosses, reference: ExampleLosses) -> Comparison:
+def paired_test(candidate: ExampleLosses, reference: ExampleLosses) -> PairedTest:
     """The mean difference of the loss, and its upper 95 % bound, from paired rows.
 
     Rows are the independent units, not tokens (clustered standard errors: Miller 2024, arXiv 2411.00640): the mean over
@@ -124,11 +124,11 @@ def compare(candidate: ExampleLosses, reference: ExampleLosses) -> Comparison:
     terms = each - difference * reference.counts / weight
     n, deviation = len(terms), float(terms.std(ddof=1))
     if deviation == 0:
-        return Comparison(difference, difference, 0.0, n)
+        return PairedTest(difference, difference, 0.0, n)
     heaviest = max(0.0, float(terms.max())) ** 2 / float(terms @ terms)
     skewness = float((terms**3).mean()) / float(terms.std()) ** 3
     seen = np.append(terms, terms.max()) if skewness > _SKEWED else terms
-    return Comparison(difference, difference + _upper_bound(seen), deviation, n, heaviest)
+    return PairedTest(difference, difference + _upper_bound(seen), deviation, n, heaviest)
 
 
 def _upper_bound(terms: NDArray[np.float64]) -> float:

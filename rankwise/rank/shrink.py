@@ -26,7 +26,7 @@ from rankwise.lora.low_rank import LowRank
 from rankwise.lora.places import named_wrappers
 from rankwise.rank.cut import Reader, cuttable_layers, put_back_on_error, set_updates_
 from rankwise.rank.ladder import PARTS, Ladder, Part, Rung
-from rankwise.rank.paired import Comparison, ExampleLosses, compare, measure, units
+from rankwise.rank.paired import ExampleLosses, PairedTest, measure, paired_test, units
 from rankwise.rank.spectrum import Directions, directions, observe, spread
 
 SHARE_OF_GAIN = 0.05
@@ -165,9 +165,9 @@ def shrink_(
     allowed = delta if delta is not None else share * -gain.difference
     _check_allowed(allowed, gain)
 
-    def test(part: Part, total: int) -> Comparison:
+    def test(part: Part, total: int) -> PairedTest:
         cuts.cut(total)
-        return compare(measured(part, f"total rank {total}, {part}"), full[part])
+        return paired_test(measured(part, f"total rank {total}, {part}"), full[part])
 
     ladder = Ladder(test, first.largest, first.smallest, allowed, cuts.observe_again)
     before = first.updates()
@@ -224,7 +224,7 @@ class _Cuts:
         self._orders.append(replace(self._observe(), layers=self.first.layers))
 
 
-def _check_allowed(allowed: float, gain: Comparison) -> None:
+def _check_allowed(allowed: float, gain: PairedTest) -> None:
     if allowed >= -gain.bound:
         raise DataError(
             f"{allowed:.4f} nats may be lost, and all that {gain.rows} held-out rows show with 95 % confidence is that "
@@ -299,7 +299,7 @@ def _numbers(updates: Mapping[str, LowRank]) -> int:
     return sum(update.A.numel() + update.B.numel() for update in updates.values())
 
 
-def _gain(cutter: _Cutter, full: ExampleLosses, measured: Callable[[], ExampleLosses]) -> Comparison:
+def _gain(cutter: _Cutter, full: ExampleLosses, measured: Callable[[], ExampleLosses]) -> PairedTest:
     """The adapter against itself without the low-rank updates. Raises DataError if they cannot be told from nothing.
 
     Where the adapter also trains a head or the like, it is compared with itself without the updates too, if that is
@@ -314,7 +314,7 @@ def _gain(cutter: _Cutter, full: ExampleLosses, measured: Callable[[], ExampleLo
                 stack.enter_context(layer.off())
             rest = measured()
         without = min(without, rest, key=lambda losses: losses.mean)
-    comparison = compare(full, without)
+    comparison = paired_test(full, without)
     if comparison.bound >= 0:
         raise DataError(
             f"there is no gain to keep: on {comparison.rows} held-out rows the loss is {without.mean:.4f} nats without "
