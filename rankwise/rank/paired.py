@@ -10,9 +10,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rankwise.engine.engine import Engine
+from rankwise.rank.crossed import CONFIDENCE, POWER
 from rankwise.rank.measure import per_example
 
-CONFIDENCE = 0.95
 _RESAMPLES = 999
 """Drawn for one bound; (999 + 1)·5 % is a whole number."""
 _SKEWED = 2.0
@@ -96,14 +96,14 @@ class PairedTest:
         """Whether the candidate is shown to be at most `delta` worse (a test at the 5 % level)."""
         return self.bound <= delta
 
-    def rows_needed(self, delta: float, power: float = 0.8) -> int | None:
-        """Rows with which the test passes with probability `power`, should this difference be the true one.
+    def rows_needed(self, delta: float) -> int | None:
+        """Rows with which the test passes with probability 0.8, should this difference be the true one.
 
         None: no number of rows would do, as the difference is not below `delta`.
         """
         if self.difference >= delta:
             return None
-        z = NormalDist().inv_cdf(CONFIDENCE) + NormalDist().inv_cdf(power)
+        z = NormalDist().inv_cdf(CONFIDENCE) + NormalDist().inv_cdf(POWER)
         return math.ceil((z * self.deviation / (delta - self.difference)) ** 2)
 
 
