@@ -43,7 +43,7 @@ from rankwise.train.forecast import forecast
 from rankwise.train.learning_rate import default_rate
 from rankwise.train.loop import Training, training_steps
 from rankwise.train.progress import forget_peak_memory, peak_memory_bytes
-from rankwise.train.together import at_once, train_together, why_not_together
+from rankwise.train.together import runs_per_pass, train_together, why_not_together
 
 NOT_PLAIN = ("init_lora_weights", "use_rslora", "use_dora")
 """Settings with which two ranks would differ by more than the rank: by their start, or by their scale."""
@@ -117,7 +117,7 @@ class PairedRuns:
             config.task, rows, self._tokenizer, self.labels, self._length, config.long_rows, config.train_on
         )
 
-    def at_once(self, wanted: int | None) -> tuple[int, str]:
+    def how_many_at_once(self, wanted: int | None) -> tuple[int, str]:
         """How many runs should share passes over the base (`wanted`, if it is given), and a sentence on the reason.
 
         Raises ConfigError if several are wanted that cannot share a pass.
@@ -137,7 +137,7 @@ class PairedRuns:
             return 1, f"runs train one after the other: {reason}"
         plan = pair[0].plan
         tokens = plan.tokens / sum(map(len, plan.places))
-        count = wanted or at_once(tokens)
+        count = wanted or runs_per_pass(tokens)
         how = f"up to {count} runs share a pass over the base" if count > 1 else "runs train one after the other"
         return count, f"{how}: a batch has {tokens:.0f} tokens"
 

@@ -137,7 +137,7 @@ def _swept(config: SweepConfig, runs: "PairedRuns", settings: dict[str, Any], sa
     seeds = range(config.seed, config.seed + config.seeds)
     same: dict[str, Any] = {"margin": config.delta, "folder": config.out, "settings": settings, "say": say}
     if config.over is None:
-        at_once, reason = runs.at_once(config.at_once)
+        at_once, reason = runs.how_many_at_once(config.at_once)
         say(reason)
         same |= {"with_full": config.with_full, "check_rates": config.check_rates}
         return sweep(runs, config.rank_list, seeds, together=partial(runs.together, at_once=at_once), **same)

@@ -24,13 +24,12 @@ from rankwise.lora.inject import DEFAULT, adapters_off, injection, set_adapter_t
 from rankwise.lora.layers import LoraLayer
 from rankwise.lora.low_rank import LowRank
 from rankwise.lora.places import named_wrappers
+from rankwise.rank.compare import MARGIN_SHARE_OF_GAIN
 from rankwise.rank.cut import Reader, cuttable_layers, put_back_on_error, set_updates_
 from rankwise.rank.ladder import PARTS, Ladder, Part, Rung
 from rankwise.rank.paired import ExampleLosses, PairedTest, measure, paired_test, units
 from rankwise.rank.spectrum import Directions, directions, observe, spread
 
-SHARE_OF_GAIN = 0.05
-"""δ unless it is given: this share of what the full adapter gains."""
 _LEAST_ROWS = 30
 """Different rows in each part that is tested: with fewer, a mean's distribution is too far from the assumed one."""
 _HEAVY = 0.5
@@ -140,7 +139,7 @@ def shrink_(
     reader: Reader = "vllm",
     adapter: str = DEFAULT,
     on_progress: Callable[[str], None] = lambda text: None,
-    share: float = SHARE_OF_GAIN,
+    share: float = MARGIN_SHARE_OF_GAIN,
 ) -> ShrinkReport:
     """Cut an adapter of the engine's model to the smallest ranks that the held-out examples allow, in place.
 

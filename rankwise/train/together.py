@@ -58,7 +58,7 @@ def why_not_together(trainings: Sequence[Training]) -> str | None:
     return None
 
 
-def at_once(tokens: float) -> int:
+def runs_per_pass(tokens: float) -> int:
     """How many trainings with so many tokens a batch should share a pass."""
     return max(1, int(MOST_TOKENS / tokens))
 
