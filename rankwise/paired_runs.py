@@ -18,6 +18,7 @@ from rankwise.data.labelled import problem_type
 from rankwise.data.rows import Row
 from rankwise.data.tasks import examples_for
 from rankwise.engine.engine import Engine
+from rankwise.engine.held_out import per_example
 from rankwise.engine.tasks import engine_for
 from rankwise.errors import ConfigError, DataError, RankwiseError
 from rankwise.finetune import ROWS_OF_CUT, labels_of, read_data
@@ -32,7 +33,6 @@ from rankwise.models.pooling import unread_layers
 from rankwise.plan.memory import FLOAT
 from rankwise.plan.plan import adapter_file_bytes
 from rankwise.rank.crossed import Array
-from rankwise.rank.measure import per_example
 from rankwise.rank.runs import Key, RunResult
 from rankwise.rank.shrink import shrink_, split_held_out
 from rankwise.rank.start import freeze_updates_, inject_nested_

@@ -22,6 +22,7 @@ import numpy as np
 from torch import Tensor, nn
 
 from rankwise.engine.engine import Engine
+from rankwise.engine.held_out import per_example
 from rankwise.errors import ConfigError
 from rankwise.lora.inject import DEFAULT, adapters_off
 from rankwise.lora.linear import LoraLinear
@@ -29,7 +30,6 @@ from rankwise.lora.places import named_lora_layers
 from rankwise.rank.compare import MARGIN_SHARE_OF_GAIN
 from rankwise.rank.crossed import Array
 from rankwise.rank.curve import DRAWS, Curve, fit_curve, interval, rank_within, resampled
-from rankwise.rank.measure import per_example
 
 L = TypeVar("L", float, Array)
 

@@ -10,8 +10,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rankwise.engine.engine import Engine
+from rankwise.engine.held_out import per_example
 from rankwise.rank.crossed import CONFIDENCE, POWER
-from rankwise.rank.measure import per_example
 
 _RESAMPLES = 999
 """Drawn for one bound; (999 + 1)·5 % is a whole number."""

@@ -15,6 +15,7 @@ from rankwise.data.pairs import PairExample
 from rankwise.engine.embedding import EmbeddingEngine
 from rankwise.engine.engine import Engine
 from rankwise.engine.generate import generate
+from rankwise.engine.held_out import per_example
 from rankwise.errors import RankwiseError
 from rankwise.lora.inject import set_adapter_training
 from rankwise.models.adapted import label_names
@@ -141,13 +142,10 @@ def _of_labels(engine: Engine[Any], tokenizer: Any, examples: Sequence[Any], row
     return Evaluation(rows.loss, main, scores[main].value, len(examples), {"loss": loss, **scores}, samples)
 
 
-@torch.no_grad()
 def held_out_loss(engine: Engine[E], examples: Sequence[E]) -> float:
     """The loss of `evaluate` alone."""
-    set_adapter_training(engine.model, False)
-    batches = engine.evaluation_batches(examples)
-    parts = [engine.example_losses([examples[place] for place in places]) for places in batches]
-    return sum(losses.sum().item() for losses, _ in parts) / sum(int(counts.sum()) for _, counts in parts)
+    losses, counts = per_example(engine, examples)
+    return float(losses.sum() / counts.sum())
 
 
 def _measure(engine: Engine[E], examples: Sequence[E], on_progress: Progress) -> _Rows:
