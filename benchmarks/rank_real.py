@@ -126,19 +126,16 @@ class EvaluationClock:
 
 
 def predicted(runs: Any, reporter: Any) -> dict[str, Any]:
-    from rankwise.cli.rank_predict import prediction
-
-    found, seconds = timed(lambda: prediction(runs, reporter))
+    found, seconds = timed(lambda: runs.prediction(reporter))
     return {"range": found.as_dict()["range"], "capacity": found.capacity, "seconds": seconds}
 
 
 def nested(runs: Any, reporter: Any) -> dict[str, Any]:
-    from rankwise.cli.rank_nested import estimate
     from rankwise.errors import ConfigError
 
     begin = time.perf_counter()
     try:
-        found = estimate(runs, reporter)
+        found = runs.nested_run(reporter)
     except ConfigError as error:
         return {"refused": str(error), "seconds": time.perf_counter() - begin}
     return found.as_dict() | {"seconds": time.perf_counter() - begin}

@@ -1,11 +1,11 @@
-"""The training runs of a sweep: one loaded model, one set of examples, and everything the same but rank, seed, rate."""
+"""The training runs of the rank instruments: one loaded model and data, all the same but rank, seed, learning rate."""
 
 import hashlib
 import json
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from math import ceil
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -25,7 +25,7 @@ from rankwise.finetune import ROWS_OF_CUT, labels_of, read_data
 from rankwise.lora.adapters import activate_, adapter_names
 from rankwise.lora.checkpoint import load_adapter_, save_adapter
 from rankwise.lora.config import LoraConfig
-from rankwise.lora.inject import DEFAULT, eject_, injection, trainable_parameters
+from rankwise.lora.inject import DEFAULT, eject_, inject_, injection, largest_ranks, trainable_parameters
 from rankwise.lora.report import InjectReport
 from rankwise.models.adapted import write_labels
 from rankwise.models.load import base_sha256, load_model, load_tokenizer, longest_input, pad_id
@@ -33,6 +33,8 @@ from rankwise.models.pooling import unread_layers
 from rankwise.plan.memory import FLOAT
 from rankwise.plan.plan import adapter_file_bytes
 from rankwise.rank.crossed import Array
+from rankwise.rank.nested import Nested, nested
+from rankwise.rank.predict import Prediction, predict
 from rankwise.rank.runs import Key, RunResult
 from rankwise.rank.shrink import shrink_, split_held_out
 from rankwise.rank.start import freeze_updates_, inject_nested_
@@ -42,13 +44,16 @@ from rankwise.train.config import TrainConfig
 from rankwise.train.forecast import forecast
 from rankwise.train.learning_rate import default_rate
 from rankwise.train.loop import Training, training_steps
-from rankwise.train.progress import forget_peak_memory, peak_memory_bytes
+from rankwise.train.progress import Reporter, forget_peak_memory, peak_memory_bytes
 from rankwise.train.together import runs_per_pass, train_together, why_not_together
 
 NOT_PLAIN = ("init_lora_weights", "use_rslora", "use_dora")
 """Settings with which two ranks would differ by more than the rank: by their start, or by their scale."""
 KEPT_SEEDS = 2
 """Seeds whose adapters are kept: enough to compare what two of them learned."""
+HEAD_BATCHES = 32
+"""A classifier's head trains on a sample of so many batches before a prediction: all rows would take a third of a
+training of one epoch."""
 FULL_RATE = 0.1
 """Full fine-tuning's learning rate, in units of an adapter's: the best ones were found to differ by about ten (Schulman
 2025, "LoRA Without Regret"). The sweep checks it as it checks the others."""
@@ -151,7 +156,7 @@ class PairedRuns:
             else:
                 alike.setdefault((key.seed if self.labels else None, key.rank == BASE), []).append(key)
         for group in alike.values():
-            passes = ceil(len(group) / at_once)
+            passes = math.ceil(len(group) / at_once)
             for number in range(passes):
                 yield from self._in_one_pass(group[number::passes])
 
@@ -225,6 +230,41 @@ class PairedRuns:
             return None
         finally:
             eject_(engine.model)
+
+    def nested_run(self, reporter: Reporter) -> Nested:
+        """Train all ranks up to the largest at once, and measure each."""
+        seed = self.config.seed
+        engine = self.engine(seed)
+        inject_(engine.model, self.lora(self.largest))
+        return nested(engine, lambda e: self.fit(e, seed, 1.0), self.held_out, self.largest, seed, reporter.stage)
+
+    def prediction(self, reporter: Reporter, signal_batches: int = 16) -> Prediction:
+        """Look for as many directions as the largest rank; a classifier's head is trained first.
+
+        Raises ConfigError for fewer than two batches of training rows.
+        """
+        config = self.config
+        count = min(signal_batches, len(self.train) // config.batch_size) // 2 * 2
+        if not count:
+            raise ConfigError(
+                f"the gradient is compared between two halves of at least one batch of {config.batch_size}, and the "
+                f"training data hold {len(self.train)} rows; give more rows"
+                + (f", or --batch-size {len(self.train) // 2}" if len(self.train) > 1 else "")
+            )
+        engine = self.engine(config.seed)
+        lora = self.lora(self.largest)
+        report = inject_(engine.model, lora.lowered_to(largest_ranks(engine.model, lora)))
+        if self.labels:
+            with reporter.stage("training the head"):
+                self.fit_head(engine, HEAD_BATCHES)
+        steps = planned_steps(self.train, replace(config, max_steps=count, accumulate=1))
+        batches = [batch for step in steps for batch in step]
+        with reporter.stage(f"{2 * len(batches)} backward passes"):
+            layers = predict(engine, (batches[::2], batches[1::2]), config.seed)
+        losses, _ = per_example(engine, [row for batch in batches[::2] for row in batch])
+        bits = float(losses.mean() * len(self.train) / math.log(2))
+        per_rank = sum(matrix.count * (matrix.d + matrix.k) for matrix in report.matrices)
+        return Prediction(tuple(layers), bits, per_rank)
 
     def base_sha256(self) -> str:
         """Of the base's weights, a classifier's head as the first seed draws it among them."""
