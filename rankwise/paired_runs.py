@@ -137,7 +137,7 @@ class PairedRuns:
             pair = [self._training(engine, key, name) for name in names]
             reason = why_not_together(pair)
         if reason and wanted:
-            raise ConfigError(f"--at-once {wanted} cannot be: {reason}")
+            raise ConfigError(f"--at-once {wanted} is not possible: {reason}")
         if reason:
             return 1, f"runs train one after the other: {reason}"
         plan = pair[0].plan
@@ -279,7 +279,7 @@ class PairedRuns:
 
     @contextmanager
     def with_setting(self, name: str, value: Any) -> Iterator[None]:
-        """Let the runs inside have another value of a setting. Raises ConfigError for one that cannot be."""
+        """Let the runs inside have another value of a setting. Raises ConfigError for an invalid one."""
         before = self.config, self.rate
         self.config = replace(self.config, **{name: value})
         self.rate = value if name == "lr" else self.rate

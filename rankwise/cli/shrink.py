@@ -89,4 +89,4 @@ def _check(config: ShrinkConfig) -> None:
     if config.delta is not None and not config.delta > 0:
         problems.append(f"--delta must be above 0 nats, found {config.delta}")
     if problems:
-        raise ConfigError("these settings cannot be:\n" + listing(problems))
+        raise ConfigError("invalid settings:\n" + listing(problems))

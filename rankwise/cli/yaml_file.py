@@ -36,7 +36,7 @@ def yaml_flags(path: Path, hints: Mapping[str, Any], unread: Collection[str] = (
         elif value is not None and not _fits(value, hints[key]):
             problems.append(f"{key} must be {_wanted(hints[key])}, found {value!r}")
     if problems:
-        raise ConfigError(f"--config {path} holds settings that cannot be:\n{listing(problems)}")
+        raise ConfigError(f"--config {path} holds invalid settings:\n{listing(problems)}")
     return [text for key, value in settings.items() if value is not None for text in _flag(key, value)]
 
 

@@ -178,7 +178,7 @@ def sweep_setting(
     if len(set(values)) < 2 or len(set(values)) < len(values):
         problems.append(f"--over needs at least two values, all different, found {', '.join(values) or 'none'}")
     if problems:
-        raise ConfigError("this sweep cannot be:\n" + listing(problems))
+        raise ConfigError("invalid sweep:\n" + listing(problems))
     numbered = dict(enumerate(values, start=1))
     does = partial(_one_by_one, run)
     runs = _PendingRuns(does, Runs(folder, settings, say), say, lambda number: _name(number, setting, numbered))
@@ -379,7 +379,7 @@ def _checked(ranks: Sequence[int], seeds: Sequence[int], margin: float | None) -
     if len(set(ranks)) < 2 or min(ranks) < 1:
         problems.append(f"--ranks needs at least two ranks from 1 on, found {', '.join(map(str, ranks)) or 'none'}")
     if problems:
-        raise ConfigError("this sweep cannot be:\n" + listing(problems))
+        raise ConfigError("invalid sweep:\n" + listing(problems))
     return sorted(set(ranks))
 
 

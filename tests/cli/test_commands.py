@@ -248,7 +248,7 @@ def test_a_wrong_flag_names_the_nearest_one(train, capsys, options, messages):
     ("content", "message"),
     [
         ("lora_alhpa: 3", "'lora_alhpa' (nearest: 'lora_alpha'"),
-        ("r: [1, {}]", "settings.yaml holds settings that cannot be:\n  - r must be a whole number or auto, found [1,"),
+        ("r: [1, {}]", "settings.yaml holds invalid settings:\n  - r must be a whole number or auto, found [1,"),
         ("metrics: 1", "metrics must be true or false, found 1"),
         ("metrics: 'yes'", "metrics must be true or false, found 'yes'"),
         ("seed: [1, 2]", "seed must be a whole number, found [1, 2]"),
