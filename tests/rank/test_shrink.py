@@ -544,7 +544,7 @@ def test_the_command_writes_the_smaller_adapter_and_what_it_promises(spoken, tmp
     }
     assert sum(promise["ranks_after"].values()) < sum(promise["ranks_before"].values())
     assert sum(promise["rows"].values()) == 80
-    assert main(["eval", "--adapter", str(tmp_path / "small"), "--data", str(data), "--answers", "0"]) == 0
+    assert main(["eval", "--adapter", str(tmp_path / "small"), "--data", str(data), "--eval-answers", "0"]) == 0
     other = tmp_path / "other_names.jsonl"
     other.write_text(data.read_text().replace('"prompt"', '"question"').replace('"completion"', '"answer"'))
     named = ["--columns", "prompt=question", "completion=answer", "--out", str(tmp_path / "again")]

@@ -463,7 +463,7 @@ def test_the_command_leaves_table_page_and_all_differences_and_goes_on_in_its_fo
         assert similar["title"] in html
         assert all(0 <= value <= 1 for row in similar["kinds"].values() for value in row)
     assert [similar["sizes"] for similar in found["illustrations"]["similarities"]] == [[1, 2], [1]]
-    assert main(["eval", "--model", str(tiny_llama_folder), "--data", sql[3], "--answers", "0"]) == 0
+    assert main(["eval", "--model", str(tiny_llama_folder), "--data", sql[3], "--eval-answers", "0"]) == 0
     base = json.loads(capsys.readouterr().out)["loss"]
     assert found["ranks"][0]["loss"] == pytest.approx(base, rel=1e-5)
     times = {path.name: path.stat().st_mtime_ns for path in (out / "runs").iterdir()}
