@@ -68,8 +68,8 @@ def plan_states(engine: Engine[Any], examples: Sequence[Any], most_bytes: float)
         return "it needs packed streams"
     if engine.blocks is None:
         return "no list of blocks was found in the model"
-    if engine.stretches_with_longest is not None:
-        return engine.stretches_with_longest
+    if engine.why_depends_on_longest is not None:
+        return engine.why_depends_on_longest
     sample = [example.short() for example in examples[:3]]
     try:
         with torch.enable_grad():

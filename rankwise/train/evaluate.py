@@ -158,7 +158,7 @@ def _measure(engine: Engine[E], examples: Sequence[E], on_progress: Progress) ->
         counts = [examples[place].counted for place in places]
         with torch.no_grad():
             logits, targets = engine.logits([examples[place] for place in places])
-            parts = engine.losses_of(logits, targets).double().split(counts)
+            parts = engine.losses_from_logits(logits, targets).double().split(counts)
         losses[places] = [part.sum().item() for part in parts]
         for place, answer in zip(places, engine.answers(logits).cpu().split(counts), strict=True):
             answers[place] = answer.flatten().numpy()

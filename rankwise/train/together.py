@@ -36,7 +36,7 @@ def train_together(
     engine, smoothing = trainings[0].engine, trainings[0].label_smoothing
 
     def losses(batches: Mapping[Training, Sequence[Any]]) -> list[Tensor]:
-        return engine.losses({_adapter(training): batch for training, batch in batches.items()}, smoothing)
+        return engine.losses_by_adapter({_adapter(training): batch for training, batch in batches.items()}, smoothing)
 
     activate_(engine.model, _adapter(trainings[0]))
     with _own_masks(trainings):
@@ -52,7 +52,7 @@ def why_not_together(trainings: Sequence[Training]) -> str | None:
     short = {_adapter(training): [training.plan[0][0][0].short()] for training in trainings}
     try:
         with torch.no_grad():
-            trainings[0].engine.losses(short)
+            trainings[0].engine.losses_by_adapter(short)
     except ConfigError as error:
         return str(error)
     return None

@@ -102,7 +102,7 @@ def test_adapters_that_share_a_pass_have_the_losses_and_gradients_of_each_by_its
     for adapter in batches:
         activate_(model, adapter)
         own.append(trainable_parameters(model))
-    ours = engine.losses(batches)
+    ours = engine.losses_by_adapter(batches)
     gradients_of_ours = torch.autograd.grad(sum(ours), [*own[0], *own[1]])
     for adapter, loss, parameters in zip(batches, ours, own, strict=True):
         activate_(model, adapter)
