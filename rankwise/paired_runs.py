@@ -25,7 +25,7 @@ from rankwise.finetune import ROWS_OF_CUT, labels_of, read_data
 from rankwise.lora.adapters import activate_, adapter_names
 from rankwise.lora.checkpoint import load_adapter_, save_adapter
 from rankwise.lora.config import LoraConfig
-from rankwise.lora.inject import DEFAULT, eject_, inject_, injection, largest_ranks, trainable_parameters
+from rankwise.lora.inject import DEFAULT_ADAPTER, eject_, inject_, injection, largest_ranks, trainable_parameters
 from rankwise.lora.report import InjectReport
 from rankwise.models.adapted import write_labels
 from rankwise.models.load import base_sha256, load_model, load_tokenizer, longest_input, pad_id
@@ -111,7 +111,7 @@ class PairedRuns:
         engine = self.engine(seed)
         with _taken_out_again(engine.model):
             key = Key(rank, seed, factor)
-            report = self._inject(engine.model, key, DEFAULT)
+            report = self._inject(engine.model, key, DEFAULT_ADAPTER)
             trains = bool(trainable_parameters(engine.model))
             return self._result(engine, key, report, self.fit(engine, seed, factor) if trains else Cost(0.0, 0))
 
@@ -275,7 +275,7 @@ class PairedRuns:
         engine = self.engine(self.config.seed)
         for value in values:
             with self.with_setting(setting, value), _taken_out_again(engine.model):
-                self._inject(engine.model, Key(self.largest, self.config.seed), DEFAULT)
+                self._inject(engine.model, Key(self.largest, self.config.seed), DEFAULT_ADAPTER)
 
     @contextmanager
     def with_setting(self, name: str, value: Any) -> Iterator[None]:

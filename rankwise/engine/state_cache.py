@@ -121,7 +121,7 @@ def _frozen_adapters_below(engine: Engine[Any], depth: int) -> bool:
 
 def _changes_nothing(layer: Wrapper, adapter: str) -> bool:
     """Whether an adapter is as it started, as while a task head alone trains: B·A is 0."""
-    parts = [part.update(adapter) for _, part in layer.parts_of() if adapter in part.shares]
+    parts = [part.update(adapter) for _, part in layer.lora_layers() if adapter in part.shares]
     zero = [u.is_plain and not u.has_start and not (u.lora_A.any() and u.lora_B.any()) for u in parts]
     return bool(zero) and all(zero)
 

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from rankwise.engine.engine import Engine
 from rankwise.engine.held_out import per_example
 from rankwise.errors import ConfigError
-from rankwise.lora.inject import DEFAULT, adapters_off
+from rankwise.lora.inject import DEFAULT_ADAPTER, adapters_off
 from rankwise.lora.linear import LoraLinear
 from rankwise.lora.places import named_lora_layers
 from rankwise.rank.compare import MARGIN_SHARE_OF_GAIN
@@ -60,7 +60,7 @@ class NestedEngine:
 def cut_(model: nn.Module, rank: int | None) -> None:
     """Let only the first `rank` directions of the adapter work, each with its weight; None: all, equally."""
     for _, layer in named_lora_layers(model):
-        update = layer.update(DEFAULT)
+        update = layer.update(DEFAULT_ADAPTER)
         update.directions = None if rank is None else update.lora_B.new_tensor(direction_weights(rank)) * update.r
 
 

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from rankwise.data.rows import Row, question_keys, split_rows
 from rankwise.engine.engine import Engine
 from rankwise.errors import ConfigError, DataError
-from rankwise.lora.inject import DEFAULT, adapters_off, injection, set_adapter_training
+from rankwise.lora.inject import DEFAULT_ADAPTER, adapters_off, injection, set_adapter_training
 from rankwise.lora.layers import LoraLayer
 from rankwise.lora.low_rank import LowRank
 from rankwise.lora.places import named_wrappers
@@ -137,7 +137,7 @@ def shrink_(
     held_out: HeldOut,
     delta: float | None = None,
     reader: Reader = "vllm",
-    adapter: str = DEFAULT,
+    adapter: str = DEFAULT_ADAPTER,
     on_progress: Callable[[str], None] = lambda text: None,
     share: float = MARGIN_SHARE_OF_GAIN,
 ) -> ShrinkReport:

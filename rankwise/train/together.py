@@ -89,10 +89,10 @@ def _own_masks(trainings: Sequence[Training]) -> Iterator[None]:
         for _, layer in named_lora_layers(training.engine.model):
             if adapter in layer.shares and (update := layer.update(adapter)).dropout:
                 generator = generator or torch.Generator(update.lora_A.device).manual_seed(training.seed)
-                update.masks = generator
+                update.dropout_generator = generator
                 updates.append(update)
     try:
         yield
     finally:
         for update in updates:
-            update.masks = None
+            update.dropout_generator = None

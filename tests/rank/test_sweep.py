@@ -17,7 +17,7 @@ from rankwise import LoraConfig, eject_, inject_, paired_runs, read_adapter
 from rankwise.cli.main import main
 from rankwise.cli.rank_sweep import SweepConfig
 from rankwise.errors import CheckpointError, ConfigError, RankwiseError
-from rankwise.lora.inject import DEFAULT
+from rankwise.lora.inject import DEFAULT_ADAPTER
 from rankwise.lora.places import named_lora_layers
 from rankwise.models.load import load_model
 from rankwise.paired_runs import PairedRuns
@@ -401,7 +401,7 @@ def test_the_runs_of_one_seed_begin_with_the_first_rows_of_the_largest_rank():
     starts = {}
     for rank in (2, 4, 8):
         inject_nested_(model, LoraConfig(r=rank), largest=8, seed=3)
-        starts[rank] = {name: layer.update(DEFAULT).low_rank() for name, layer in named_lora_layers(model)}
+        starts[rank] = {name: layer.update(DEFAULT_ADAPTER).low_rank() for name, layer in named_lora_layers(model)}
         eject_(model)
     for name, largest in starts[8].items():
         assert torch.equal(starts[2][name].A, largest.A[:2])
@@ -409,7 +409,7 @@ def test_the_runs_of_one_seed_begin_with_the_first_rows_of_the_largest_rank():
         assert not largest.B.any()
     inject_(model, LoraConfig(r=8), torch.Generator().manual_seed(3))
     for name, layer in named_lora_layers(model):
-        assert torch.equal(layer.update(DEFAULT).lora_A, starts[8][name].A)
+        assert torch.equal(layer.update(DEFAULT_ADAPTER).lora_A, starts[8][name].A)
 
 
 @pytest.fixture
