@@ -126,19 +126,16 @@ class EvaluationClock:
 
 
 def predicted(runs: Any, reporter: Any) -> dict[str, Any]:
-    from rankwise.cli.rank_predict import prediction
-
-    found, seconds = timed(lambda: prediction(runs, reporter))
+    found, seconds = timed(lambda: runs.prediction(reporter))
     return {"range": found.as_dict()["range"], "capacity": found.capacity, "seconds": seconds}
 
 
 def nested(runs: Any, reporter: Any) -> dict[str, Any]:
-    from rankwise.cli.rank_nested import estimate
     from rankwise.errors import ConfigError
 
     begin = time.perf_counter()
     try:
-        found = estimate(runs, reporter)
+        found = runs.nested_run(reporter)
     except ConfigError as error:
         return {"refused": str(error), "seconds": time.perf_counter() - begin}
     return found.as_dict() | {"seconds": time.perf_counter() - begin}
@@ -150,15 +147,14 @@ def shrunk(runs: Any, reporter: Any, factor: float) -> dict[str, Any]:
 
     from rankwise.errors import DataError
     from rankwise.lora.inject import inject_
-    from rankwise.rank.shrink import HeldOut, shrink_, split_held_out
+    from rankwise.rank.shrink import shrink_, split_held_out
 
     config = runs.config
     engine: Any = EvaluationClock(runs.engine(config.seed))
     inject_(engine.model, runs.lora(runs.largest))
     with reporter.stage(f"training at rank {runs.largest}"):
         runs.fit(engine.engine, config.seed, factor)
-    parts = split_held_out(runs.held_out_rows, config.seed)
-    held_out = HeldOut(*(runs.examples(part) for part in (parts.calibration, parts.choice, parts.confirmation)))
+    held_out = split_held_out(runs.held_out_rows, config.seed).map(runs.examples)
     begin = time.perf_counter()
     with reporter.stage("shrinking"):
         try:
@@ -171,7 +167,7 @@ def shrunk(runs: Any, reporter: Any, factor: float) -> dict[str, Any]:
 
 def main() -> None:
     options = _options()
-    from rankwise.cli.paired_runs import PairedRuns, rows_sha256
+    from rankwise.paired_runs import PairedRuns, rows_sha256
     from rankwise.rank.page import page, picture
     from rankwise.rank.report import as_dict, table
     from rankwise.rank.sweep import sweep

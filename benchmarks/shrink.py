@@ -75,19 +75,15 @@ class Contest:
         from rankwise.data.tasks import examples_for
         from rankwise.models.adapted import adapter_folder, load_adapted
         from rankwise.models.load import longest_input
-        from rankwise.rank.shrink import HeldOut, split_held_out
+        from rankwise.rank.shrink import split_held_out
 
         self.folder = adapter_folder(adapter)
         self.base = SETTINGS[task]["model"]
         self.delta = delta
         adapted = load_adapted(self.base, self.folder)
         limit = min(1024, longest_input(adapted.model))
-        split = split_held_out(rows, seed)
-        self.held_out = HeldOut(
-            *(
-                examples_for(adapted.task, part, adapted.tokenizer, adapted.labels, limit, "cut")
-                for part in (split.calibration, split.choice, split.confirmation)
-            )
+        self.held_out = split_held_out(rows, seed).map(
+            lambda part: examples_for(adapted.task, part, adapted.tokenizer, adapted.labels, limit, "cut")
         )
 
     def engine(self) -> Any:
@@ -131,11 +127,11 @@ class Contest:
 
         def test(part: str, ranks: Mapping[str, int]) -> dict[str, Any]:
             from rankwise.rank.cut import set_updates_
-            from rankwise.rank.paired import compare
+            from rankwise.rank.paired import paired_test
 
             cut = {name: parts[name].truncated(rank) for name, rank in ranks.items()}
             set_updates_(engine.model, layers, cut, "default", "vllm")
-            result = compare(measure(engine, getattr(self.held_out, part)), full[part])
+            result = paired_test(measure(engine, getattr(self.held_out, part)), full[part])
             numbers = sum(update.A.numel() + update.B.numel() for update in cut.values())
             figures = {"parameters": numbers, "total_rank": sum(ranks.values()), "difference": result.difference}
             return {**figures, "bound": result.bound, "within_delta": result.within(self.delta or 0.0)}

@@ -10,4 +10,4 @@ rankwise train --model smollm2-135m --data examples/text_to_sql/train.jsonl --ev
     --out runs/demo
 
 printf '\nThree of the questions, before and after:\n'
-rankwise generate --adapter runs/demo --file examples/text_to_sql/test.jsonl --first 3 --use both --max-new-tokens 60
+rankwise generate --adapter runs/demo --data examples/text_to_sql/test.jsonl --first 3 --use both --max-new-tokens 60

@@ -1,7 +1,7 @@
 """The errors that a user can meet. A message says what was wrong, what was found and what to do.
 
 RankwiseError
-├── ConfigError        (ValueError)    a setting that cannot be
+├── ConfigError        (ValueError)    an invalid setting
 ├── TargetError        (ValueError)    target_modules that name no layer, or one that cannot be adapted
 ├── CheckpointError    (ValueError)    an adapter folder that does not fit or is damaged
 ├── DataError          (ValueError)    a data file; the message names file and line
@@ -22,7 +22,7 @@ class RankwiseError(Exception):
 
 
 class ConfigError(RankwiseError, ValueError):
-    """A setting that cannot be."""
+    """An invalid setting."""
 
 
 class TargetError(RankwiseError, ValueError):

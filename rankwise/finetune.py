@@ -13,7 +13,7 @@ from rankwise.data.labelled import label_counts, problem_type, why_no_classifier
 from rankwise.data.lazy import LazyExamples
 from rankwise.data.report import measure
 from rankwise.data.rows import Row, divide
-from rankwise.data.shapes import ASKING, TASK_TYPES, Layout
+from rankwise.data.shapes import ASKING, Layout
 from rankwise.data.tasks import examples_for
 from rankwise.engine.engine import Engine
 from rankwise.engine.explain import explain
@@ -26,7 +26,7 @@ from rankwise.lora.start import FROM_DATA, start_from_data_
 from rankwise.models.load import base_sha256, load_model, load_tokenizer, longest_input_of, pad_id
 from rankwise.models.pooling import unread_layers
 from rankwise.rank.inspect import inspect_adapter
-from rankwise.rank.shrink import HeldOut, ShrinkReport, shrink_, split_held_out
+from rankwise.rank.shrink import ShrinkReport, shrink_, split_held_out
 from rankwise.train import text_metrics, trackers
 from rankwise.train.batches import ROWS_AT_FIRST, Plan, planned_steps
 from rankwise.train.config import TrainConfig
@@ -64,8 +64,6 @@ class Dataset:
     held_out: list[Any]
     questions: list[Prompt]
     """Held-out prompts to answer, for exact match."""
-    labels: list[str]
-    """Names of the classes, in the order of the classifier's outputs; empty for other tasks."""
     sha256: str
     examples_of: Callable[[Sequence[Row]], list[Any]]
     """Makes such examples of other rows. Raises DataError."""
@@ -86,23 +84,6 @@ def finetune(config: TrainConfig, reporter: Reporter | None = None, resume: bool
         text_metrics.check_installed()
     with RunFolder(config, resume) as run, run.where_it_began():
         return _finetune(config, run, reporter or Reporter())
-
-
-def lora_config(config: TrainConfig, model: Any, held_out: int | None = None) -> LoraConfig:
-    """The settings of the adapter that a run trains in `model`. `held_out`: rows, by which --r auto is settled."""
-    return LoraConfig(
-        task_type=TASK_TYPES[config.task],
-        r=config.trained_rank(held_out),
-        lora_alpha=config.lora_alpha,
-        lora_dropout=config.lora_dropout,
-        target_modules=config.targets,
-        exclude_modules=unread_layers(model) if config.task == "embedding" else None,
-        layers_to_transform=config.layers_to_transform or None,
-        init_lora_weights=True if config.init_lora_weights == "default" else config.init_lora_weights,
-        use_rslora=config.use_rslora,
-        use_dora=config.use_dora,
-        base_model_name_or_path=config.model,
-    )
 
 
 def _finetune(config: TrainConfig, run: RunFolder, reporter: Reporter) -> dict[str, Any]:
@@ -127,10 +108,10 @@ def _finetune(config: TrainConfig, run: RunFolder, reporter: Reporter) -> dict[s
     engine.recomputes = predicted.recompute
     _prepare(engine, plan, config, reporter)
     start, training = _start(engine, data, plan, config, run, reporter)
-    outcome = run_training(training, data.held_out, labels, config, run, reporter)
+    outcome = run_training(training, data.held_out, config, run, reporter)
     return_freed_memory()  # What training needed at its height is not to lie beside what evaluation needs.
     steps, interrupted = outcome.steps, outcome.interrupted
-    run.save_adapter(model, labels)
+    run.save_adapter(model)
     shrunk, uncut_because = None, config.why_rank_is_fixed(len(held_out_rows))
     before = after = None
     try:
@@ -167,7 +148,8 @@ def _finetune(config: TrainConfig, run: RunFolder, reporter: Reporter) -> dict[s
 
 def _ranks_that_fit(model: Any, config: TrainConfig, held_out: int) -> tuple[LoraConfig, str]:
     """The adapter's settings, with ranks that nobody gave lowered where a matrix is smaller, and what is to be said."""
-    lora = lora_config(config, model, held_out)
+    left_out = unread_layers(model) if config.task == "embedding" else None
+    lora = config.lora(config.trained_rank(held_out), left_out)
     if config.r != "auto":
         return lora, ""
     limits = largest_ranks(model, lora)
@@ -259,7 +241,7 @@ def _tokenise(
     questions = held_out[: config.eval_answers] if config.task in ASKING else []
     answers = [asked(row, tokenizer) for row in questions]
     sha256 = data_sha256(tokenizer, train, held_out)
-    return Dataset(examples, first, held_out, examples_of(held_out), answers, labels, sha256, examples_of)
+    return Dataset(examples, first, held_out, examples_of(held_out), answers, sha256, examples_of)
 
 
 def _shrink(
@@ -271,14 +253,14 @@ def _shrink(
     """
     try:
         parts = split_held_out(data.held_out_rows, config.seed, ROWS_OF_CUT)
-        held_out = HeldOut(*map(data.examples_of, (parts.calibration, parts.choice, parts.confirmation)))
+        held_out = parts.map(data.examples_of)
         with reporter.stage("shrinking") as stage:
             report = shrink_(engine, held_out, on_progress=stage.update, share=SHARE_OF_CUT)
     except (ConfigError, DataError) as error:
         reporter.say(f"the adapter stays as it was trained: {error}")
         return None, str(error)
     run.keep_full_adapter()
-    run.save_adapter(engine.model, data.labels)
+    run.save_adapter(engine.model)
     reporter.say(report.summary())
     return report, None
 

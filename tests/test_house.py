@@ -16,6 +16,7 @@ LEVELS = [
     {"models", "data", "plan", "engine"},
     {"train", "rank", "export", "serve"},
     {"finetune"},
+    {"paired_runs"},
     {"cli"},
     {"__main__"},
 ]

@@ -7,7 +7,7 @@ come before those of the command line, so that both go through the same checks a
 
 from dataclasses import fields
 from pathlib import Path
-from typing import TypeVar, get_args, get_type_hints
+from typing import Any, TypeVar, get_args, get_type_hints
 
 import tyro
 
@@ -27,16 +27,17 @@ def parse(config_class: type[C], options: list[str], command: str) -> C:
     for before, option in zip([f"rankwise {command}", *flags], flags, strict=False):
         if not option or (option.startswith("--") and option.endswith("=")):
             raise ConfigError(f"an empty value stands after {option.rstrip('=') or before}; is a variable not set?")
-    hints, positional = get_type_hints(config_class), _positional(config_class)
+    hints, positional = get_type_hints(config_class), _marked(config_class, tyro.conf.Positional[str])
     names = {field.name for field in fields(config_class)} - positional  # pyright: ignore[reportArgumentType]
-    from_files = [flag for path in files for flag in yaml_flags(path, {name: hints[name] for name in names})]
+    known, unread = {name: hints[name] for name in names}, _marked(config_class, tyro.conf.Suppress[str])
+    from_files = [flag for path in files for flag in yaml_flags(path, known, unread)]
     description = f"{config_class.__doc__}\n\n--config FILE.yaml sets any of the options; flags given beside it win."
     return tyro.cli(config_class, args=from_files + flags, prog=f"rankwise {command}", description=description)
 
 
-def _positional(config_class: type) -> set[str]:
-    """The fields that stand on the command line without a flag, which no file can hold."""
-    [_, marker] = get_args(tyro.conf.Positional[str])
+def _marked(config_class: type, example: Any) -> set[str]:
+    """The fields with the same mark as `example`: Positional (which no file can hold), or Suppress (no flags)."""
+    [_, marker] = get_args(example)
     hints = get_type_hints(config_class, include_extras=True)
     return {name for name, hint in hints.items() if marker in getattr(hint, "__metadata__", ())}
 

@@ -31,7 +31,7 @@ class EvalConfig:
     """What the model does; without it, what the adapter's configuration says, and causal_lm for a base model."""
     base_dtype: Literal["fp32", "bf16"] = "fp32"
     """How the base model's weights are kept, as in training."""
-    answers: int | None = None
+    eval_answers: int | None = None
     """At most so many prompts are answered to count exact matches; without it, all. 0: none."""
     metrics: bool = False
     """Measure BLEU, chrF and ROUGE of the answers too; needs pip install 'rankwise[metrics]'."""
@@ -43,12 +43,12 @@ class EvalConfig:
 
 def main(options: list[str]) -> int:
     config = parse(EvalConfig, options, "eval")
-    if config.answers is not None and config.answers < 0:
-        raise ConfigError(f"--answers must be at least 0, found {config.answers}")
+    if config.eval_answers is not None and config.eval_answers < 0:
+        raise ConfigError(f"--eval-answers must be at least 0, found {config.eval_answers}")
     if config.max_length < 2:
         raise ConfigError(f"--max-length must be at least 2, found {config.max_length}")
-    if config.metrics and config.answers == 0:
-        raise ConfigError("--metrics measures answers; leave --answers 0 out")
+    if config.metrics and config.eval_answers == 0:
+        raise ConfigError("--metrics measures answers; leave --eval-answers 0 out")
     layout = Layout.parse(config.format, config.columns)
     from rankwise.data.examples import asked
     from rankwise.data.rows import read_rows
@@ -72,7 +72,7 @@ def main(options: list[str]) -> int:
     rows, tokenizer = read_rows(config.data, adapted.task, layout), adapted.tokenizer
     length = min(config.max_length, longest_input(adapted.model))
     examples = examples_for(adapted.task, rows, tokenizer, adapted.labels, length, config.long_rows, config.train_on)
-    questions = [asked(row, tokenizer) for row in rows[: config.answers]] if adapted.task in ASKING else []
+    questions = [asked(row, tokenizer) for row in rows[: config.eval_answers]] if adapted.task in ASKING else []
     engine = engine_for(adapted.task, adapted.model, pad_id(tokenizer), examples)
     with reporter.stage("evaluating") as stage:
         measured = evaluate(engine, tokenizer, examples, questions, stage.update, config.metrics)

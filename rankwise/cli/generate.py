@@ -17,7 +17,7 @@ class GenerateConfig:
 
     prompt: str | None = None
     """The prompt."""
-    file: Path | None = None
+    data: Path | None = None
     """A file of rows of any shape that asks, with or without answers; what the model says is printed as JSONL."""
     columns: tuple[str, ...] = ()
     """Names of the file's own columns, such as prompt=question."""
@@ -39,10 +39,10 @@ class GenerateConfig:
 
 def main(options: list[str]) -> int:
     config = parse(GenerateConfig, options, "generate")
-    if (config.prompt is None) == (config.file is None):
-        raise ConfigError("give either --prompt TEXT or --file FILE.jsonl")
-    if config.columns and config.file is None:
-        raise ConfigError("--columns goes with --file")
+    if (config.prompt is None) == (config.data is None):
+        raise ConfigError("give either --prompt TEXT or --data FILE.jsonl")
+    if config.columns and config.data is None:
+        raise ConfigError("--columns goes with --data")
     layout = Layout.parse(None, config.columns)
     if config.max_new_tokens < 1:
         raise ConfigError(f"--max-new-tokens must be at least 1, found {config.max_new_tokens}")
@@ -57,7 +57,7 @@ def main(options: list[str]) -> int:
     from rankwise.models.adapted import load_adapted
     from rankwise.train.progress import Reporter
 
-    rows = read_prompts(config.file, layout)[: config.first] if config.file else []
+    rows = read_prompts(config.data, layout)[: config.first] if config.data else []
     reporter = Reporter()
     with reporter.stage("loading"):
         adapted = load_adapted(config.model, config.adapter, config.task, config.base_dtype)

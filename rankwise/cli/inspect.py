@@ -27,7 +27,7 @@ def main(options: list[str]) -> int:
     config = parse(InspectConfig, options, "inspect")
     if not config.adapter.is_dir():
         raise ConfigError(f"no adapter folder at {config.adapter}")
-    from rankwise.lora.inject import DEFAULT
+    from rankwise.lora.inject import DEFAULT_ADAPTER
     from rankwise.models.adapted import adapter_folder, load_adapted
     from rankwise.rank.inspect import beside_base, inspect_adapter
     from rankwise.train.progress import Reporter
@@ -40,6 +40,6 @@ def main(options: list[str]) -> int:
         with reporter.stage("loading"):
             model = load_adapted(config.model, folder).model
         with reporter.stage("comparing with the base weights") as stage:
-            found = beside_base(inspect_adapter(folder, type(model).__name__), model, DEFAULT, stage.update)
+            found = beside_base(inspect_adapter(folder, type(model).__name__), model, DEFAULT_ADAPTER, stage.update)
     print(json.dumps(asdict(found), indent=2) if config.json else found)
     return 0

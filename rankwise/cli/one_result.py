@@ -8,7 +8,7 @@ from rankwise.errors import ConfigError
 from rankwise.train.config import TrainConfig
 
 if TYPE_CHECKING:
-    from rankwise.cli.paired_runs import PairedRuns
+    from rankwise.paired_runs import PairedRuns
     from rankwise.train.progress import Reporter
 
 
@@ -28,7 +28,7 @@ def leave_result(config: TrainConfig, largest: int, measure: "Callable[[PairedRu
     if config.out.exists():
         raise ConfigError(f"--out {config.out} exists already; choose another file, or remove it first")
     from rankwise import atomic
-    from rankwise.cli.paired_runs import PairedRuns
+    from rankwise.paired_runs import PairedRuns
     from rankwise.train.progress import Reporter
 
     reporter = Reporter()

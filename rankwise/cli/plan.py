@@ -8,9 +8,7 @@ from typing import Any, ClassVar
 
 from rankwise.cli.arguments import parse
 from rankwise.data.examples import TextExample
-from rankwise.data.shapes import TASK_TYPES
 from rankwise.errors import ConfigError
-from rankwise.lora.config import LoraConfig
 from rankwise.plan.architectures import PLANNED, read_shape
 from rankwise.plan.machine import Machine, read_machine
 from rankwise.plan.plan import make_plan
@@ -34,7 +32,7 @@ class PlanConfig(TrainConfig):
     data: tuple[Path, ...] = ()
     """As in train; its rows are tokenised. Without it --rows and --tokens-per-row say how much there is."""
     out: Path | None = None  # pyright: ignore[reportIncompatibleVariableOverride]
-    """Not used."""
+    """Taken, as a flag of train; nothing is written there."""
     rows: int | None = None
     """Rows to train on, where there is no --data."""
     tokens_per_row: int | None = None
@@ -74,13 +72,7 @@ def main(options: list[str]) -> int:
     examples, labels, held_out = _examples(config) if config.data else ([], config.labels, None)
     shape = read_shape(_source(config.model), config.task, labels)
     batches, steps = _work(config, shape, examples)
-    lora = LoraConfig(
-        task_type=TASK_TYPES[config.task],
-        r=config.trained_rank(held_out),
-        target_modules=config.targets,
-        layers_to_transform=config.layers_to_transform or None,
-        use_dora=config.use_dora,
-    )
+    lora = config.lora(config.trained_rank(held_out))
     if config.r == "auto":
         print(config.rank_rule(held_out), file=sys.stderr)
         lora = lora.lowered_to(shape.largest_ranks(lora))

@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING, Any
 import tyro
 
 from rankwise.cli.arguments import parse
+from rankwise.cli.rank_config import RankConfig
 from rankwise.errors import nearest
-from rankwise.train.config import TrainConfig
 
 if TYPE_CHECKING:
-    from rankwise.cli.paired_runs import PairedRuns
+    from rankwise.paired_runs import PairedRuns
     from rankwise.rank.illustrate import Illustrations
     from rankwise.rank.sweep import Sweep
 
@@ -28,7 +28,7 @@ SETTINGS: dict[str, Callable[[str], Any]] = {
 
 
 @dataclass(frozen=True, kw_only=True)
-class SweepConfig(TrainConfig):
+class SweepConfig(RankConfig):
     """Train at several ranks with several seeds and say, with 95 % confidence, which rank suffices, or what it would
     take to tell. All other settings are those of rankwise train."""
 
@@ -52,7 +52,6 @@ class SweepConfig(TrainConfig):
     at_once: int | None = None
     """So many runs train in one pass over the base; without it, as many as make it faster. 1: one after the other."""
     r: tyro.conf.Suppress[int] = 8
-    eval_answers: tyro.conf.Suppress[int] = 0
 
     def _problems(self):
         yield from super()._problems()
@@ -102,7 +101,7 @@ def _is_positive(text: str) -> bool:
 def main(options: list[str]) -> int:
     config = parse(SweepConfig, options, "rank sweep")
     from rankwise import atomic
-    from rankwise.cli.paired_runs import PairedRuns
+    from rankwise.paired_runs import PairedRuns
     from rankwise.rank.crossed import LEAST_EXAMPLES
     from rankwise.rank.page import page, picture
     from rankwise.rank.report import as_dict, table
@@ -132,13 +131,13 @@ def main(options: list[str]) -> int:
 def _swept(config: SweepConfig, runs: "PairedRuns", settings: dict[str, Any], say: Callable[[str], None]) -> "Sweep":
     from functools import partial
 
-    from rankwise.cli.paired_runs import SettingRuns
+    from rankwise.paired_runs import SettingRuns
     from rankwise.rank.sweep import sweep, sweep_setting
 
     seeds = range(config.seed, config.seed + config.seeds)
     same: dict[str, Any] = {"margin": config.delta, "folder": config.out, "settings": settings, "say": say}
     if config.over is None:
-        at_once, reason = runs.at_once(config.at_once)
+        at_once, reason = runs.how_many_at_once(config.at_once)
         say(reason)
         same |= {"with_full": config.with_full, "check_rates": config.check_rates}
         return sweep(runs, config.rank_list, seeds, together=partial(runs.together, at_once=at_once), **same)
@@ -169,10 +168,10 @@ def _illustrations(found: "Sweep", runs: "PairedRuns") -> "Illustrations":
 def _settings(config: SweepConfig) -> dict[str, Any]:
     """What decides the result of a single run, but for the base's weights: all settings but the number of seeds and
     the margin, and the data."""
-    from rankwise.cli.paired_runs import rows_sha256
+    from rankwise.paired_runs import rows_sha256
 
     settings = config.as_dict()
-    unimportant = ("out", "seeds", "delta", "check_rates", "with_full", "keep_adapters", "at_once", "r", "eval_answers")
+    unimportant = ("out", "seeds", "delta", "check_rates", "with_full", "keep_adapters", "at_once", "r")
     for name in unimportant:
         del settings[name]
     return settings | {"rows_sha256": rows_sha256(config)}

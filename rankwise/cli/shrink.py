@@ -57,7 +57,7 @@ def main(options: list[str]) -> int:
     from rankwise.lora.checkpoint import save_adapter
     from rankwise.models.adapted import load_adapted, write_labels
     from rankwise.models.load import longest_input, pad_id
-    from rankwise.rank.shrink import HeldOut, shrink_, split_held_out
+    from rankwise.rank.shrink import shrink_, split_held_out
     from rankwise.train.progress import Reporter
 
     check_unweighted(config.data)
@@ -67,14 +67,13 @@ def main(options: list[str]) -> int:
     rows = split_held_out(read_rows(config.data, adapted.task, layout), config.seed)
     length = min(config.max_length, longest_input(adapted.model))
     how = adapted.tokenizer, adapted.labels, length, config.long_rows, config.train_on
-    parts = rows.calibration, rows.choice, rows.confirmation
-    held_out = HeldOut(*(examples_for(adapted.task, part, *how) for part in parts))
+    held_out = rows.map(lambda part: examples_for(adapted.task, part, *how))
     engine = engine_for(adapted.task, adapted.model, pad_id(adapted.tokenizer), held_out.choice)
     with reporter.stage("shrinking") as stage:
         report = shrink_(engine, held_out, config.delta, config.reader, on_progress=stage.update)
     with atomic.replacing(config.out) as temporary:
         save_adapter(adapted.model, temporary)
-        write_labels(adapted.model, adapted.labels, temporary)
+        write_labels(adapted.model, adapted.task, temporary)
         atomic.write_text(temporary / "shrink.json", json.dumps(asdict(report), indent=2) + "\n")
     print(report)
     print(f"adapter: {config.out}")
@@ -90,4 +89,4 @@ def _check(config: ShrinkConfig) -> None:
     if config.delta is not None and not config.delta > 0:
         problems.append(f"--delta must be above 0 nats, found {config.delta}")
     if problems:
-        raise ConfigError("these settings cannot be:\n" + listing(problems))
+        raise ConfigError("invalid settings:\n" + listing(problems))

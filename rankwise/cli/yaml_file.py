@@ -1,7 +1,7 @@
 """A YAML file of settings, read as the flags that say the same."""
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from types import NoneType
 from typing import Any, Literal, get_args, get_origin
@@ -19,15 +19,16 @@ _WANTED = {
 }
 
 
-def yaml_flags(path: Path, hints: Mapping[str, Any]) -> list[str]:
-    """The flags for what the file sets; `hints`: the type of each setting that the command has.
+def yaml_flags(path: Path, hints: Mapping[str, Any], unread: Collection[str] = ()) -> list[str]:
+    """The flags for what the file sets; `hints`: the type of each setting that the command has. Those that are
+    `unread` may stand there, and give no flag.
 
     Raises ConfigError that names the file and all its keys that are unknown, given twice or of another type.
     """
     keys, content = _read(path)
     if not isinstance(content, dict):
         raise ConfigError(f"--config {path} must hold keys with values, found {type(content).__name__}")
-    settings = {_name(key): value for key, value in content.items()}
+    settings = {_name(key): value for key, value in content.items() if _name(key) not in unread}
     problems = [f"{key!r} is given {count} times" for key, count in Counter(keys).items() if count > 1]
     for key, value in settings.items():
         if key not in hints:
@@ -35,7 +36,7 @@ def yaml_flags(path: Path, hints: Mapping[str, Any]) -> list[str]:
         elif value is not None and not _fits(value, hints[key]):
             problems.append(f"{key} must be {_wanted(hints[key])}, found {value!r}")
     if problems:
-        raise ConfigError(f"--config {path} holds settings that cannot be:\n{listing(problems)}")
+        raise ConfigError(f"--config {path} holds invalid settings:\n{listing(problems)}")
     return [text for key, value in settings.items() if value is not None for text in _flag(key, value)]
 
 

@@ -20,12 +20,6 @@ def is_watched(block: nn.Module) -> bool:
     return any(module._forward_hooks or module._forward_pre_hooks for module in block.modules())
 
 
-def does_more_than_its_class(module: nn.Module) -> bool:
-    """Whether hooks, or another forward, are attached to a module itself."""
-    hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
-    return any(hooks) or "forward" in vars(module)
-
-
 class Stand(nn.Module):
     """Stands in the place of a block, and has the block's attributes, which models ask for (its kind of attention)."""
 

@@ -127,7 +127,7 @@ class LabelSetEngine(_TextEngine[LabelSetExample]):
     def _target(self, example: LabelSetExample) -> tuple[bool, ...]:
         return example.labels
 
-    def losses_of(self, logits: Tensor, targets: Tensor, label_smoothing: float = 0.0) -> Tensor:
+    def losses_from_logits(self, logits: Tensor, targets: Tensor, label_smoothing: float = 0.0) -> Tensor:
         # A share of each answer is spread over both of its classes.
         smoothed = targets.to(logits.dtype) * (1 - label_smoothing) + label_smoothing / 2
         return F.binary_cross_entropy_with_logits(logits, smoothed, reduction="none").mean(-1)

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from rankwise.engine.blocks import does_more_than_its_class
+from rankwise.lora.linear import does_more_than_its_class
 from rankwise.lora.places import named_places, replace_
 
 _ROTATION = "apply_rotary_pos_emb"

@@ -70,9 +70,9 @@ class Engine(ABC, Generic[E]):
 
     def loss(self, examples: Sequence[E], label_smoothing: float = 0.0) -> Tensor:
         """The mean cross-entropy, in nats, over all that the batch's loss counts."""
-        return self._losses(examples, label_smoothing).mean()
+        return self._each_loss(examples, label_smoothing).mean()
 
-    def losses(self, batches: Mapping[str, Sequence[E]], label_smoothing: float = 0.0) -> list[Tensor]:
+    def losses_by_adapter(self, batches: Mapping[str, Sequence[E]], label_smoothing: float = 0.0) -> list[Tensor]:
         """For each adapter the mean cross-entropy, in nats, over all that its own batch's loss counts, in one pass.
 
         Raises ConfigError if the adapters, or this model's, cannot share a pass.
@@ -85,7 +85,7 @@ class Engine(ABC, Generic[E]):
         cut = [len(x.predictors) + len(x.spare) for x in streams]
         sizes = {sum(parts): tuple(parts) for parts in (tokens, cut, counts)}
         with adapters_by_part(self.model, list(batches), sizes):
-            losses = self._losses_in(join(streams), label_smoothing)
+            losses = self._losses_of_stream(join(streams), label_smoothing)
         return [part.mean() for part in losses.split(counts)]
 
     def why_no_shared_pass(self) -> str | None:
@@ -94,14 +94,14 @@ class Engine(ABC, Generic[E]):
             return f"adapters share a pass only in packed streams; this model is padded: {self.padded_because}"
         if self.recomputes or self._recomputed_by_transformers():
             return "adapters share no pass whose activations are computed again: by then each would compute for all"
-        if self.stretches_with_longest is not None:
-            return f"adapters share no pass: {self.stretches_with_longest}"
+        if self.why_depends_on_longest is not None:
+            return f"adapters share no pass: {self.why_depends_on_longest}"
         return None
 
     def example_losses(self, examples: Sequence[E]) -> tuple[Tensor, Tensor]:
         """([B] cross-entropy in nats summed over all that is counted, [B] how much that is), example by example."""
         counts = [example.counted for example in examples]
-        losses = self._losses(examples)
+        losses = self._each_loss(examples)
         return torch.stack([part.sum() for part in losses.split(counts)]), torch.tensor(counts, device=losses.device)
 
     def evaluation_batches(self, examples: Sequence[E]) -> list[list[int]]:
@@ -119,11 +119,11 @@ class Engine(ABC, Generic[E]):
             batches[-1].append(place)
         return batches
 
-    def _losses(self, examples: Sequence[E], label_smoothing: float = 0.0) -> Tensor:
+    def _each_loss(self, examples: Sequence[E], label_smoothing: float = 0.0) -> Tensor:
         """[n] cross-entropies in nats, in the order of `logits`."""
-        return self.losses_of(*self.logits(examples), label_smoothing)
+        return self.losses_from_logits(*self.logits(examples), label_smoothing)
 
-    def losses_of(self, logits: Tensor, targets: Tensor, label_smoothing: float = 0.0) -> Tensor:
+    def losses_from_logits(self, logits: Tensor, targets: Tensor, label_smoothing: float = 0.0) -> Tensor:
         """[n] cross-entropies in nats of what `logits` gives."""
         return F.cross_entropy(logits, targets, reduction="none", label_smoothing=label_smoothing)
 
@@ -142,7 +142,7 @@ class Engine(ABC, Generic[E]):
         return self
 
     @property
-    def stretches_with_longest(self) -> str | None:
+    def why_depends_on_longest(self) -> str | None:
         """Why the hidden states of a text are others beside a longer one; None if they are the same."""
         kinds = {kind for config in self._configs for kind in _rope_types(getattr(config, "rope_parameters", None))}
         found = sorted(kind for kind in kinds if "dynamic" in kind or kind == "longrope")
@@ -155,9 +155,9 @@ class Engine(ABC, Generic[E]):
     def _packed(self, examples: Sequence[E]) -> tuple[Tensor, Tensor]:
         return self._logits_in(self.stream(examples))
 
-    def _losses_in(self, stream: Stream, label_smoothing: float) -> Tensor:
+    def _losses_of_stream(self, stream: Stream, label_smoothing: float) -> Tensor:
         """[n] cross-entropies in nats of a stream of examples."""
-        return self.losses_of(*_at_least_fp32(*self._logits_in(stream)), label_smoothing)
+        return self.losses_from_logits(*_at_least_fp32(*self._logits_in(stream)), label_smoothing)
 
     @abstractmethod
     def stream(self, examples: Sequence[E]) -> Stream:

@@ -16,8 +16,8 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from rankwise.engine.blocks import does_more_than_its_class
 from rankwise.lora.frozen_product import frozen_linear, frozen_product
+from rankwise.lora.linear import does_more_than_its_class
 from rankwise.lora.narrow import is_plain_linear
 
 CHUNK_BYTES = 30 * 2**20

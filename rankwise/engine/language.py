@@ -43,14 +43,14 @@ class LanguageEngine(Engine[TextExample]):
             return f"the head cannot be taken apart from the model: {str(error).splitlines()[0]}"
         return None if self.head else "the model does more to its logits than scale or cap them"
 
-    def _losses(self, examples: Sequence[TextExample], label_smoothing: float = 0.0) -> Tensor:
+    def _each_loss(self, examples: Sequence[TextExample], label_smoothing: float = 0.0) -> Tensor:
         if self.head is None or self.head_unchunked_because is not None:
-            return super()._losses(examples, label_smoothing)
+            return super()._each_loss(examples, label_smoothing)
         return self.head.losses(*self._hidden(examples), label_smoothing)
 
-    def _losses_in(self, stream: Stream, label_smoothing: float) -> Tensor:
+    def _losses_of_stream(self, stream: Stream, label_smoothing: float) -> Tensor:
         if self.head is None or self.head_unchunked_because is not None:
-            return super()._losses_in(stream, label_smoothing)
+            return super()._losses_of_stream(stream, label_smoothing)
         return self.head.losses(*self._hidden_in(stream), label_smoothing)
 
     def _hidden(self, examples: Sequence[TextExample]) -> tuple[Tensor, Tensor]:

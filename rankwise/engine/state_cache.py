@@ -68,8 +68,8 @@ def plan_states(engine: Engine[Any], examples: Sequence[Any], most_bytes: float)
         return "it needs packed streams"
     if engine.blocks is None:
         return "no list of blocks was found in the model"
-    if engine.stretches_with_longest is not None:
-        return engine.stretches_with_longest
+    if engine.why_depends_on_longest is not None:
+        return engine.why_depends_on_longest
     sample = [example.short() for example in examples[:3]]
     try:
         with torch.enable_grad():
@@ -121,7 +121,7 @@ def _frozen_adapters_below(engine: Engine[Any], depth: int) -> bool:
 
 def _changes_nothing(layer: Wrapper, adapter: str) -> bool:
     """Whether an adapter is as it started, as while a task head alone trains: B·A is 0."""
-    parts = [part.update(adapter) for _, part in layer.parts_of() if adapter in part.shares]
+    parts = [part.update(adapter) for _, part in layer.lora_layers() if adapter in part.shares]
     zero = [u.is_plain and not u.has_start and not (u.lora_A.any() and u.lora_B.any()) for u in parts]
     return bool(zero) and all(zero)
 

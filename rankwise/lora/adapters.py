@@ -11,7 +11,7 @@ from torch import nn
 from rankwise.errors import ConfigError, listing, nearest
 from rankwise.lora.fit import refuse_change_of_merged_biases
 from rankwise.lora.inject import (
-    DEFAULT,
+    DEFAULT_ADAPTER,
     biases_off,
     check_outside_blocks,
     drop_idle_,
@@ -122,7 +122,7 @@ def delete_adapter_(model: nn.Module, adapter: str) -> None:
     set_active(model, active)
 
 
-def reset_adapter_(model: nn.Module, adapter: str = DEFAULT, generator: torch.Generator | None = None) -> None:
+def reset_adapter_(model: nn.Module, adapter: str = DEFAULT_ADAPTER, generator: torch.Generator | None = None) -> None:
     """Give an adapter the start values of a new one, in place: after `model.to_empty`, or to train again.
 
     The base must have its values. `generator` as in `inject_`. Raises ConfigError if the model carries no such adapter,

@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from rankwise.lora.layers import LoraLayer
-from rankwise.lora.linear import is_watched, nested_like
+from rankwise.lora.linear import does_more_than_its_class, nested_like
 
 
 class LoraAttention(LoraLayer):
@@ -26,7 +26,7 @@ class LoraAttention(LoraLayer):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """As nn.MultiheadAttention.forward."""
-        if "forward" in self.base.__dict__ or not is_watched(self.base):
+        if "forward" in self.base.__dict__ or not does_more_than_its_class(self.base):
             return self._attend(*args, **kwargs)
         # A call of the base calls its hooks; what it computes comes from here meanwhile.
         self.base.forward = self._attend

@@ -16,11 +16,11 @@ from torch import Tensor, nn
 from rankwise import atomic
 from rankwise.errors import CheckpointError, ConfigError, RankwiseError, listing, nearest
 from rankwise.lora import format
-from rankwise.lora.adapters import adapter_names, check_names, delete_adapter_
+from rankwise.lora.adapters import adapter_names, check_names, check_unmerged, delete_adapter_
 from rankwise.lora.base_weight import is_conv1d
 from rankwise.lora.config import LoraConfig, matches_name
 from rankwise.lora.convolution import MIXES, LoraConv, as_matrices, by_group
-from rankwise.lora.inject import DEFAULT, check_free, inject_unset_, injection, set_active
+from rankwise.lora.inject import DEFAULT_ADAPTER, check_free, inject_unset_, injection, set_active
 from rankwise.lora.layers import LoraLayer, Wrapper
 from rankwise.lora.low_rank import LowRank
 from rankwise.lora.places import named_base_modules, named_lora_layers, named_places, named_wrappers
@@ -122,7 +122,7 @@ def read_adapter(folder: str | Path) -> Adapter:
 
 
 def load_adapter_(
-    model: nn.Module, folder: str | Path, trainable: bool = False, adapter: str = DEFAULT
+    model: nn.Module, folder: str | Path, trainable: bool = False, adapter: str = DEFAULT_ADAPTER
 ) -> InjectReport:
     """Put the adapter in `folder` into `model`, in place, and let it work; it is frozen unless `trainable`.
 
@@ -157,7 +157,7 @@ def load_adapter_(
     return report
 
 
-def swap_adapter_(model: nn.Module, folder: str | Path, adapter: str = DEFAULT) -> None:
+def swap_adapter_(model: nn.Module, folder: str | Path, adapter: str = DEFAULT_ADAPTER) -> None:
     """Let an adapter of the model take the values of the one in `folder`, in place: torch.compile need not run again.
 
     The model computes what it would with the adapter in `folder` loaded. That may have other ranks up to those here
@@ -166,8 +166,7 @@ def swap_adapter_(model: nn.Module, folder: str | Path, adapter: str = DEFAULT) 
     """
     folder = Path(folder)
     check_names(model, [adapter])
-    if any(adapter in layer.merged for _, layer in named_lora_layers(model)):
-        raise ConfigError(f"{adapter!r} is merged; go back first: rankwise.unmerge_(model)")
+    check_unmerged(model, adapter)
     own = injection(model).configs[adapter]
     config, tensors, problems = _read_files(folder, trainable=not own.inference_mode)
     low_rank, rest = _sort_tensors(config, tensors, problems)
@@ -202,9 +201,9 @@ def swap_adapter_(model: nn.Module, folder: str | Path, adapter: str = DEFAULT) 
             B.zero_()
             if name in low_rank:
                 found = low_rank[name]
-                own = found.rank // groups
-                A[:, :own] = found.A.view(groups, own, -1)
-                B[:, :, :own] = by_group(found.B, groups) * (found.scale / update.scale)
+                rank = found.rank // groups
+                A[:, :rank] = found.A.view(groups, rank, -1)
+                B[:, :, :rank] = by_group(found.B, groups) * (found.scale / update.scale)
 
 
 def _slots(

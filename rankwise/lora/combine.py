@@ -84,7 +84,7 @@ def _check(
 ) -> None:
     problems = [] if weights else ["name at least one"]
     for name, place in named_wrappers(model):
-        if not place.parts_of() and (both := place.adapters() & weights.keys()):
+        if not place.lora_layers() and (both := place.adapters() & weights.keys()):
             problems.append(f"{name}: {', '.join(sorted(both))} train it in full or in part, which has no sum")
     updates = [
         (name, layer.update(source)) for name, layer in layers.items() for source in weights if source in layer.shares

@@ -95,7 +95,7 @@ class LoraConfig:
                 object.__setattr__(self, name, tuple(value))
         problems = list(self._problems())
         if problems:
-            raise ConfigError("this LoRA configuration cannot be:\n" + listing(problems))
+            raise ConfigError("invalid LoRA configuration:\n" + listing(problems))
 
     def _problems(self):
         if not _is_whole(self.r, 1):

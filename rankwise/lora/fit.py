@@ -33,7 +33,7 @@ def check_merged(
     problems += [
         f"{name} is trained by a merged adapter"
         for name, layer in named_wrappers(model)
-        if name in trained and not layer.parts_of() and layer.adapters() & merged.keys()
+        if name in trained and not layer.lora_layers() and layer.adapters() & merged.keys()
     ]
     problems += [
         f"{name} has a bias that a merged adapter trains"

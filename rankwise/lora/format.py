@@ -95,7 +95,7 @@ def _of_update(name: str, layer: LoraLayer, update: Update, stored: bool) -> dic
 
 def depths(wrappers: Iterable[tuple[str, Wrapper]], adapter: str) -> dict[str, int]:
     """How many wrappers PEFT has around each module: one for the module and one for each of its adapted parameters."""
-    return {name: sum(adapter in part.shares for _, part in layer.parts_of()) for name, layer in wrappers}
+    return {name: sum(adapter in part.shares for _, part in layer.lora_layers()) for name, layer in wrappers}
 
 
 def path(name: str, depths: Mapping[str, int]) -> str:

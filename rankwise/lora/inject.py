@@ -48,7 +48,7 @@ from rankwise.lora.trained import (
 )
 from rankwise.lora.weight_reads import weight_is_read
 
-DEFAULT = "default"
+DEFAULT_ADAPTER = "default"
 
 
 @dataclass
@@ -159,13 +159,13 @@ def largest_ranks(model: nn.Module, config: LoraConfig) -> dict[str, int]:
 
     Raises TargetError as `inject_` does.
     """
-    check_free(model, DEFAULT)
+    check_free(model, DEFAULT_ADAPTER)
     plan = _plan(model, replace(config, r=1, rank_pattern={}))
     return {configured_as(m.name, plan.modules): largest_rank(m, plan.modules) for m in plan.report.matrices}
 
 
 def inject_(
-    model: nn.Module, config: LoraConfig, generator: torch.Generator | None = None, adapter: str = DEFAULT
+    model: nn.Module, config: LoraConfig, generator: torch.Generator | None = None, adapter: str = DEFAULT_ADAPTER
 ) -> InjectReport:
     """Freeze `model` and put an adapter beside each target module, in place. At first it computes what it did before.
 

@@ -72,7 +72,7 @@ class Wrapper(nn.Module):
         """What an adapter trains here."""
         return list(self.shares[adapter].parameters()) if adapter in self.shares else []
 
-    def parts_of(self) -> "list[tuple[str, LoraLayer]]":
+    def lora_layers(self) -> "list[tuple[str, LoraLayer]]":
         """The low-rank updates in this place, each with what to add to the place's name."""
         return []
 
@@ -187,7 +187,7 @@ class LoraLayer(Wrapper):
         else:
             nn.init.zeros_(update.lora_B)
 
-    def parts_of(self) -> "list[tuple[str, LoraLayer]]":
+    def lora_layers(self) -> "list[tuple[str, LoraLayer]]":
         return [("", self)]
 
     def update(self, adapter: str) -> Update:

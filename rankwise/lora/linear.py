@@ -44,7 +44,7 @@ class LoraLinear(LoraLayer):
         A, B = update.factors(x.dtype)
         change = F.linear(F.linear(update.drop(x) if update.dropout else x, A), B)
         base: Any = self._modules["base"]
-        if type(base) is nn.Linear and not is_watched(base):
+        if type(base) is nn.Linear and not does_more_than_its_class(base):
             # Past the call of a module, which for one token takes as long as a product.
             own: Any = base._parameters
             return F.linear(x, own["weight"], own["bias"]).add_(change, alpha=update.scale)
@@ -114,7 +114,7 @@ class LoraLinear(LoraLayer):
     def _frozen_matrix(self, x: Tensor) -> tuple[Tensor, Tensor | None] | None:
         """(W, bias) if base(x) is W·x + bias and nothing else, with both frozen."""
         base: Any = self._modules["base"]
-        if not is_plain_linear(base) or is_watched(base):
+        if not is_plain_linear(base) or does_more_than_its_class(base):
             return None
         weight, bias = base._parameters.get("weight"), base._parameters.get("bias")
         if (
@@ -128,7 +128,7 @@ class LoraLinear(LoraLayer):
         return weight, bias
 
 
-def is_watched(base: nn.Module) -> bool:
+def does_more_than_its_class(base: nn.Module) -> bool:
     """Whether a call of a layer, or its gradient, does more than its class says.
 
     Some libraries give a layer another forward, which moves its weight to where the input is.

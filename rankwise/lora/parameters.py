@@ -131,7 +131,7 @@ class ParametersWrapper(Wrapper):
         order = list(dict(self.base.named_parameters(recurse=False)))
         return [(name, self.part(name)) for name in sorted(self.parts, key=order.index)]
 
-    def parts_of(self) -> list[tuple[str, LoraLayer]]:
+    def lora_layers(self) -> list[tuple[str, LoraLayer]]:
         return [(f".{name}", part) for name, part in self.named_parts()]
 
     def activate(self, adapters: Mapping[str, float]) -> None:

@@ -48,7 +48,7 @@ def named_wrappers(model: nn.Module) -> list[tuple[str, Wrapper]]:
 
 def named_lora_layers(model: nn.Module) -> list[tuple[str, LoraLayer]]:
     """The layers (and bare parameters) that carry low-rank updates, with their names in the base model."""
-    return [(name + end, part) for name, layer in named_wrappers(model) for end, part in layer.parts_of()]
+    return [(name + end, part) for name, layer in named_wrappers(model) for end, part in layer.lora_layers()]
 
 
 def check_own_wrappers(model: nn.Module) -> None:
@@ -71,7 +71,7 @@ def own_weights(model: nn.Module) -> dict[str, Any]:
 def _own_weight(found: nn.Module) -> Any:
     if not isinstance(found, Wrapper):
         return getattr(found, "weight", None)
-    parts = [part for _, part in found.parts_of() if part.weight_name == "weight"]
+    parts = [part for _, part in found.lora_layers() if part.weight_name == "weight"]
     return parts[0].own("weight") if parts else getattr(found.base, "weight", None)
 
 

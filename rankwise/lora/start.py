@@ -12,7 +12,7 @@ from rankwise.errors import ConfigError, listing
 from rankwise.lora.adapters import check_names, check_unmerged
 from rankwise.lora.base_weight import as_matrix, dimensions, working_dtype
 from rankwise.lora.config import exact_patterns
-from rankwise.lora.inject import DEFAULT, adapters_off, check_outside_blocks, injection, set_active
+from rankwise.lora.inject import DEFAULT_ADAPTER, adapters_off, check_outside_blocks, injection, set_active
 from rankwise.lora.linear import LoraLinear
 from rankwise.lora.places import named_lora_layers
 from rankwise.lora.variants.corda import corda
@@ -24,7 +24,7 @@ FROM_DATA = ("eva", "corda", "lora_ga")
 
 
 def start_from_data_(
-    model: nn.Module, batches: Iterable[Any], loss: Callable[[Any], Tensor], adapter: str = DEFAULT
+    model: nn.Module, batches: Iterable[Any], loss: Callable[[Any], Tensor], adapter: str = DEFAULT_ADAPTER
 ) -> dict[str, int]:
     """Give an adapter with init_lora_weights "eva", "corda" or "lora_ga" its start, in place, before it is trained.
 
@@ -65,7 +65,7 @@ def start_from_data_(
 
 
 @torch.no_grad()
-def start_from_original_(model: nn.Module, original: Mapping[str, Tensor], adapter: str = DEFAULT) -> None:
+def start_from_original_(model: nn.Module, original: Mapping[str, Tensor], adapter: str = DEFAULT_ADAPTER) -> None:
     """Give an adapter over a quantised base its start by LoftQ, in place: base and adapter are near the original.
 
     `original`: the base's weights [d, k] before they were quantised, by parameter name ("…q_proj.weight"). A quantised

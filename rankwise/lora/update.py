@@ -35,7 +35,7 @@ class Update(nn.Module):
     has_start = False
     start_A: Tensor
     start_B: Tensor
-    masks: torch.Generator | None = None
+    dropout_generator: torch.Generator | None = None
     """Draws the dropout masks; None: torch's global generator."""
     directions: Tensor | None = None
     """[≤ r] How much each of the first directions counts; the others do not work. None: all count once."""
@@ -104,10 +104,10 @@ class Update(nn.Module):
         """x with the dropout of training."""
         if not (self.dropout and self.training):
             return x
-        if self.masks is None:
+        if self.dropout_generator is None:
             return F.dropout(x, self.dropout)
         kept = 1 - self.dropout
-        return x * torch.empty_like(x).bernoulli_(kept, generator=self.masks).div_(kept)
+        return x * torch.empty_like(x).bernoulli_(kept, generator=self.dropout_generator).div_(kept)
 
     def low_rank(self) -> LowRank:
         """The update as a d × k matrix; a convolution's kernel is flattened into k."""

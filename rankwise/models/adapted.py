@@ -1,7 +1,6 @@
 """A base model with an adapter folder on it, for everything that uses an adapter after training."""
 
 import json
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -61,16 +60,23 @@ def adapter_folder(path: Path) -> Path:
     return path / "adapter" if (path / "adapter").is_dir() else path
 
 
-def write_labels(model: Any, labels: Sequence[str], adapter: Path) -> None:
-    """Write a classifier's label names, if it has any, into its adapter folder, whose format has no place for them.
+def label_names(model: Any) -> list[str]:
+    """A classifier's labels, in the order of its outputs."""
+    names = model.config.id2label
+    return [names[number] for number in range(len(names))]
+
+
+def write_labels(model: Any, task: str, adapter: Path) -> None:
+    """Write the label names of a model for such a task, if it has any, into its adapter folder, whose format has no
+    place for them.
 
     A JSON list in the order of the outputs; where a text may have several labels, an object with that list and
     transformers' word for it.
     """
-    if not labels:
+    if task not in LABELLED:
         return
-    several = model.config.problem_type == SEVERAL_LABELS
-    content = {"problem_type": SEVERAL_LABELS, "labels": list(labels)} if several else list(labels)
+    labels, several = label_names(model), model.config.problem_type == SEVERAL_LABELS
+    content = {"problem_type": SEVERAL_LABELS, "labels": labels} if several else labels
     atomic.write_text(adapter / LABELS_FILE, json.dumps(content, ensure_ascii=False, indent=1) + "\n")
 
 

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from transformers import TrainerCallback
 
 from rankwise.lora.checkpoint import save_adapter
-from rankwise.lora.inject import DEFAULT
+from rankwise.lora.inject import DEFAULT_ADAPTER
 from rankwise.lora.update import Update, whole
 
 # Not those of accelerate's FSDP (pytorch_model_fsdp…), which it loads whatever else is there.
@@ -24,7 +24,7 @@ class AdapterCheckpoints(TrainerCallback):
     first run, and `load_best_model_at_end=True` takes the best one; both warn that the base's weights are not there.
     """
 
-    def __init__(self, adapter: str = DEFAULT) -> None:
+    def __init__(self, adapter: str = DEFAULT_ADAPTER) -> None:
         self.adapter = adapter
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:

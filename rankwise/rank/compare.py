@@ -17,8 +17,8 @@ import numpy as np
 
 from rankwise.rank.crossed import CONFIDENCE, Array, Estimate, estimate
 
-SHARE = 0.05
-"""Of the gain of the largest rank over the base: the default margin."""
+MARGIN_SHARE_OF_GAIN = 0.05
+"""Of the gain over the base of the largest rank, or of the adapter that is cut: the default margin δ."""
 
 Outcome = Literal["passes", "cannot tell", "worse"]
 
@@ -108,7 +108,7 @@ def compare(
     confidence = CONFIDENCE if reference is None else joint_confidence(others)
     reference = max(losses) if reference is None else reference
     best, base = losses[reference], losses[0]
-    allowed = SHARE * (base - best) if margin is None else np.broadcast_to(margin * counts, best.shape)
+    allowed = MARGIN_SHARE_OF_GAIN * (base - best) if margin is None else np.broadcast_to(margin * counts, best.shape)
     delta = _mean(allowed, counts)
     compared = []
     for rank in sorted(losses.keys() - {0, reference}):

@@ -25,6 +25,8 @@ POWER = 0.8
 """What a plan asks for: how often a true statement is found."""
 LEAST_EXAMPLES = 10
 """With fewer held-out examples no bound keeps its level."""
+MOST_NEEDED = 1000
+"""Seeds, or times the examples, above which a plan says that they would not do."""
 _RESAMPLES = 999
 """Drawn for one bound; (999 + 1)·5 % is a whole number."""
 _FAR = 30.0
@@ -154,18 +156,18 @@ def _drawn_counts(examples: int) -> NDArray[np.uint8]:
     return np.stack(drawn).astype(np.uint8)
 
 
-def needed(found: Estimate, distance: float, most: int = 1000) -> tuple[int | None, int | None]:
+def needed(found: Estimate, distance: float) -> tuple[int | None, int | None]:
     """(seeds, examples): how many of the one, with the other as it is, would tell a mean from a limit so far away.
 
-    With probability 0.8, if the true mean is the one found. None: more than `most` seeds, or `most` times the examples.
+    With probability 0.8, if the true mean is the one found. None: more than MOST_NEEDED seeds (or times the examples).
     """
     parts, seeds, examples = found.components, found.seeds, found.examples
     sure = found.confidence
-    enough_examples = _first(lambda n: parts.power(distance, seeds, n, sure) >= POWER, examples, most * examples)
-    return _enough_seeds(found, parts, distance, most), enough_examples
+    enough_examples = _first(lambda n: parts.power(distance, seeds, n, sure) >= POWER, examples, MOST_NEEDED * examples)
+    return _enough_seeds(found, parts, distance), enough_examples
 
 
-def most_seeds_needed(found: Estimate, distance: float, most: int = 1000) -> int | None:
+def most_seeds_needed(found: Estimate, distance: float) -> int | None:
     """As the seeds of `needed`, should their variance be at its upper bound, of 80 % (by the chi-squared distribution).
 
     Few seeds measure it badly: the bound is 15.6 times what two seeds show, and 2.4 times what five do.
@@ -173,11 +175,12 @@ def most_seeds_needed(found: Estimate, distance: float, most: int = 1000) -> int
     parts, examples = found.components, found.examples
     square = (parts.rest + examples * parts.seed) * (found.seeds - 1) / stats.chi2.ppf(1 - POWER, found.seeds - 1)
     larger = Components(float(square - parts.rest) / examples, parts.example, parts.rest)
-    return _enough_seeds(found, larger, distance, most)
+    return _enough_seeds(found, larger, distance)
 
 
-def _enough_seeds(found: Estimate, parts: Components, distance: float, most: int) -> int | None:
-    return _first(lambda n: parts.power(distance, n, found.examples, found.confidence) >= POWER, found.seeds, most)
+def _enough_seeds(found: Estimate, parts: Components, distance: float) -> int | None:
+    sure, examples = found.confidence, found.examples
+    return _first(lambda n: parts.power(distance, n, examples, sure) >= POWER, found.seeds, MOST_NEEDED)
 
 
 def _first(holds, start: int, most: int) -> int | None:

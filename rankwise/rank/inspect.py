@@ -15,9 +15,9 @@ from rankwise.lora.places import named_lora_layers
 from rankwise.lora.report import TrainedUpdate
 from rankwise.rank.spectrum import effective_rank, singular_values, sparkline, stable_rank
 
-TOP = 10
+INTRUDER_VECTORS = 10
 """Singular vectors of W0 + ΔW that are looked at for intruders."""
-INTRUDES = 0.5
+INTRUDER_MAX_COSINE = 0.5
 """A singular vector of W0 + ΔW is an intruder if its |cos| to every one of W0's is below this."""
 VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 """What --max-lora-rank may be (vLLM 0.14 to 0.22, vllm/config/lora.py); the default is 16."""
@@ -268,5 +268,5 @@ def intruders(weight: Tensor, delta: Tensor) -> int:
     weight, delta: [d, k]. Definition and limits: Shuttleworth et al. 2024 (arXiv 2410.21228).
     """
     before = torch.linalg.svd(weight, full_matrices=False).U
-    after = torch.linalg.svd(weight + delta, full_matrices=False).U[:, :TOP]
-    return int(((before.T @ after).abs().amax(0) < INTRUDES).sum())
+    after = torch.linalg.svd(weight + delta, full_matrices=False).U[:, :INTRUDER_VECTORS]
+    return int(((before.T @ after).abs().amax(0) < INTRUDER_MAX_COSINE).sum())

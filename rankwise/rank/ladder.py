@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from rankwise.errors import DataError
-from rankwise.rank.paired import Comparison
+from rankwise.rank.paired import PairedTest
 
 PARTS = {"calibration": 0.2, "choice": 0.4, "confirmation": 0.4}
 """Of the held-out rows."""
@@ -35,7 +35,7 @@ class Rung:
 class Ladder:
     """Walks the total rank down, test by test."""
 
-    test: Callable[[Part, int], Comparison]
+    test: Callable[[Part, int], PairedTest]
     """Compares the adapter cut to a total rank with the full one, on one part of the held-out rows."""
     largest: int
     """The total rank from which nothing is cut."""
@@ -47,7 +47,7 @@ class Ladder:
     rungs: list[Rung] = field(default_factory=list)
     stopped_because: str = "it is as small as such an adapter can be"
 
-    def descend(self) -> tuple[int, float, Comparison]:
+    def descend(self) -> tuple[int, float, PairedTest]:
         """The smallest confirmed total rank, what it loses at most with 95 % confidence, and its comparison.
 
         Raises DataError if the rows for confirmation confirm none of the accepted ones.
@@ -100,7 +100,7 @@ class Ladder:
     def _passes(self, total: int) -> bool:
         return self._test("choice", total).within(self.delta)
 
-    def _test(self, part: Part, total: int) -> Comparison:
+    def _test(self, part: Part, total: int) -> PairedTest:
         comparison = self.test(part, total)
         passed = comparison.within(self.delta)
         self.rungs.append(Rung(part, total, comparison.difference, comparison.bound, passed))
@@ -115,7 +115,7 @@ def _back_off(accepted: list[int]) -> list[int]:
     return [accepted[place] for place in (-len(accepted), *reversed(places))]
 
 
-def _why(part: Part, total: int, comparison: Comparison, delta: float) -> str:
+def _why(part: Part, total: int, comparison: PairedTest, delta: float) -> str:
     found = (
         f"at total rank {total} the loss on {comparison.rows} {part} rows differs by {comparison.difference:+.4f} "
         f"nats (95 % upper bound {comparison.bound:+.4f}, allowed {delta:.4f})"

@@ -16,20 +16,22 @@ import random
 from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from torch import Tensor, nn
 
 from rankwise.engine.engine import Engine
+from rankwise.engine.held_out import per_example
 from rankwise.errors import ConfigError
-from rankwise.lora.inject import DEFAULT, adapters_off
+from rankwise.lora.inject import DEFAULT_ADAPTER, adapters_off
 from rankwise.lora.linear import LoraLinear
 from rankwise.lora.places import named_lora_layers
-from rankwise.rank.compare import SHARE
+from rankwise.rank.compare import MARGIN_SHARE_OF_GAIN
 from rankwise.rank.crossed import Array
 from rankwise.rank.curve import DRAWS, Curve, fit_curve, interval, rank_within, resampled
-from rankwise.rank.measure import per_example
+
+L = TypeVar("L", float, Array)
 
 ASTRAY = 0.5
 """Of what the best rank gains, the share that the largest may lose again: noise is less, a diverged run is more."""
@@ -58,7 +60,7 @@ class NestedEngine:
 def cut_(model: nn.Module, rank: int | None) -> None:
     """Let only the first `rank` directions of the adapter work, each with its weight; None: all, equally."""
     for _, layer in named_lora_layers(model):
-        update = layer.update(DEFAULT)
+        update = layer.update(DEFAULT_ADAPTER)
         update.directions = None if rank is None else update.lora_B.new_tensor(direction_weights(rank)) * update.r
 
 
@@ -165,10 +167,10 @@ def nested_estimate(losses: Mapping[int, Array], counts: Array, seed: int = 0, d
     The margin is measured too, so it is drawn anew with the rest. Raises ConfigError with fewer than three ranks, if
     the examples do not show that the largest rank gained anything over the base, or if it lost most of it again.
     """
-    cut = {rank: own for rank, own in losses.items() if rank > 0}
-    _check_number(cut)
+    _check_number(_without_base(losses))
     means = {rank: float(own.sum() / counts.sum()) for rank, own in sorted(losses.items())}
-    largest = max(cut)
+    by_rank = _without_base(means)
+    largest = max(by_rank)
     samples = list(resampled(losses, counts, seed, draws))
     least, _ = interval([sample[0] - sample[largest] for sample in samples])
     if least <= 0:
@@ -177,14 +179,13 @@ def nested_estimate(losses: Mapping[int, Array], counts: Array, seed: int = 0, d
             f"{means[0]:.4f}, r = {largest} {means[largest]:.4f}; 95 % lower bound of the gain {least:+.4f}), so it "
             "says nothing on ranks; train longer or with another --lr, or hold out more rows"
         )
-    best = min(cut, key=means.__getitem__)
+    best = min(by_rank, key=by_rank.__getitem__)
     if means[largest] - means[best] > ASTRAY * (means[0] - means[best]):
         raise ConfigError(
             f"the nested run went astray at its larger ranks: held-out loss {means[best]:.4f} at r = {best}, but "
             f"{means[largest]:.4f} at r = {largest}, which holds the same directions and more; lower --lr or --r"
         )
-    curves = [fit_curve(_cut(sample)) for sample in samples]
-    by_rank = _cut(means)
+    curves = [fit_curve(_without_base(sample)) for sample in samples]
     margin = _margin(means)
     return Nested(
         means,
@@ -193,17 +194,17 @@ def nested_estimate(losses: Mapping[int, Array], counts: Array, seed: int = 0, d
         interval([drawn.exponent for drawn in curves]),
         margin,
         rank_within(by_rank, margin),
-        interval([rank_within(_cut(sample), _margin(sample)) for sample in samples]),
+        interval([rank_within(_without_base(sample), _margin(sample)) for sample in samples]),
     )
 
 
-def _cut(means: Mapping[int, float]) -> dict[int, float]:
-    return {rank: mean for rank, mean in means.items() if rank > 0}
+def _without_base(by_rank: Mapping[int, L]) -> dict[int, L]:
+    return {rank: own for rank, own in by_rank.items() if rank > 0}
 
 
 def _margin(means: Mapping[int, float]) -> float:
     """A share of the gain; 0 in a sample where there is none."""
-    return max(0.0, SHARE * (means[0] - means[max(means)]))
+    return max(0.0, MARGIN_SHARE_OF_GAIN * (means[0] - means[max(means)]))
 
 
 def _check_number(ranks: Collection[int]) -> None:

@@ -10,9 +10,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rankwise.engine.engine import Engine
-from rankwise.rank.measure import per_example
+from rankwise.engine.held_out import per_example
+from rankwise.rank.crossed import CONFIDENCE, POWER
 
-CONFIDENCE = 0.95
 _RESAMPLES = 999
 """Drawn for one bound; (999 + 1)·5 % is a whole number."""
 _SKEWED = 2.0
@@ -79,8 +79,8 @@ def measure(
 
 
 @dataclass(frozen=True)
-class Comparison:
-    """Candidate against reference on the same rows; nats for each trained token (or text)."""
+class PairedTest:
+    """Of a candidate against a reference on the same rows; nats for each trained token (or text)."""
 
     difference: float
     """Mean loss of the candidate minus that of the reference."""
@@ -96,18 +96,18 @@ class Comparison:
         """Whether the candidate is shown to be at most `delta` worse (a test at the 5 % level)."""
         return self.bound <= delta
 
-    def rows_needed(self, delta: float, power: float = 0.8) -> int | None:
-        """Rows with which the test passes with probability `power`, should this difference be the true one.
+    def rows_needed(self, delta: float) -> int | None:
+        """Rows with which the test passes with probability 0.8, should this difference be the true one.
 
         None: no number of rows would do, as the difference is not below `delta`.
         """
         if self.difference >= delta:
             return None
-        z = NormalDist().inv_cdf(CONFIDENCE) + NormalDist().inv_cdf(power)
+        z = NormalDist().inv_cdf(CONFIDENCE) + NormalDist().inv_cdf(POWER)
         return math.ceil((z * self.deviation / (delta - self.difference)) ** 2)
 
 
-def compare(candidate: ExampleLosses, reference: ExampleLosses) -> Comparison:
+def paired_test(candidate: ExampleLosses, reference: ExampleLosses) -> PairedTest:
     """The mean difference of the loss, and its upper 95 % bound, from paired rows.
 
     Rows are the independent units, not tokens (clustered standard errors: Miller 2024, arXiv 2411.00640): the mean over
@@ -124,11 +124,11 @@ def compare(candidate: ExampleLosses, reference: ExampleLosses) -> Comparison:
     terms = each - difference * reference.counts / weight
     n, deviation = len(terms), float(terms.std(ddof=1))
     if deviation == 0:
-        return Comparison(difference, difference, 0.0, n)
+        return PairedTest(difference, difference, 0.0, n)
     heaviest = max(0.0, float(terms.max())) ** 2 / float(terms @ terms)
     skewness = float((terms**3).mean()) / float(terms.std()) ** 3
     seen = np.append(terms, terms.max()) if skewness > _SKEWED else terms
-    return Comparison(difference, difference + _upper_bound(seen), deviation, n, heaviest)
+    return PairedTest(difference, difference + _upper_bound(seen), deviation, n, heaviest)
 
 
 def _upper_bound(terms: NDArray[np.float64]) -> float:

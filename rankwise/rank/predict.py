@@ -21,7 +21,7 @@ from torch import Tensor
 
 from rankwise.engine.engine import Engine
 from rankwise.errors import ConfigError
-from rankwise.lora.inject import DEFAULT
+from rankwise.lora.inject import DEFAULT_ADAPTER
 from rankwise.lora.layers import LoraLayer
 from rankwise.lora.linear import LoraLinear
 from rankwise.lora.places import named_lora_layers
@@ -131,7 +131,7 @@ def predict(
         raise ConfigError("the prediction needs at least one batch in each half of the data")
     generator = torch.Generator().manual_seed(seed)
     for layer in layers.values():
-        A = layer.update(DEFAULT).lora_A
+        A = layer.update(DEFAULT_ADAPTER).lora_A
         _set(layer, torch.randn(A.shape, generator=generator, dtype=A.dtype), None)
     sketches = [_gradients(engine, layers, half, "lora_B") for half in halves]
     for name, layer in layers.items():
@@ -170,7 +170,7 @@ def _held(own: Tensor, other: Tensor) -> Tensor:
 
 def _set(layer: LoraLayer, A: Tensor | None, B: Tensor | None) -> None:
     """Set the factors, None: to zero; B goes into as many columns as it has."""
-    update = layer.update(DEFAULT)
+    update = layer.update(DEFAULT_ADAPTER)
     with torch.no_grad():
         update.lora_A.zero_() if A is None else update.lora_A.copy_(A)
         update.lora_B.zero_() if B is None else update.lora_B[:, : B.shape[1]].copy_(B)
@@ -181,14 +181,14 @@ def _gradients(
 ) -> dict[str, Tensor]:
     """The sum of the gradients of one factor of every layer, without its scale."""
     for layer in layers.values():
-        update = layer.update(DEFAULT)
+        update = layer.update(DEFAULT_ADAPTER)
         for name in ("lora_A", "lora_B"):
             getattr(update, name).requires_grad_(name == factor).grad = None
     for batch in batches:
         engine.loss(batch).backward()
     found = {}
     for name, layer in layers.items():
-        update = layer.update(DEFAULT)
+        update = layer.update(DEFAULT_ADAPTER)
         parameter = getattr(update, factor)
         found[name] = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad / update.scale
         parameter.grad = None

@@ -20,17 +20,16 @@ from torch import Tensor, nn
 from rankwise.data.rows import Row, question_keys, split_rows
 from rankwise.engine.engine import Engine
 from rankwise.errors import ConfigError, DataError
-from rankwise.lora.inject import DEFAULT, adapters_off, injection, set_adapter_training
+from rankwise.lora.inject import DEFAULT_ADAPTER, adapters_off, injection, set_adapter_training
 from rankwise.lora.layers import LoraLayer
 from rankwise.lora.low_rank import LowRank
 from rankwise.lora.places import named_wrappers
+from rankwise.rank.compare import MARGIN_SHARE_OF_GAIN
 from rankwise.rank.cut import Reader, cuttable_layers, put_back_on_error, set_updates_
 from rankwise.rank.ladder import PARTS, Ladder, Part, Rung
-from rankwise.rank.paired import Comparison, ExampleLosses, compare, measure, units
+from rankwise.rank.paired import ExampleLosses, PairedTest, measure, paired_test, units
 from rankwise.rank.spectrum import Directions, directions, observe, spread
 
-SHARE_OF_GAIN = 0.05
-"""δ unless it is given: this share of what the full adapter gains."""
 _LEAST_ROWS = 30
 """Different rows in each part that is tested: with fewer, a mean's distribution is too far from the assumed one."""
 _HEAVY = 0.5
@@ -46,6 +45,10 @@ class HeldOut:
     calibration: Sequence[Any]
     choice: Sequence[Any]
     confirmation: Sequence[Any]
+
+    def map(self, read: Callable[[Sequence[Any]], Sequence[Any]]) -> "HeldOut":
+        """The same parts, each as `read` gives it, such as the examples of rows."""
+        return HeldOut(read(self.calibration), read(self.choice), read(self.confirmation))
 
 
 @dataclass(frozen=True)
@@ -134,9 +137,9 @@ def shrink_(
     held_out: HeldOut,
     delta: float | None = None,
     reader: Reader = "vllm",
-    adapter: str = DEFAULT,
+    adapter: str = DEFAULT_ADAPTER,
     on_progress: Callable[[str], None] = lambda text: None,
-    share: float = SHARE_OF_GAIN,
+    share: float = MARGIN_SHARE_OF_GAIN,
 ) -> ShrinkReport:
     """Cut an adapter of the engine's model to the smallest ranks that the held-out examples allow, in place.
 
@@ -161,9 +164,9 @@ def shrink_(
     allowed = delta if delta is not None else share * -gain.difference
     _check_allowed(allowed, gain)
 
-    def test(part: Part, total: int) -> Comparison:
+    def test(part: Part, total: int) -> PairedTest:
         cuts.cut(total)
-        return compare(measured(part, f"total rank {total}, {part}"), full[part])
+        return paired_test(measured(part, f"total rank {total}, {part}"), full[part])
 
     ladder = Ladder(test, first.largest, first.smallest, allowed, cuts.observe_again)
     before = first.updates()
@@ -220,7 +223,7 @@ class _Cuts:
         self._orders.append(replace(self._observe(), layers=self.first.layers))
 
 
-def _check_allowed(allowed: float, gain: Comparison) -> None:
+def _check_allowed(allowed: float, gain: PairedTest) -> None:
     if allowed >= -gain.bound:
         raise DataError(
             f"{allowed:.4f} nats may be lost, and all that {gain.rows} held-out rows show with 95 % confidence is that "
@@ -295,7 +298,7 @@ def _numbers(updates: Mapping[str, LowRank]) -> int:
     return sum(update.A.numel() + update.B.numel() for update in updates.values())
 
 
-def _gain(cutter: _Cutter, full: ExampleLosses, measured: Callable[[], ExampleLosses]) -> Comparison:
+def _gain(cutter: _Cutter, full: ExampleLosses, measured: Callable[[], ExampleLosses]) -> PairedTest:
     """The adapter against itself without the low-rank updates. Raises DataError if they cannot be told from nothing.
 
     Where the adapter also trains a head or the like, it is compared with itself without the updates too, if that is
@@ -310,7 +313,7 @@ def _gain(cutter: _Cutter, full: ExampleLosses, measured: Callable[[], ExampleLo
                 stack.enter_context(layer.off())
             rest = measured()
         without = min(without, rest, key=lambda losses: losses.mean)
-    comparison = compare(full, without)
+    comparison = paired_test(full, without)
     if comparison.bound >= 0:
         raise DataError(
             f"there is no gain to keep: on {comparison.rows} held-out rows the loss is {without.mean:.4f} nats without "

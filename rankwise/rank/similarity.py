@@ -50,7 +50,7 @@ def compare_adapters(
     """Compare the updates of the modules that both adapt, at each of the `sizes` that both reach."""
     found: dict[str, list[Tensor]] = {}
     widths: dict[str, int] = {}
-    for name, (kind, _) in module_places(one.keys() & other.keys()).items():
+    for name, (kind, _) in types_and_layers(one.keys() & other.keys()).items():
         found.setdefault(kind, []).append(similarities(input_directions(one[name]), input_directions(other[name])))
         widths[kind] = one[name].shape[1]
     least = min((len(own) for values in found.values() for own in values), default=0)
@@ -83,29 +83,29 @@ class LayerMap:
 def layer_map(title: str, values: Mapping[str, float]) -> LayerMap:
     """Sort the values of modules by what the modules are and where."""
     placed: dict[str, dict[str, float]] = {}
-    for name, (kind, layer) in module_places(values).items():
+    for name, (kind, layer) in types_and_layers(values).items():
         placed.setdefault(kind, {})[layer] = values[name]
     layers = sorted({layer for own in placed.values() for layer in own}, key=lambda layer: int(layer or -1))
     kinds = {kind: tuple(own.get(layer) for layer in layers) for kind, own in placed.items()}
     return LayerMap(title, tuple(layers), kinds)
 
 
-def module_places(names: Collection[str]) -> dict[str, tuple[str, str]]:
+def types_and_layers(names: Collection[str]) -> dict[str, tuple[str, str]]:
     """(module type, layer) of each module, sorted by name.
 
     The layer is the first number in the name, "" where there is none; the type is what follows it, as many of its last
     parts as tell it from all other types.
     """
-    places = {}
+    split = {}
     for name in sorted(names):
         parts = name.split(".")
         layer = next((part for part in parts if part.isdigit()), "")
-        places[name] = (".".join(parts[parts.index(layer) + 1 :]) if layer else name), layer
-    types = {kind for kind, _ in places.values()}
+        split[name] = (".".join(parts[parts.index(layer) + 1 :]) if layer else name), layer
+    types = {kind for kind, _ in split.values()}
 
     def short(kind: str) -> str:
         parts = kind.split(".")
         endings = [".".join(parts[-count:]) for count in range(1, len(parts) + 1)]
         return next((end for end in endings if sum(f".{other}".endswith(f".{end}") for other in types) == 1), kind)
 
-    return {name: (short(kind), layer) for name, (kind, layer) in places.items()}
+    return {name: (short(kind), layer) for name, (kind, layer) in split.items()}

@@ -14,6 +14,8 @@ from rankwise.lora.embedding import LoraEmbedding
 from rankwise.lora.layers import LoraLayer
 from rankwise.lora.low_rank import LowRank
 
+BARS = 16
+"""Singular values that an illustration shows."""
 _ROUNDING = 1e-7
 """Sizes below this share of a layer's largest are rounding errors of an fp64 eigenvalue."""
 
@@ -152,8 +154,8 @@ def spread(worth: Mapping[str, Tensor], budget: int, least: int = 0) -> dict[str
     return ranks
 
 
-def sparkline(sigma: Tensor, most: int = 16) -> str:
+def sparkline(sigma: Tensor) -> str:
     """The first singular values as bars, the largest the highest; an illustration."""
     if len(sigma) == 0 or sigma.max() == 0:
         return ""
-    return "".join("▁▂▃▄▅▆▇█"[min(7, int(8 * value))] for value in (sigma[:most] / sigma.max()).tolist())
+    return "".join("▁▂▃▄▅▆▇█"[min(7, int(8 * value))] for value in (sigma[:BARS] / sigma.max()).tolist())

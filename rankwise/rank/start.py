@@ -7,14 +7,14 @@ from torch import nn
 
 from rankwise.lora.adapters import delete_adapter_
 from rankwise.lora.config import LoraConfig
-from rankwise.lora.inject import DEFAULT, inject_
+from rankwise.lora.inject import DEFAULT_ADAPTER, inject_
 from rankwise.lora.places import named_lora_layers
 from rankwise.lora.report import InjectReport
 
 
 @torch.no_grad()
 def inject_nested_(
-    model: nn.Module, config: LoraConfig, largest: int, seed: int, adapter: str = DEFAULT
+    model: nn.Module, config: LoraConfig, largest: int, seed: int, adapter: str = DEFAULT_ADAPTER
 ) -> InjectReport:
     """`inject_`, but A (and B) begin as the first rows (columns) of the adapter of rank `largest` drawn by `seed`.
 
@@ -33,7 +33,7 @@ def inject_nested_(
     return report
 
 
-def freeze_updates_(model: nn.Module, adapter: str = DEFAULT) -> None:
+def freeze_updates_(model: nn.Module, adapter: str = DEFAULT_ADAPTER) -> None:
     """Let the low-rank updates stay as they are, so that a task head alone trains."""
     for _, layer in named_lora_layers(model):
         if adapter in layer.shares:

@@ -22,21 +22,21 @@ from typing import Any
 import numpy as np
 
 from rankwise.errors import ConfigError, RankwiseError, listing
-from rankwise.rank.compare import SHARE, Comparisons, compare, joint_confidence
+from rankwise.rank.compare import MARGIN_SHARE_OF_GAIN, Comparisons, compare, joint_confidence
 from rankwise.rank.crossed import CONFIDENCE, LEAST_EXAMPLES, POWER, Array, Estimate, estimate, largest_deviation
 from rankwise.rank.runs import Key, RunResult, Runs
 
 BASE, FULL = 0, -1
 """What stands in the place of a rank for the base without an update, and for full fine-tuning."""
-STEP = 3.0
+RATE_STEP = 3.0
 """Between the learning rates of the check."""
-WIDEST = 27.0
+MAX_RATE_FACTOR = 27.0
 """The check goes no further than this factor and its inverse."""
 TOLERANCE = 0.01
 """Where every rank trains with its own best rate, it must lower the loss by this share of the gain over the base to
 count as better: a choice among equals by noise would end at extreme rates."""
 
-FIRST = (1.0, 1 / STEP, STEP)
+FIRST_RATE_FACTORS = (1.0, 1 / RATE_STEP, RATE_STEP)
 """The factors that the check begins with."""
 
 Run = Callable[[int, int, float], RunResult]
@@ -151,10 +151,10 @@ def sweep(
     """
     ranks = _checked(ranks, seeds, margin)
     does = together or partial(_one_by_one, run)
-    runs = _Doing(does, Runs(folder, settings, say), say, lambda rank: _name(rank, "r", {}))
+    runs = _PendingRuns(does, Runs(folder, settings, say), say, lambda rank: _name(rank, "r", {}))
     say(_plan("rank", f"r = {ranks[-1]}", len(seeds)))
     checks = _check_rates(runs, ranks, with_full, seeds[0], margin) if check_rates else []
-    return _measured(runs, [BASE, *ranks, *([FULL] if with_full else [])], seeds, checks, margin)
+    return _run_and_compare(runs, [BASE, *ranks, *([FULL] if with_full else [])], seeds, checks, margin)
 
 
 def sweep_setting(
@@ -178,19 +178,19 @@ def sweep_setting(
     if len(set(values)) < 2 or len(set(values)) < len(values):
         problems.append(f"--over needs at least two values, all different, found {', '.join(values) or 'none'}")
     if problems:
-        raise ConfigError("this sweep cannot be:\n" + listing(problems))
+        raise ConfigError("invalid sweep:\n" + listing(problems))
     numbered = dict(enumerate(values, start=1))
     does = partial(_one_by_one, run)
-    runs = _Doing(does, Runs(folder, settings, say), say, lambda number: _name(number, setting, numbered))
+    runs = _PendingRuns(does, Runs(folder, settings, say), say, lambda number: _name(number, setting, numbered))
     confidence = joint_confidence(len(values) - 1)
     say(_plan("value", f"the first, {setting} = {values[0]},", len(seeds), confidence))
     base = runs.base_loss(seeds[0])
     checks = _rates_for_all(runs, list(numbered), list(numbered), seeds[0], base, margin) if check_rates else []
-    return _measured(runs, [BASE, *numbered], seeds, checks, margin, 1, setting, numbered)
+    return _run_and_compare(runs, [BASE, *numbered], seeds, checks, margin, 1, setting, numbered)
 
 
-def _measured(
-    runs: "_Doing",
+def _run_and_compare(
+    runs: "_PendingRuns",
     compared: Sequence[int],
     seeds: Sequence[int],
     checks: Sequence[RateCheck],
@@ -230,7 +230,7 @@ def _one_by_one(run: Run, keys: Sequence[Key]) -> Iterable[tuple[Key, RunResult]
     return ((key, run(key.rank, key.seed, key.factor)) for key in keys)
 
 
-class _Doing:
+class _PendingRuns:
     """Does the runs that are not there yet."""
 
     def __init__(self, together: Together, runs: Runs, say: Callable[[str], None], name: Callable[[int], str]) -> None:
@@ -291,7 +291,9 @@ def _name(rank: int, axis: str, values: dict[int, str]) -> str:
     return {BASE: "base", FULL: "full fine-tuning"}.get(rank) or f"{axis} = {values.get(rank, rank)}"
 
 
-def _check_rates(runs: _Doing, ranks: list[int], with_full: bool, seed: int, margin: float | None) -> list[RateCheck]:
+def _check_rates(
+    runs: _PendingRuns, ranks: list[int], with_full: bool, seed: int, margin: float | None
+) -> list[RateCheck]:
     """At three ranks, or at all of them where no rate suits the three; and of a head alone and of full fine-tuning."""
     base, head = runs.base_loss(seed), []
     if runs.result(Key(BASE, seed)).parameters > 0:
@@ -303,17 +305,17 @@ def _check_rates(runs: _Doing, ranks: list[int], with_full: bool, seed: int, mar
 
 
 def _rates_for_all(
-    runs: _Doing, checked: Sequence[int], ranks: Sequence[int], seed: int, base: float, margin: float | None
+    runs: _PendingRuns, checked: Sequence[int], ranks: Sequence[int], seed: int, base: float, margin: float | None
 ) -> list[RateCheck]:
     """One factor for all ranks, if it lies within δ of the best at each of the checked; else the own best of every."""
     losses: dict[int, dict[float, float]] = {rank: {} for rank in checked}
-    factors = list(FIRST)
+    factors = list(FIRST_RATE_FACTORS)
     while True:
         _try(runs, [Key(rank, seed, factor) for rank in checked for factor in factors], losses)
         if all(math.isinf(own[1.0]) for own in losses.values()):
             raise runs.diverged(Key(checked[0], seed))
         gain = base - min(loss for own in losses.values() for loss in own.values())
-        delta = SHARE * max(gain, 0.0) if margin is None else margin
+        delta = MARGIN_SHARE_OF_GAIN * max(gain, 0.0) if margin is None else margin
         agreed = _agreed(list(losses.values()), delta)
         if agreed is None:
             return _own_rates(runs, ranks, seed, base)
@@ -330,10 +332,10 @@ def _agreed(losses: Sequence[dict[float, float]], delta: float) -> float | None:
     return min(within, key=lambda factor: (round(abs(math.log(factor)), 6), sum(excesses[factor])), default=None)
 
 
-def _own_rates(runs: _Doing, ranks: Sequence[int], seed: int, base: float) -> list[RateCheck]:
+def _own_rates(runs: _PendingRuns, ranks: Sequence[int], seed: int, base: float) -> list[RateCheck]:
     """The check of each of these ranks by itself, a round of all of them at a time."""
     losses: dict[int, dict[float, float]] = {rank: {} for rank in ranks}
-    wanted = [Key(rank, seed, factor) for rank in ranks for factor in FIRST]
+    wanted = [Key(rank, seed, factor) for rank in ranks for factor in FIRST_RATE_FACTORS]
     while True:
         _try(runs, wanted, losses)
         checks = [_own_check(rank, losses[rank], base) for rank in ranks]
@@ -345,7 +347,7 @@ def _own_rates(runs: _Doing, ranks: Sequence[int], seed: int, base: float) -> li
             return checks
 
 
-def _try(runs: _Doing, keys: Sequence[Key], losses: dict[int, dict[float, float]]) -> None:
+def _try(runs: _PendingRuns, keys: Sequence[Key], losses: dict[int, dict[float, float]]) -> None:
     runs.do(keys)
     for key in keys:
         losses[key.rank][key.factor] = runs.loss(key)
@@ -361,8 +363,8 @@ def _own_check(rank: int, losses: dict[float, float], base: float) -> RateCheck:
 
 def _further(check: RateCheck) -> list[float]:
     """The factor beyond the chosen one, where that may be better still."""
-    further = check.factor * (STEP if check.factor > 1 else 1 / STEP)
-    return [further] if check.at_the_edge and 1 / WIDEST <= further <= WIDEST else []
+    further = check.factor * (RATE_STEP if check.factor > 1 else 1 / RATE_STEP)
+    return [further] if check.at_the_edge and 1 / MAX_RATE_FACTOR <= further <= MAX_RATE_FACTOR else []
 
 
 def _factor(checks: Sequence[RateCheck], rank: int) -> float:
@@ -377,7 +379,7 @@ def _checked(ranks: Sequence[int], seeds: Sequence[int], margin: float | None) -
     if len(set(ranks)) < 2 or min(ranks) < 1:
         problems.append(f"--ranks needs at least two ranks from 1 on, found {', '.join(map(str, ranks)) or 'none'}")
     if problems:
-        raise ConfigError("this sweep cannot be:\n" + listing(problems))
+        raise ConfigError("invalid sweep:\n" + listing(problems))
     return sorted(set(ranks))
 
 

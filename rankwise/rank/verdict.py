@@ -1,6 +1,6 @@
 """What a sweep says, in words: which rank to take, how sure that is, or what would be needed to tell."""
 
-from rankwise.rank.compare import SHARE, Comparison
+from rankwise.rank.compare import MARGIN_SHARE_OF_GAIN, Comparison
 from rankwise.rank.crossed import POWER, most_seeds_needed, needed
 from rankwise.rank.sweep import BASE, Sweep
 
@@ -182,7 +182,9 @@ def margin_rule(sweep: Sweep) -> str:
     """How the margin came about."""
     c = sweep.comparisons
     if sweep.margin_is_share:
-        return f"δ = {c.margin:.4f} nats, {SHARE:.0%} of what {sweep.name(c.reference)} gains over the base"
+        return (
+            f"δ = {c.margin:.4f} nats, {MARGIN_SHARE_OF_GAIN:.0%} of what {sweep.name(c.reference)} gains over the base"
+        )
     return f"δ = {c.margin:.4f} nats, as asked"
 
 

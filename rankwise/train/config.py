@@ -7,9 +7,10 @@ from typing import Any, ClassVar, Literal
 
 import yaml
 
-from rankwise.data.shapes import ASKING, Format, Task
+from rankwise.data.shapes import ASKING, TASK_TYPES, Format, Task
 from rankwise.data.transcripts import TrainOn
 from rankwise.errors import ConfigError, listing
+from rankwise.lora.config import LoraConfig
 from rankwise.plan.memory_options import MemoryOptions
 from rankwise.train.trackers import TrackerName
 
@@ -255,6 +256,22 @@ class TrainConfig:
         if len(self.target_modules) == 1 and not self.target_modules[0].replace(".", "_").isidentifier():
             return self.target_modules[0]
         return self.target_modules
+
+    def lora(self, rank: int, left_out: tuple[str, ...] | None = None) -> LoraConfig:
+        """The settings of an adapter of this rank. `left_out`: modules that no target means."""
+        return LoraConfig(
+            task_type=TASK_TYPES[self.task],
+            r=rank,
+            lora_alpha=self.lora_alpha,
+            lora_dropout=self.lora_dropout,
+            target_modules=self.targets,
+            exclude_modules=left_out,
+            layers_to_transform=self.layers_to_transform or None,
+            init_lora_weights=True if self.init_lora_weights == "default" else self.init_lora_weights,
+            use_rslora=self.use_rslora,
+            use_dora=self.use_dora,
+            base_model_name_or_path=self.model,
+        )
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values for YAML, enough to repeat the run."""

@@ -15,8 +15,10 @@ from rankwise.data.pairs import PairExample
 from rankwise.engine.embedding import EmbeddingEngine
 from rankwise.engine.engine import Engine
 from rankwise.engine.generate import generate
+from rankwise.engine.held_out import per_example
 from rankwise.errors import RankwiseError
 from rankwise.lora.inject import set_adapter_training
+from rankwise.models.adapted import label_names
 from rankwise.train import metrics
 from rankwise.train.label_scores import label_scores
 from rankwise.train.metrics import Estimate
@@ -127,8 +129,7 @@ def _of_pairs(
 
 
 def _of_labels(engine: Engine[Any], tokenizer: Any, examples: Sequence[Any], rows: _Rows, loss: Estimate) -> Evaluation:
-    id2label = engine.model.config.id2label
-    names = [id2label[number] for number in range(len(id2label))]
+    names = label_names(engine.model)
     scores = label_scores(examples, rows.answers, names)
     samples = tuple(
         Sample(
@@ -141,13 +142,10 @@ def _of_labels(engine: Engine[Any], tokenizer: Any, examples: Sequence[Any], row
     return Evaluation(rows.loss, main, scores[main].value, len(examples), {"loss": loss, **scores}, samples)
 
 
-@torch.no_grad()
 def held_out_loss(engine: Engine[E], examples: Sequence[E]) -> float:
     """The loss of `evaluate` alone."""
-    set_adapter_training(engine.model, False)
-    batches = engine.evaluation_batches(examples)
-    parts = [engine.example_losses([examples[place] for place in places]) for places in batches]
-    return sum(losses.sum().item() for losses, _ in parts) / sum(int(counts.sum()) for _, counts in parts)
+    losses, counts = per_example(engine, examples)
+    return float(losses.sum() / counts.sum())
 
 
 def _measure(engine: Engine[E], examples: Sequence[E], on_progress: Progress) -> _Rows:
@@ -160,7 +158,7 @@ def _measure(engine: Engine[E], examples: Sequence[E], on_progress: Progress) ->
         counts = [examples[place].counted for place in places]
         with torch.no_grad():
             logits, targets = engine.logits([examples[place] for place in places])
-            parts = engine.losses_of(logits, targets).double().split(counts)
+            parts = engine.losses_from_logits(logits, targets).double().split(counts)
         losses[places] = [part.sum().item() for part in parts]
         for place, answer in zip(places, engine.answers(logits).cpu().split(counts), strict=True):
             answers[place] = answer.flatten().numpy()

@@ -215,16 +215,5 @@ def _counted(batches: Sequence[Sequence[Any]]) -> int:
     return sum(example.counted for batch in batches for example in batch)
 
 
-def training_steps(
-    engine: Engine[Any],
-    examples: Sequence[Any],
-    config: TrainConfig,
-    stopped: Callable[[], bool] = lambda: False,
-    parameters: Sequence[nn.Parameter] | None = None,
-) -> Iterator[Step]:
-    """Train from the beginning and yield each step; see `Training`."""
-    return Training(engine, examples, config, parameters).steps(stopped)
-
-
 def _is_finite(*values: Tensor) -> bool:
     return all(bool(torch.isfinite(value)) for value in values)

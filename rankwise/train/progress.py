@@ -8,7 +8,6 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 
 from rankwise.train.loop import Step
-from rankwise.train.peak_memory import forget_peak_memory as forget_peak_memory
 from rankwise.train.peak_memory import peak_memory_bytes
 
 LINES_PER_RUN = 20

@@ -38,7 +38,6 @@ class Outcome:
 def run_training(
     training: Training,
     held_out: Sequence[Any],
-    labels: list[str],
     config: TrainConfig,
     run: RunFolder,
     reporter: Reporter,
@@ -59,7 +58,7 @@ def run_training(
         nonlocal saved
         # A step that went astray is not among `steps`: its adapter is nothing to go on from.
         if training.done == len(steps) and training.done != saved:
-            run.save_checkpoint(training, watch, steps, labels)
+            run.save_checkpoint(training, watch, steps)
             saved = training.done
 
     with (

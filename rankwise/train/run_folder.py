@@ -135,21 +135,25 @@ class RunFolder:
         except OSError as error:
             raise atomic.storage_error(self.path / METRICS_FILE, error) or error from None
 
-    def save_adapter(self, model: nn.Module, labels: list[str]) -> None:
+    def save_adapter(self, model: nn.Module) -> None:
         """Write adapter/, and for a classifier the labels' names beside it (the format has no place for them)."""
-        _save(model, labels, self.adapter)
+        self._save(model, self.adapter)
         atomic.reach_the_disk(self.adapter)
+
+    def _save(self, model: nn.Module, folder: Path) -> None:
+        write_labels(model, self.config.task, folder)
+        save_adapter(model, folder)
 
     def keep_full_adapter(self) -> None:
         """Move adapter/ to adapter-full/, before a smaller one takes its place."""
         shutil.rmtree(self.full_adapter, ignore_errors=True)  # Of a run that was killed after this, and resumed.
         self.adapter.replace(self.full_adapter)
 
-    def save_checkpoint(self, training: Training, watch: Watch, steps: Sequence[Step], labels: list[str]) -> None:
+    def save_checkpoint(self, training: Training, watch: Watch, steps: Sequence[Step]) -> None:
         """Write checkpoints/step-…/: an adapter folder, with the state of the run and its metrics so far beside it."""
 
         def write(folder: Path) -> None:
-            _save(training.engine.model, labels, folder)
+            self._save(training.engine.model, folder)
             save_state(training, watch, folder)
             (folder / METRICS_FILE).write_text("".join(map(_line, steps)), encoding="utf-8")
             if start := self.read_start():
@@ -206,8 +210,3 @@ def _json(path: Path) -> dict[str, Any] | None:
     except (OSError, ValueError, RecursionError):
         return None
     return found if isinstance(found, dict) else None
-
-
-def _save(model: nn.Module, labels: list[str], folder: Path) -> None:
-    write_labels(model, labels, folder)
-    save_adapter(model, folder)

@@ -36,7 +36,7 @@ def train_together(
     engine, smoothing = trainings[0].engine, trainings[0].label_smoothing
 
     def losses(batches: Mapping[Training, Sequence[Any]]) -> list[Tensor]:
-        return engine.losses({_adapter(training): batch for training, batch in batches.items()}, smoothing)
+        return engine.losses_by_adapter({_adapter(training): batch for training, batch in batches.items()}, smoothing)
 
     activate_(engine.model, _adapter(trainings[0]))
     with _own_masks(trainings):
@@ -52,13 +52,13 @@ def why_not_together(trainings: Sequence[Training]) -> str | None:
     short = {_adapter(training): [training.plan[0][0][0].short()] for training in trainings}
     try:
         with torch.no_grad():
-            trainings[0].engine.losses(short)
+            trainings[0].engine.losses_by_adapter(short)
     except ConfigError as error:
         return str(error)
     return None
 
 
-def at_once(tokens: float) -> int:
+def runs_per_pass(tokens: float) -> int:
     """How many trainings with so many tokens a batch should share a pass."""
     return max(1, int(MOST_TOKENS / tokens))
 
@@ -89,10 +89,10 @@ def _own_masks(trainings: Sequence[Training]) -> Iterator[None]:
         for _, layer in named_lora_layers(training.engine.model):
             if adapter in layer.shares and (update := layer.update(adapter)).dropout:
                 generator = generator or torch.Generator(update.lora_A.device).manual_seed(training.seed)
-                update.masks = generator
+                update.dropout_generator = generator
                 updates.append(update)
     try:
         yield
     finally:
         for update in updates:
-            update.masks = None
+            update.dropout_generator = None

@@ -104,10 +104,10 @@ def test_eval_measures_what_train_measured(train, capsys, tmp_path):
     _, run = train("--eval-data", *held_out, "--eval-answers", "2")
     result = json.loads((run / "result.json").read_text())
     capsys.readouterr()
-    assert main(["eval", "--adapter", str(run), "--data", *held_out, "--answers", "2"]) == 0
+    assert main(["eval", "--adapter", str(run), "--data", *held_out, "--eval-answers", "2"]) == 0
     assert json.loads(capsys.readouterr().out)["loss"] == pytest.approx(result["eval_loss_after"], rel=1e-5)
     model = read_adapter(run / "adapter").config.base_model_name_or_path
-    assert main(["eval", "--model", str(model), "--data", *held_out, "--answers", "0"]) == 0
+    assert main(["eval", "--model", str(model), "--data", *held_out, "--eval-answers", "0"]) == 0
     measured = json.loads(capsys.readouterr().out)
     assert measured["loss"] == pytest.approx(result["eval_loss_before"], rel=1e-5)
     assert measured["rows"] == len(SQL[30:])
@@ -129,7 +129,7 @@ def test_generate_answers_one_prompt_or_a_file_with_base_adapter_or_both(train, 
     assert main([*common, "--prompt", "hi", "--use", "both"]) == 0
     assert capsys.readouterr().out == f"base: {base}adapter: {adapter}"
     file = jsonl(tmp_path / "prompts.jsonl", [{"prompt": "a long prompt to answer"}, {"prompt": "hi"}])
-    assert main([*common, "--file", file, "--use", "both"]) == 0
+    assert main([*common, "--data", file, "--use", "both"]) == 0
     rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert [set(row) for row in rows] == [{"prompt", "base", "adapter"}] * 2
     assert rows[1]["base"] + "\n" == base
@@ -171,9 +171,9 @@ def test_a_wrong_setting_is_one_clear_message_and_exit_code_2(train, capsys, opt
     ("command", "message"),
     [
         ("eval --model m --data d --max-length -5", "--max-length must be at least 2, found -5"),
-        ("generate --model m --prompt a --columns prompt=q", "--columns goes with --file"),
-        ("generate --model m --file f --first -22", "--first must be at least 1, found -22"),
-        ("generate --model m --file f --first 0", "--first must be at least 1, found 0"),
+        ("generate --model m --prompt a --columns prompt=q", "--columns goes with --data"),
+        ("generate --model m --data f --first -22", "--first must be at least 1, found -22"),
+        ("generate --model m --data f --first 0", "--first must be at least 1, found 0"),
     ],
 )
 def test_a_number_that_cannot_be_is_refused_before_anything_is_loaded(command, message, capsys):
@@ -198,7 +198,7 @@ LONG = "a" * 300
         (f"plan --config {LONG}.json", "File name too long"),
         (f"eval --adapter {LONG} --data ROWS", "File name too long"),
         (f"eval --model MODEL --data {LONG}", "File name too long"),
-        (f"generate --model MODEL --file {LONG}", "File name too long"),
+        (f"generate --model MODEL --data {LONG}", "File name too long"),
     ],
 )
 def test_a_name_that_the_system_refuses_is_one_message(
@@ -248,7 +248,7 @@ def test_a_wrong_flag_names_the_nearest_one(train, capsys, options, messages):
     ("content", "message"),
     [
         ("lora_alhpa: 3", "'lora_alhpa' (nearest: 'lora_alpha'"),
-        ("r: [1, {}]", "settings.yaml holds settings that cannot be:\n  - r must be a whole number or auto, found [1,"),
+        ("r: [1, {}]", "settings.yaml holds invalid settings:\n  - r must be a whole number or auto, found [1,"),
         ("metrics: 1", "metrics must be true or false, found 1"),
         ("metrics: 'yes'", "metrics must be true or false, found 'yes'"),
         ("seed: [1, 2]", "seed must be a whole number, found [1, 2]"),

@@ -156,9 +156,9 @@ def test_train_takes_several_files_of_another_shape_and_run_yaml_repeats_it(tiny
     weights = [(tmp_path / name / "adapter/adapter_model.safetensors").read_bytes() for name in ("run", "again")]
     assert weights[0] == weights[1]
     capsys.readouterr()
-    assert main(["eval", "--adapter", str(run), "--data", second, "--answers", "1"]) == 0
+    assert main(["eval", "--adapter", str(run), "--data", second, "--eval-answers", "1"]) == 0
     assert json.loads(capsys.readouterr().out)["rows"] == 10
-    assert main(["generate", "--adapter", str(run), "--file", second, "--first", "1", "--max-new-tokens", "2"]) == 0
+    assert main(["generate", "--adapter", str(run), "--data", second, "--first", "1", "--max-new-tokens", "2"]) == 0
     answered = json.loads(capsys.readouterr().out)
     assert [message["role"] for message in answered["messages"]] == ["user", "assistant"] * 2
     assert "adapter" in answered

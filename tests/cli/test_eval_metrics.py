@@ -36,7 +36,7 @@ def test_train_and_eval_measure_the_same_with_intervals_and_samples(tiny_llama_f
     ):
         assert part in report
     capsys.readouterr()
-    command = ["eval", "--adapter", str(run), "--data", held_out, "--answers", "4", "--metrics"]
+    command = ["eval", "--adapter", str(run), "--data", held_out, "--eval-answers", "4", "--metrics"]
     assert main(command) == 0
     measured = json.loads(capsys.readouterr().out)
     for name in NAMES:

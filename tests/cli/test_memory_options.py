@@ -54,7 +54,7 @@ def test_a_base_in_bf16_trains_an_fp32_adapter_that_evaluates_and_answers(train,
     assert "GB in bf16, computed with in fp32" in said
     capsys.readouterr()
     options = ["--adapter", str(tmp_path / "narrow"), "--base-dtype", "bf16"]
-    assert main(["eval", *options, "--data", str(tmp_path / "data.jsonl"), "--answers", "1"]) == 0
+    assert main(["eval", *options, "--data", str(tmp_path / "data.jsonl"), "--eval-answers", "1"]) == 0
     assert main(["generate", *options, "--prompt", "how many is 1 and 1", "--max-new-tokens", "2"]) == 0
 
 

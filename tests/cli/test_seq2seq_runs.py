@@ -92,7 +92,7 @@ def test_peft_gives_the_same_logits(run, folder):
 def test_eval_generate_and_merge_agree_with_the_run(run, folder, tmp_path, capsys):
     data = jsonl(tmp_path / "rows.jsonl", ROWS)
     result = json.loads((run / "result.json").read_text())
-    assert main(["eval", "--adapter", str(run), "--data", data, "--answers", "7"]) == 0
+    assert main(["eval", "--adapter", str(run), "--data", data, "--eval-answers", "7"]) == 0
     measured = json.loads(capsys.readouterr().out)
     assert measured["loss"] == pytest.approx(result["eval_loss_after"], rel=1e-5)
     assert measured["exact_match"] == result["metric_after"]

@@ -11,6 +11,9 @@ from conftest import ROOT
 
 from rankwise.cli.arguments import parse
 from rankwise.cli.main import main
+from rankwise.cli.rank_config import READ_BY_TRAIN_ALONE
+from rankwise.cli.rank_predict import PredictConfig
+from rankwise.cli.rank_sweep import SweepConfig
 from rankwise.train.config import TrainConfig
 
 REQUIRED = {"model": "smollm2-135m", "data": "rows.jsonl", "out": "runs/a"}
@@ -76,13 +79,32 @@ def printed(capsys, *options):
     return capsys.readouterr().out
 
 
-def test_the_flags_of_the_help_are_the_keys_of_the_settings(capsys):
+def names_in_help(command, capsys):
     with pytest.raises(SystemExit):
-        main(["train", "--help"])
-    shown = capsys.readouterr().out
-    listed = re.findall(r"^[│ ] --([a-z][a-z-]*)", shown, re.MULTILINE)
-    named = {flag.removeprefix("no-").replace("-", "_") for flag in listed}
-    assert named == {field.name for field in fields(TrainConfig)} == OTHER.keys()
+        main([*command.split(), "--help"])
+    listed = re.findall(r"^[│ ] --([a-z][a-z-]*)", capsys.readouterr().out, re.MULTILINE)
+    return {flag.removeprefix("no-").replace("-", "_") for flag in listed}
+
+
+def test_the_flags_of_the_help_are_the_keys_of_the_settings(capsys):
+    assert names_in_help("train", capsys) == {field.name for field in fields(TrainConfig)} == OTHER.keys()
+
+
+def test_flags_that_a_command_does_not_read_are_not_in_its_help(capsys):
+    for command in ("rank sweep", "rank nested", "rank predict"):
+        assert names_in_help(command, capsys) & OTHER.keys() >= OTHER.keys() - {*READ_BY_TRAIN_ALONE, "r"}
+        assert not names_in_help(command, capsys) & set(READ_BY_TRAIN_ALONE)
+
+
+@pytest.mark.parametrize("task", ["causal_lm", "seq_cls"])
+@pytest.mark.parametrize(("config_class", "command"), [(SweepConfig, "rank sweep"), (PredictConfig, "rank predict")])
+def test_a_rank_command_takes_any_run_yaml_and_passes_over_what_it_does_not_read(task, config_class, command, tmp_path):
+    named = READ_BY_TRAIN_ALONE if task == "causal_lm" else ("eval_steps", "patience", "save_steps", "tracker")
+    run = parse(TrainConfig, flags(REQUIRED | {"task": task} | {name: OTHER[name] for name in named}), "train")
+    (tmp_path / "run.yaml").write_text(run.as_yaml())
+    given = parse(config_class, ["--config", str(tmp_path / "run.yaml")], command)
+    assert given == config_class(**REQUIRED | {"task": task})
+    assert given.as_dict().keys() & OTHER.keys() == OTHER.keys() - set(READ_BY_TRAIN_ALONE)
 
 
 @pytest.mark.parametrize("name", OTHER)

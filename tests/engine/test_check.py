@@ -145,7 +145,7 @@ def test_positions_that_depend_on_the_longest_text_have_neither_states_nor_share
     engine = LanguageEngine(build("llama", rope_parameters=ROPES[kind], max_position_embeddings=64), 0, examples)
     assert f"{kind} rotary positions depend" in plan_states(engine, examples, 1e9)
     with pytest.raises(ConfigError, match="rotary positions depend"):
-        engine.losses({"default": examples})
+        engine.losses_by_adapter({"default": examples})
 
 
 def test_states_are_not_kept_above_a_frozen_adapter():

@@ -13,9 +13,9 @@ from rankwise import LoraConfig, inject_, trainable_parameters
 from rankwise.data.pairs import PairExample
 from rankwise.engine.contrast import Contrast
 from rankwise.engine.embedding import EmbeddingEngine
+from rankwise.engine.held_out import per_example
 from rankwise.errors import ModelError
 from rankwise.models.pooling import pooling_of, unread_layers
-from rankwise.rank.measure import per_example
 
 SIZES = {
     "vocab_size": 96,

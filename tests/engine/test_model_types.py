@@ -13,7 +13,7 @@ from rankwise import LoraConfig, activate_, inject_
 from rankwise.data.labelled import LabelExample
 from rankwise.engine.classifiers import ClassifierEngine
 from rankwise.engine.language import LanguageEngine
-from rankwise.lora.inject import DEFAULT, trainable_parameters
+from rankwise.lora.inject import DEFAULT_ADAPTER, trainable_parameters
 
 SMALL = {
     "vocab_size": 96, "hidden_size": 32, "intermediate_size": 48, "ffn_dim": 48, "num_hidden_layers": 2,
@@ -97,12 +97,12 @@ def test_adapters_that_share_a_pass_have_the_losses_and_gradients_of_each_by_its
     randomise_adapter(model, seed=2)
     rows = [LabelExample((5, 7, 9 + n), n % 4, "here") for n in range(5)] if labels else conversations(5, 18, 1)
     engine = (ClassifierEngine if labels else LanguageEngine)(model, 0, rows)
-    batches = {DEFAULT: rows[:3], "other": rows[2:]}
+    batches = {DEFAULT_ADAPTER: rows[:3], "other": rows[2:]}
     own = []
     for adapter in batches:
         activate_(model, adapter)
         own.append(trainable_parameters(model))
-    ours = engine.losses(batches)
+    ours = engine.losses_by_adapter(batches)
     gradients_of_ours = torch.autograd.grad(sum(ours), [*own[0], *own[1]])
     for adapter, loss, parameters in zip(batches, ours, own, strict=True):
         activate_(model, adapter)

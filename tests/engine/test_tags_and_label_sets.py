@@ -122,7 +122,7 @@ def test_label_smoothing_of_several_labels_is_that_of_a_choice_between_yes_and_n
     logits, targets = torch.randn(7, 5), torch.rand(7, 5) < 0.4
     two = torch.stack([torch.zeros_like(logits), logits], dim=1)
     expected = F.cross_entropy(two, targets.long(), reduction="none", label_smoothing=0.2).mean(1)
-    torch.testing.assert_close(engine.losses_of(logits, targets, 0.2), expected, rtol=1e-12, atol=0)
+    torch.testing.assert_close(engine.losses_from_logits(logits, targets, 0.2), expected, rtol=1e-12, atol=0)
 
 
 def label_sets_of_five():

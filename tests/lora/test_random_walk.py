@@ -127,7 +127,7 @@ class Change:
         """The change by an adapter of `model`, whose base holds the tensors `base`."""
         found = cls()
         for place, wrapper in named_wrappers(model):
-            for end, part in wrapper.parts_of():
+            for end, part in wrapper.lora_layers():
                 if adapter in part.shares:
                     name, update = place + end, part.update(adapter)
                     found.weights[name] = changed(name, base[weight_of(name)], update) - base[weight_of(name)]

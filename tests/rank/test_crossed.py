@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from rankwise.rank.compare import SHARE, compare
+from rankwise.rank.compare import MARGIN_SHARE_OF_GAIN, compare
 from rankwise.rank.crossed import POWER, Components, estimate, largest_deviation, most_seeds_needed, needed
 
 SEEDS, EXAMPLES = 5, 120
@@ -179,8 +179,8 @@ def test_the_planned_deviation_gives_the_power_that_is_stated():
 def test_the_default_margin_is_a_share_of_the_gain_and_its_error_is_part_of_the_test():
     drawn = losses(np.random.default_rng(8), {0: 1.0, 4: 0.02, 8: 0.0})
     found = compare(drawn, COUNTS)
-    assert found.margin == pytest.approx(SHARE * (found.base_loss - found.reference_loss))
-    contrast = estimate(drawn[4] - drawn[8] - SHARE * (drawn[0] - drawn[8]), COUNTS)
+    assert found.margin == pytest.approx(MARGIN_SHARE_OF_GAIN * (found.base_loss - found.reference_loss))
+    contrast = estimate(drawn[4] - drawn[8] - MARGIN_SHARE_OF_GAIN * (drawn[0] - drawn[8]), COUNTS)
     assert found.ranks[0].upper == pytest.approx(found.margin + contrast.upper)
     assert (found.ranks[0].outcome == "passes") == (contrast.upper < 0)
 

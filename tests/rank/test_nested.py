@@ -13,7 +13,7 @@ from rankwise.cli.main import main
 from rankwise.data.examples import TextExample
 from rankwise.engine.language import LanguageEngine
 from rankwise.errors import ConfigError
-from rankwise.lora.inject import DEFAULT
+from rankwise.lora.inject import DEFAULT_ADAPTER
 from rankwise.lora.places import named_lora_layers
 from rankwise.rank.curve import Curve, fit_curve, interval, rank_within, resampled
 from rankwise.rank.nested import (
@@ -80,7 +80,7 @@ def engine(rank=8):
 def test_a_cut_adapter_is_the_adapter_of_its_first_directions():
     whole, factors = engine(), {}
     for name, layer in named_lora_layers(whole.model):
-        update = layer.update(DEFAULT)
+        update = layer.update(DEFAULT_ADAPTER)
         factors[name] = (update.lora_A.detach().clone(), update.lora_B.detach().clone())
     for rank in (1, 3, 8):
         cut_(whole.model, rank)
@@ -89,7 +89,7 @@ def test_a_cut_adapter_is_the_adapter_of_its_first_directions():
         inject_(own, LoraConfig(r=rank, lora_alpha=rank))
         for name, layer in named_lora_layers(own):
             A, B = factors[name]
-            layer.update(DEFAULT).set(A[:rank], B[:, :rank] * B.new_tensor(direction_weights(rank)) * 32)
+            layer.update(DEFAULT_ADAPTER).set(A[:rank], B[:, :rank] * B.new_tensor(direction_weights(rank)) * 32)
         torch.testing.assert_close(nested, LanguageEngine(own, 2, EXAMPLES).logits(EXAMPLES)[0])
 
 
@@ -110,7 +110,7 @@ def test_a_step_trains_one_drawn_rank_with_one_pass_and_no_direction_beyond_it()
         for parameter in trainable_parameters(whole.model):
             parameter.grad = None
         nested.loss(EXAMPLES).backward()
-        gradient = next(iter(dict(named_lora_layers(whole.model)).values())).update(DEFAULT).lora_A.grad
+        gradient = next(iter(dict(named_lora_layers(whole.model)).values())).update(DEFAULT_ADAPTER).lora_A.grad
         trained = int((gradient.abs().sum(1) > 0).sum())
         assert not gradient[trained:].any()
         seen.append(trained)

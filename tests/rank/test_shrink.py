@@ -21,7 +21,7 @@ from rankwise.engine.language import LanguageEngine
 from rankwise.errors import ConfigError, DataError
 from rankwise.lora.places import named_lora_layers
 from rankwise.rank.ladder import Ladder
-from rankwise.rank.paired import Comparison, ExampleLosses, compare, measure, units
+from rankwise.rank.paired import ExampleLosses, PairedTest, measure, paired_test, units
 from rankwise.rank.shrink import HeldOut, shrink_, split_held_out
 
 # ---- the paired test
@@ -56,7 +56,7 @@ def most(draws):
 )
 def test_a_loss_of_delta_passes_at_most_about_one_time_in_twenty(noise, n, draws):
     draw, delta, zero = np.random.default_rng(0), 0.1, losses(np.zeros(n))
-    passed = [compare(losses(delta + NOISE[noise](draw, n)), zero).within(delta) for _ in range(draws)]
+    passed = [paired_test(losses(delta + NOISE[noise](draw, n)), zero).within(delta) for _ in range(draws)]
     assert np.mean(passed) <= most(draws)
 
 
@@ -66,19 +66,19 @@ def test_tokens_of_one_row_are_not_independent_and_the_bound_knows_it():
         counts = draw.integers(1, 30, size=40)
         # Every token of a row is off by the same amount.
         sums = counts * (delta + draw.normal(size=40))
-        passed.append(compare(losses(sums, counts), losses(np.zeros(40), counts)).within(delta))
+        passed.append(paired_test(losses(sums, counts), losses(np.zeros(40), counts)).within(delta))
     assert 0.02 <= np.mean(passed) <= most(1000)
 
 
 def test_with_the_rows_that_are_said_to_be_needed_the_test_passes_four_times_in_five():
     draw, delta, difference = np.random.default_rng(2), 0.1, 0.02
-    needed = Comparison(difference, 1.0, deviation=0.25, rows=10).rows_needed(delta)
+    needed = PairedTest(difference, 1.0, deviation=0.25, rows=10).rows_needed(delta)
     assert needed is not None
     zero = losses(np.zeros(needed))
-    passed = [compare(losses(draw.normal(difference, 0.25, size=needed)), zero).within(delta) for _ in range(500)]
+    passed = [paired_test(losses(draw.normal(difference, 0.25, size=needed)), zero).within(delta) for _ in range(500)]
     # Three standard errors of 500 draws.
     assert abs(np.mean(passed) - 0.8) <= 0.054
-    assert Comparison(0.2, 1.0, deviation=0.25, rows=10).rows_needed(delta) is None
+    assert PairedTest(0.2, 1.0, deviation=0.25, rows=10).rows_needed(delta) is None
 
 
 @pytest.mark.parametrize("copies", [2, 10])
@@ -90,7 +90,7 @@ def test_rows_that_ask_the_same_are_one_row_of_the_test(copies):
     for _ in range(400):
         same = np.tile(draw.normal(size=40), copies)
         some = losses(0.1 + same).by_unit(unit), losses(np.zeros(len(same))).by_unit(unit)
-        passed.append(compare(*some).within(0.1))
+        passed.append(paired_test(*some).within(0.1))
     assert np.mean(passed) <= most(400)
 
 
@@ -111,7 +111,7 @@ def test_what_goes_on_from_a_question_or_answers_it_otherwise_is_one_unit_and_ot
 
 def test_equal_losses_are_equal():
     some = losses(np.arange(50.0), np.arange(1, 51))
-    assert compare(some, some) == Comparison(0.0, 0.0, 0.0, 50)
+    assert paired_test(some, some) == PairedTest(0.0, 0.0, 0.0, 50)
 
 
 def test_the_whole_procedure_promises_too_little_at_most_one_time_in_twenty():
@@ -123,7 +123,7 @@ def test_the_whole_procedure_promises_too_little_at_most_one_time_in_twenty():
 
         def test(part, total, rows=rows):
             true = slope * (200 - total)
-            return compare(losses(true + rows[part] * true * 3), zero)
+            return paired_test(losses(true + rows[part] * true * 3), zero)
 
         try:
             total, at_most, _ = Ladder(test, largest=200, least=1, delta=delta).descend()
@@ -142,7 +142,7 @@ def test_the_ladder_finds_the_smallest_total_rank_within_one_rung():
         def test(part, total, needed=needed, tried=tried):
             tried.append(total)
             bound = 0.0 if total >= needed else 1.0
-            return Comparison(bound, bound, 0.0, 60)
+            return PairedTest(bound, bound, 0.0, 60)
 
         total, _, _ = Ladder(test, largest=200, least=1, delta=0.1).descend()
         assert needed <= total <= max(needed + 1, needed * 2 ** (1 / 8) + 1)
@@ -156,7 +156,7 @@ def test_a_new_order_of_the_directions_goes_on_from_where_the_last_one_ended():
         if part == "confirmation":
             confirmed.append(total)
         bound = 0.0 if total >= (50, 12, 3, 3)[len(observed)] else 1.0
-        return Comparison(bound, bound, 0.0, 60)
+        return PairedTest(bound, bound, 0.0, 60)
 
     total, _, _ = Ladder(test, largest=200, least=1, delta=0.1, observe_again=observed.append).descend()
     assert observed == [50, 12, 3]
@@ -167,7 +167,7 @@ def test_a_new_order_of_the_directions_goes_on_from_where_the_last_one_ended():
 def test_what_the_confirmation_part_refutes_is_not_promised():
     def test(part, total):
         bound = 0.05 if part == "choice" or total > 100 else 1.0
-        return Comparison(bound, bound, 0.1, 60)
+        return PairedTest(bound, bound, 0.1, 60)
 
     total, at_most, _ = Ladder(test, largest=200, least=1, delta=0.1).descend()
     assert (total, at_most) == (200, 0.1)
@@ -176,7 +176,7 @@ def test_what_the_confirmation_part_refutes_is_not_promised():
 def test_if_nothing_is_confirmed_the_reason_is_said():
     def test(part, total):
         bound = 0.05 if part == "choice" else 1.0
-        return Comparison(bound, bound, 0.1, 60)
+        return PairedTest(bound, bound, 0.1, 60)
 
     with pytest.raises(DataError, match="on 60 confirmation rows"):
         Ladder(test, largest=200, least=1, delta=0.1).descend()
@@ -186,7 +186,7 @@ def test_if_only_a_larger_rung_is_confirmed_no_more_than_delta_is_promised():
     def test(part, total):
         passes = total >= 40 if part == "choice" else total > 42
         bound = 0.01 if passes else 1.0
-        return Comparison(bound, bound, 0.1, 60)
+        return PairedTest(bound, bound, 0.1, 60)
 
     total, at_most, _ = Ladder(test, largest=64, least=1, delta=0.1).descend()
     assert total > 42
@@ -456,7 +456,7 @@ def test_a_refusal_leaves_the_model_as_it_was(std, delta, message):
 
 def test_data_that_cannot_tell_says_how_many_rows_would():
     def test(part, total):
-        return Comparison(0.0, 0.5, deviation=2.0, rows=50)
+        return PairedTest(0.0, 0.5, deviation=2.0, rows=50)
 
     ladder = Ladder(test, largest=64, least=1, delta=0.1)
     with pytest.raises(DataError, match=r"can't tell, and about 6,\d\d\d held-out rows in all would"):
@@ -483,7 +483,7 @@ def test_it_is_said_when_a_single_row_carries_the_bound(shrunk):
     assert "a single row makes up 80%" in replace(report, heaviest=0.8).summary()
     assert "a single row" not in replace(report, heaviest=0.2).summary()
     most_lost = np.r_[np.zeros(50), 5.0]
-    assert compare(losses(most_lost), losses(np.zeros(51))).heaviest > 0.9
+    assert paired_test(losses(most_lost), losses(np.zeros(51))).heaviest > 0.9
 
 
 def rows(count, tmp_path):
@@ -544,7 +544,7 @@ def test_the_command_writes_the_smaller_adapter_and_what_it_promises(spoken, tmp
     }
     assert sum(promise["ranks_after"].values()) < sum(promise["ranks_before"].values())
     assert sum(promise["rows"].values()) == 80
-    assert main(["eval", "--adapter", str(tmp_path / "small"), "--data", str(data), "--answers", "0"]) == 0
+    assert main(["eval", "--adapter", str(tmp_path / "small"), "--data", str(data), "--eval-answers", "0"]) == 0
     other = tmp_path / "other_names.jsonl"
     other.write_text(data.read_text().replace('"prompt"', '"question"').replace('"completion"', '"answer"'))
     named = ["--columns", "prompt=question", "completion=answer", "--out", str(tmp_path / "again")]

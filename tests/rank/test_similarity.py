@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from rankwise.lora.low_rank import LowRank
-from rankwise.rank.similarity import compare_adapters, input_directions, layer_map, module_places, similarities
+from rankwise.rank.similarity import compare_adapters, input_directions, layer_map, similarities, types_and_layers
 
 
 def update(r, d=20, k=30, seed=0):
@@ -58,10 +58,10 @@ def test_adapters_are_compared_by_module_type_where_both_have_the_module():
 
 def test_modules_are_told_apart_by_what_they_are_and_where():
     bert = [f"encoder.layer.{n}.{kind}" for n in (0, 10) for kind in ("attention.output.dense", "output.dense")]
-    places = module_places([*bert, "pooler.dense"])
-    assert places[bert[0]] == ("attention.output.dense", "0")
-    assert places[bert[3]] == ("output.dense", "10")
-    assert places["pooler.dense"] == ("pooler.dense", "")
+    split = types_and_layers([*bert, "pooler.dense"])
+    assert split[bert[0]] == ("attention.output.dense", "0")
+    assert split[bert[3]] == ("output.dense", "10")
+    assert split["pooler.dense"] == ("pooler.dense", "")
     found = layer_map("ranks", {**{name: n for n, name in enumerate(bert)}, "pooler.dense": 7})
     assert found.layers == ("", "0", "10")
     assert found.kinds["output.dense"] == (None, 1, 3)

@@ -13,15 +13,14 @@ import torch
 from conftest import ROOT, tiny
 from transformers import AutoModelForCausalLM, AutoTokenizer, BertConfig, BertModel
 
-from rankwise import LoraConfig, eject_, inject_, read_adapter
-from rankwise.cli import paired_runs
+from rankwise import LoraConfig, eject_, inject_, paired_runs, read_adapter
 from rankwise.cli.main import main
-from rankwise.cli.paired_runs import PairedRuns
 from rankwise.cli.rank_sweep import SweepConfig
 from rankwise.errors import CheckpointError, ConfigError, RankwiseError
-from rankwise.lora.inject import DEFAULT
+from rankwise.lora.inject import DEFAULT_ADAPTER
 from rankwise.lora.places import named_lora_layers
 from rankwise.models.load import load_model
+from rankwise.paired_runs import PairedRuns
 from rankwise.rank.illustrate import Illustrations, illustrate, unused_adapters
 from rankwise.rank.page import HEIGHT, LEFT, WIDTH, page
 from rankwise.rank.report import as_dict, table
@@ -402,7 +401,7 @@ def test_the_runs_of_one_seed_begin_with_the_first_rows_of_the_largest_rank():
     starts = {}
     for rank in (2, 4, 8):
         inject_nested_(model, LoraConfig(r=rank), largest=8, seed=3)
-        starts[rank] = {name: layer.update(DEFAULT).low_rank() for name, layer in named_lora_layers(model)}
+        starts[rank] = {name: layer.update(DEFAULT_ADAPTER).low_rank() for name, layer in named_lora_layers(model)}
         eject_(model)
     for name, largest in starts[8].items():
         assert torch.equal(starts[2][name].A, largest.A[:2])
@@ -410,7 +409,7 @@ def test_the_runs_of_one_seed_begin_with_the_first_rows_of_the_largest_rank():
         assert not largest.B.any()
     inject_(model, LoraConfig(r=8), torch.Generator().manual_seed(3))
     for name, layer in named_lora_layers(model):
-        assert torch.equal(layer.update(DEFAULT).lora_A, starts[8][name].A)
+        assert torch.equal(layer.update(DEFAULT_ADAPTER).lora_A, starts[8][name].A)
 
 
 @pytest.fixture
@@ -451,7 +450,9 @@ def test_the_command_leaves_table_page_and_all_differences_and_goes_on_in_its_fo
     assert {path.name for path in (out / "adapters").iterdir()} == kept
     for line in found["ranks"][1:3]:
         folder = out / f"adapters/rank{line['name']}-seed0-rate1"
-        assert {update.rank for update in read_adapter(folder).low_rank.values()} == {int(line["name"])}
+        adapter = read_adapter(folder)
+        assert {update.rank for update in adapter.low_rank.values()} == {int(line["name"])}
+        assert adapter.config.base_model_name_or_path == str(tiny_llama_folder)
         assert line["adapter_bytes"] == (folder / "adapter_model.safetensors").stat().st_size
         assert line["peak_bytes"] > 1e8
     # Twelve rows cannot choose ranks, so the map shows effective ranks.
@@ -462,14 +463,15 @@ def test_the_command_leaves_table_page_and_all_differences_and_goes_on_in_its_fo
         assert similar["title"] in html
         assert all(0 <= value <= 1 for row in similar["kinds"].values() for value in row)
     assert [similar["sizes"] for similar in found["illustrations"]["similarities"]] == [[1, 2], [1]]
-    assert main(["eval", "--model", str(tiny_llama_folder), "--data", sql[3], "--answers", "0"]) == 0
+    assert main(["eval", "--model", str(tiny_llama_folder), "--data", sql[3], "--eval-answers", "0"]) == 0
     base = json.loads(capsys.readouterr().out)["loss"]
     assert found["ranks"][0]["loss"] == pytest.approx(base, rel=1e-5)
     times = {path.name: path.stat().st_mtime_ns for path in (out / "runs").iterdir()}
     mine = out / "adapters/rank2-seed0-mine"
     mine.mkdir()
     (out / "adapters/notes.txt").write_text("mine")
-    assert main([*options, "--seeds", "3"]) == 0
+    (tmp_path / "run.yaml").write_text("save_steps: 7\nr: auto\n")
+    assert main([*options, "--seeds", "3", "--config", str(tmp_path / "run.yaml")]) == 0
     assert mine.is_dir()
     assert (out / "adapters/notes.txt").is_file()
     assert {name: (out / "runs" / name).stat().st_mtime_ns for name in times} == times
@@ -572,7 +574,7 @@ def test_runs_that_cannot_share_a_pass_go_one_by_one_unless_it_was_asked_for(tin
     options = ["rank", "sweep", "--model", str(tiny_llama_folder), *sql, "--max-steps", "1", "--no-check-rates"]
     options += ["--ranks", "1,2", "--seeds", "2", "--target-modules", "embed_tokens", "--out", str(tmp_path / "sweep")]
     assert main([*options, "--at-once", "2"]) == 2
-    assert "--at-once 2 cannot be: model.embed_tokens is no linear layer" in capsys.readouterr().err
+    assert "--at-once 2 is not possible: model.embed_tokens is no linear layer" in capsys.readouterr().err
     assert main(options) == 0
     assert "runs train one after the other: model.embed_tokens" in capsys.readouterr().err
 

@@ -134,7 +134,7 @@ def test_a_run_equals_the_slow_loop(tmp_path, changes):
     ours, plain = model(), model()
     training = Training(LanguageEngine(ours, 2, TRAIN), TRAIN, config)
     with RunFolder(config) as run:
-        outcome = run_training(training, HELD_OUT, [], config, run, Reporter())
+        outcome = run_training(training, HELD_OUT, config, run, Reporter())
     losses, measured = slow_loop(plain, config)
     assert [step.loss for step in outcome.steps] == pytest.approx(losses, rel=1e-9)
     assert {step.number: step.eval_loss for step in outcome.steps if step.eval_loss} == pytest.approx(

@@ -89,8 +89,8 @@ def run(engine, tmp_path, monkeypatch):
                 if not folder.read_start():
                     folder.write_settings()
                     folder.write_start(Start("data", "base", 0.05, "/", settings_of(config)))
-                run_training(Training(engine, EXAMPLES, config), HELD_OUT, [], config, folder, reporter)
-                folder.save_adapter(engine.model, [])
+                run_training(Training(engine, EXAMPLES, config), HELD_OUT, config, folder, reporter)
+                folder.save_adapter(engine.model)
         finally:
             FILES.crash_at = None
         metrics = [json.loads(line) for line in (config.out / "metrics.jsonl").read_text().splitlines()]

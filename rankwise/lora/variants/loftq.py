@@ -1,8 +1,9 @@
 """LoftQ: start so that a quantised base and the adapter together are near the original weights
 (Li et al. 2023, arXiv 2310.08659)."""
 
-import torch
 from torch import Tensor
+
+from rankwise.lora.variants.pissa import pissa
 
 
 def loftq(residual: Tensor, r: int, scale: float) -> tuple[Tensor, Tensor]:
@@ -10,6 +11,4 @@ def loftq(residual: Tensor, r: int, scale: float) -> tuple[Tensor, Tensor]:
 
     This is the first of the paper's alternating rounds, the one that leaves the quantised weight as it is.
     """
-    U, S, Vh = torch.linalg.svd(residual, full_matrices=False)
-    root = (S[:r] / scale).sqrt()
-    return root[:, None] * Vh[:r], U[:, :r] * root
+    return pissa(residual, r, scale)

@@ -1,11 +1,11 @@
-"""The training runs of a sweep: one loaded model, one set of examples, and everything the same but rank, seed, rate."""
+"""The training runs of the rank instruments: one loaded model and data, all the same but rank, seed, learning rate."""
 
 import hashlib
 import json
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from math import ceil
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -16,16 +16,16 @@ from torch import nn
 
 from rankwise.data.labelled import problem_type
 from rankwise.data.rows import Row
-from rankwise.data.shapes import TASK_TYPES
 from rankwise.data.tasks import examples_for
 from rankwise.engine.engine import Engine
+from rankwise.engine.held_out import per_example
 from rankwise.engine.tasks import engine_for
 from rankwise.errors import ConfigError, DataError, RankwiseError
 from rankwise.finetune import ROWS_OF_CUT, labels_of, read_data
 from rankwise.lora.adapters import activate_, adapter_names
 from rankwise.lora.checkpoint import load_adapter_, save_adapter
 from rankwise.lora.config import LoraConfig
-from rankwise.lora.inject import DEFAULT, eject_, injection, trainable_parameters
+from rankwise.lora.inject import DEFAULT_ADAPTER, eject_, inject_, injection, largest_ranks, trainable_parameters
 from rankwise.lora.report import InjectReport
 from rankwise.models.adapted import write_labels
 from rankwise.models.load import base_sha256, load_model, load_tokenizer, longest_input, pad_id
@@ -33,23 +33,28 @@ from rankwise.models.pooling import unread_layers
 from rankwise.plan.memory import FLOAT
 from rankwise.plan.plan import adapter_file_bytes
 from rankwise.rank.crossed import Array
-from rankwise.rank.measure import per_example
+from rankwise.rank.nested import Nested, nested
+from rankwise.rank.predict import Prediction, predict
 from rankwise.rank.runs import Key, RunResult
-from rankwise.rank.shrink import HeldOut, shrink_, split_held_out
+from rankwise.rank.shrink import shrink_, split_held_out
 from rankwise.rank.start import freeze_updates_, inject_nested_
 from rankwise.rank.sweep import BASE, FULL
 from rankwise.train.batches import planned_steps
 from rankwise.train.config import TrainConfig
 from rankwise.train.forecast import forecast
 from rankwise.train.learning_rate import default_rate
-from rankwise.train.loop import Training, training_steps
-from rankwise.train.progress import forget_peak_memory, peak_memory_bytes
-from rankwise.train.together import at_once, train_together, why_not_together
+from rankwise.train.loop import Training
+from rankwise.train.peak_memory import forget_peak_memory, peak_memory_bytes
+from rankwise.train.progress import Reporter
+from rankwise.train.together import runs_per_pass, train_together, why_not_together
 
 NOT_PLAIN = ("init_lora_weights", "use_rslora", "use_dora")
 """Settings with which two ranks would differ by more than the rank: by their start, or by their scale."""
 KEPT_SEEDS = 2
 """Seeds whose adapters are kept: enough to compare what two of them learned."""
+HEAD_BATCHES = 32
+"""A classifier's head trains on a sample of so many batches before a prediction: all rows would take a third of a
+training of one epoch."""
 FULL_RATE = 0.1
 """Full fine-tuning's learning rate, in units of an adapter's: the best ones were found to differ by about ten (Schulman
 2025, "LoRA Without Regret"). The sweep checks it as it checks the others."""
@@ -107,7 +112,7 @@ class PairedRuns:
         engine = self.engine(seed)
         with _taken_out_again(engine.model):
             key = Key(rank, seed, factor)
-            report = self._inject(engine.model, key, DEFAULT)
+            report = self._inject(engine.model, key, DEFAULT_ADAPTER)
             trains = bool(trainable_parameters(engine.model))
             return self._result(engine, key, report, self.fit(engine, seed, factor) if trains else Cost(0.0, 0))
 
@@ -118,7 +123,7 @@ class PairedRuns:
             config.task, rows, self._tokenizer, self.labels, self._length, config.long_rows, config.train_on
         )
 
-    def at_once(self, wanted: int | None) -> tuple[int, str]:
+    def how_many_at_once(self, wanted: int | None) -> tuple[int, str]:
         """How many runs should share passes over the base (`wanted`, if it is given), and a sentence on the reason.
 
         Raises ConfigError if several are wanted that cannot share a pass.
@@ -133,12 +138,12 @@ class PairedRuns:
             pair = [self._training(engine, key, name) for name in names]
             reason = why_not_together(pair)
         if reason and wanted:
-            raise ConfigError(f"--at-once {wanted} cannot be: {reason}")
+            raise ConfigError(f"--at-once {wanted} is not possible: {reason}")
         if reason:
             return 1, f"runs train one after the other: {reason}"
         plan = pair[0].plan
         tokens = plan.tokens / sum(map(len, plan.places))
-        count = wanted or at_once(tokens)
+        count = wanted or runs_per_pass(tokens)
         how = f"up to {count} runs share a pass over the base" if count > 1 else "runs train one after the other"
         return count, f"{how}: a batch has {tokens:.0f} tokens"
 
@@ -152,7 +157,7 @@ class PairedRuns:
             else:
                 alike.setdefault((key.seed if self.labels else None, key.rank == BASE), []).append(key)
         for group in alike.values():
-            passes = ceil(len(group) / at_once)
+            passes = math.ceil(len(group) / at_once)
             for number in range(passes):
                 yield from self._in_one_pass(group[number::passes])
 
@@ -203,7 +208,7 @@ class PairedRuns:
         if self.adapters and key.rank and key.seed - self.config.seed < KEPT_SEEDS and not cost.diverged:
             adapter = next(iter(injection(engine.model).active))
             folder = save_adapter(engine.model, self.adapters / key.name, adapter)
-            write_labels(engine.model, self.labels, folder)
+            write_labels(engine.model, self.config.task, folder)
         return _result(losses, counts, cost, parameters, adapter_file_bytes(report) if key.rank else 0)
 
     def _full(self, seed: int, factor: float) -> RunResult:
@@ -220,12 +225,47 @@ class PairedRuns:
         engine = self.engine(self.config.seed)
         load_adapter_(engine.model, adapter)
         try:
-            parts = split_held_out(self.held_out_rows, self.config.seed, ROWS_OF_CUT)
-            return shrink_(engine, HeldOut(*map(self.examples, vars(parts).values())), margin).ranks_after
+            rows = split_held_out(self.held_out_rows, self.config.seed, ROWS_OF_CUT)
+            return shrink_(engine, rows.map(self.examples), margin).ranks_after
         except (ConfigError, DataError):
             return None
         finally:
             eject_(engine.model)
+
+    def nested_run(self, reporter: Reporter) -> Nested:
+        """Train all ranks up to the largest at once, and measure each."""
+        seed = self.config.seed
+        engine = self.engine(seed)
+        inject_(engine.model, self.lora(self.largest))
+        return nested(engine, lambda e: self.fit(e, seed, 1.0), self.held_out, self.largest, seed, reporter.stage)
+
+    def prediction(self, reporter: Reporter, signal_batches: int = 16) -> Prediction:
+        """Look for as many directions as the largest rank; a classifier's head is trained first.
+
+        Raises ConfigError for fewer than two batches of training rows.
+        """
+        config = self.config
+        count = min(signal_batches, len(self.train) // config.batch_size) // 2 * 2
+        if not count:
+            raise ConfigError(
+                f"the gradient is compared between two halves of at least one batch of {config.batch_size}, and the "
+                f"training data hold {len(self.train)} rows; give more rows"
+                + (f", or --batch-size {len(self.train) // 2}" if len(self.train) > 1 else "")
+            )
+        engine = self.engine(config.seed)
+        lora = self.lora(self.largest)
+        report = inject_(engine.model, lora.lowered_to(largest_ranks(engine.model, lora)))
+        if self.labels:
+            with reporter.stage("training the head"):
+                self.fit_head(engine, HEAD_BATCHES)
+        steps = planned_steps(self.train, replace(config, max_steps=count, accumulate=1))
+        batches = [batch for step in steps for batch in step]
+        with reporter.stage(f"{2 * len(batches)} backward passes"):
+            layers = predict(engine, (batches[::2], batches[1::2]), config.seed)
+        losses, _ = per_example(engine, [row for batch in batches[::2] for row in batch])
+        bits = float(losses.mean() * len(self.train) / math.log(2))
+        per_rank = sum(matrix.count * (matrix.d + matrix.k) for matrix in report.matrices)
+        return Prediction(tuple(layers), bits, per_rank)
 
     def base_sha256(self) -> str:
         """Of the base's weights, a classifier's head as the first seed draws it among them."""
@@ -233,14 +273,21 @@ class PairedRuns:
 
     def check_settings(self, setting: str, values: Sequence[Any]) -> None:
         """Raise ConfigError or TargetError for a value with which no run can begin."""
-        engine, given = self.engine(self.config.seed), self.config
+        engine = self.engine(self.config.seed)
+        for value in values:
+            with self.with_setting(setting, value), _taken_out_again(engine.model):
+                self._inject(engine.model, Key(self.largest, self.config.seed), DEFAULT_ADAPTER)
+
+    @contextmanager
+    def with_setting(self, name: str, value: Any) -> Iterator[None]:
+        """Let the runs inside have another value of a setting. Raises ConfigError for an invalid one."""
+        before = self.config, self.rate
+        self.config = replace(self.config, **{name: value})
+        self.rate = value if name == "lr" else self.rate
         try:
-            for value in values:
-                self.config = replace(given, **{setting: value})
-                with _taken_out_again(engine.model):
-                    self._inject(engine.model, Key(self.largest, given.seed), DEFAULT)
+            yield
         finally:
-            self.config = given
+            self.config, self.rate = before
 
     def measure(self, engine: Engine[Any]) -> tuple[Array, Array]:
         """([N] summed losses, [N] counts) of the held-out examples."""
@@ -262,15 +309,7 @@ class PairedRuns:
 
     def lora(self, rank: int) -> LoraConfig:
         """The settings of an adapter of this rank."""
-        return LoraConfig(
-            task_type=TASK_TYPES[self.config.task],
-            r=rank,
-            lora_alpha=self.config.lora_alpha,
-            lora_dropout=self.config.lora_dropout,
-            target_modules=self.config.targets,
-            exclude_modules=self._left_out,
-            layers_to_transform=self.config.layers_to_transform or None,
-        )
+        return self.config.lora(rank, self._left_out)
 
     def fit(self, engine: Any, seed: int, factor: float, parameters: Sequence[nn.Parameter] | None = None) -> Cost:
         """Train the adapter of the engine's model, or `parameters`."""
@@ -279,7 +318,7 @@ class PairedRuns:
         config = self._config(seed, rate * factor)
         seconds, is_own_peak = 0.0, forget_peak_memory()
         try:
-            for step in training_steps(engine, self.train, config, parameters=parameters):
+            for step in Training(engine, self.train, config, parameters).steps():
                 seconds = step.seconds
         except RankwiseError:
             # At another rate nothing but the rate can be wrong: with that of the settings the run went through before.
@@ -295,7 +334,7 @@ class PairedRuns:
         count = min(batches * self.config.batch_size, len(self.train))
         rows = Random(self.config.seed).sample(self.train, count)
         steps = len(planned_steps(self.train, self.config))
-        for _ in training_steps(engine, rows, replace(self._config(self.config.seed, self.rate), max_steps=steps)):
+        for _ in Training(engine, rows, replace(self._config(self.config.seed, self.rate), max_steps=steps)).steps():
             pass
 
     def _config(self, seed: int, rate: float) -> TrainConfig:
@@ -314,20 +353,13 @@ class SettingRuns:
     def __init__(self, runs: PairedRuns, setting: str, values: Sequence[Any]) -> None:
         """Raises ConfigError or TargetError, before any run, for a value with which none can begin."""
         self._runs, self._setting, self._values = runs, setting, values
-        self._config, self._rate = runs.config, runs.rate
         runs.check_settings(setting, values)
 
     def __call__(self, number: int, seed: int, factor: float) -> RunResult:
-        runs = self._runs
         if number == BASE:
-            return runs(BASE, seed, factor)
-        value = self._values[number - 1]
-        try:
-            runs.config = replace(self._config, **{self._setting: value})
-            runs.rate = value if self._setting == "lr" else self._rate
-            return runs(runs.largest, seed, factor)
-        finally:
-            runs.config, runs.rate = self._config, self._rate
+            return self._runs(BASE, seed, factor)
+        with self._runs.with_setting(self._setting, self._values[number - 1]):
+            return self._runs(self._runs.largest, seed, factor)
 
 
 @contextmanager
