@@ -119,6 +119,8 @@ class Prompt:
 
     ids: Ids
     answer: str | None
+    place: str = ""
+    """file:line, for messages."""
 
 
 def text_examples(
@@ -179,7 +181,7 @@ def asked(row: Row, tokenizer: Tokenizer) -> Prompt:
     Raises DataError if the chat template refuses the row.
     """
     [ids] = _tokens([question(row.fields, tokenizer)], tokenizer)
-    return Prompt(ids, _reference(row, tokenizer))
+    return Prompt(ids, _reference(row, tokenizer), row.place)
 
 
 def _reference(row: Row, tokenizer: Tokenizer) -> str | None:
