@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from rankwise.data.examples import Prompt, asked
+from rankwise.data.examples import Prompt, questions_of
 from rankwise.data.labelled import label_counts, lacks_labels, problem_type
 from rankwise.data.lazy import LazyExamples
 from rankwise.data.report import measure
@@ -106,7 +106,7 @@ def _finetune(config: TrainConfig, run: RunFolder, reporter: Reporter) -> dict[s
     labels = labels_of(train_rows)
     with reporter.stage("tokenising"):
         tokenizer = load_tokenizer(config.model)
-        data = _tokenise(config, train_rows, held_out_rows, tokenizer, labels)
+        data = _tokenise(config, train_rows, held_out_rows, tokenizer, labels, reporter.say)
     # A plan that cannot be is found before anything is loaded, measured or written.
     plan = planned_steps(data.train, config)
     torch.manual_seed(config.seed)
@@ -241,6 +241,7 @@ def _tokenise(
     held_out: Sequence[Row],
     tokenizer: Any,
     labels: list[str],
+    say: Callable[[str], None],
 ) -> Dataset:
     length = min(config.max_length, longest_input_of(config.model))
 
@@ -252,9 +253,10 @@ def _tokenise(
         first = examples.keep(planned_steps(examples, config).beginning.distinct)
     else:
         examples = first = examples_of(train)
-    questions = held_out[: config.eval_answers] if config.task in ASKING else []
-    answers = [asked(row, tokenizer) for row in questions]
-    return Dataset(examples, first, examples_of(held_out), answers, labels, data_sha256(tokenizer, train, held_out))
+    kept = examples_of(held_out)
+    most = config.eval_answers if config.task in ASKING else 0
+    questions = questions_of(kept, held_out, tokenizer, length, most, say)
+    return Dataset(examples, first, kept, questions, labels, data_sha256(tokenizer, train, held_out))
 
 
 def _shrink(

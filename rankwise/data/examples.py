@@ -1,13 +1,13 @@
 """Rows → tokens: the tokenizer's own chat template, and which tokens the loss counts."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
-from itertools import pairwise
+from itertools import islice, pairwise
 from typing import ClassVar, Literal, Protocol, Self, TypeVar
 
 from rankwise.data.files import Problem, Row
 from rankwise.data.rows import MOST_PROBLEMS
-from rankwise.data.transcripts import Tokenizer, TrainOn, Transcript, question, transcript
+from rankwise.data.transcripts import Tokenizer, TrainOn, Transcript, asks, question, transcript
 from rankwise.errors import DataError, listing
 
 LongRows = Literal["error", "cut", "drop"]
@@ -142,9 +142,14 @@ def text_examples(
 
 def usable(examples: list[E], problems: Sequence[Problem], max_length: int, long_rows: LongRows) -> list[E]:
     """The examples, in their length. Raises DataError if there are problems, and as `fit` does."""
-    if problems:
-        raise DataError(f"{len(problems)} rows cannot be rendered:\n{listing(list(map(str, problems)), MOST_PROBLEMS)}")
+    _refuse(problems, "rendered")
     return fit(examples, max_length, long_rows)
+
+
+def _refuse(problems: Sequence[Problem], cannot_be: str) -> None:
+    if problems:
+        shown = listing(list(map(str, problems)), MOST_PROBLEMS)
+        raise DataError(f"{len(problems)} rows cannot be {cannot_be}:\n{shown}")
 
 
 def tokenise(
@@ -178,10 +183,46 @@ _AT_ONCE = 512
 def asked(row: Row, tokenizer: Tokenizer) -> Prompt:
     """What a row asks (its prompt, its conversation up to a last assistant turn, or its text) and the reference answer.
 
-    Raises DataError if the chat template refuses the row.
+    Raises DataError if the row asks nothing, or if the chat template refuses it.
     """
     [ids] = _tokens([question(row.fields, tokenizer)], tokenizer)
     return Prompt(ids, _reference(row, tokenizer), row.place)
+
+
+def prompts_of(rows: Iterable[Row], tokenizer: Tokenizer) -> list[Prompt]:
+    """What each row asks. Raises DataError with file and line of all rows that ask nothing or cannot be rendered."""
+    prompts: list[Prompt] = []
+    problems: list[Problem] = []
+    for row in rows:
+        try:
+            prompts.append(asked(row, tokenizer))
+        except DataError as error:
+            problems.append(Problem(row.place, str(error)))
+    _refuse(problems, "asked")
+    return prompts
+
+
+def questions_of(
+    examples: Sequence[Example],
+    rows: Sequence[Row],
+    tokenizer: Tokenizer,
+    max_length: int,
+    most: int | None,
+    say: Callable[[str], None],
+) -> list[Prompt]:
+    """What the rows of these examples ask, the first `most` that ask anything, for exact match over the same rows as
+    the loss.
+
+    A question longer than `max_length` tokens, as a row can have whose end is cut off, is not asked, and that is said.
+    Raises DataError as `prompts_of` does.
+    """
+    kept = {example.place for example in examples}
+    asking = (row for row in rows if row.place in kept and asks(row.fields))
+    prompts = prompts_of(islice(asking, most), tokenizer)
+    fitting = [prompt for prompt in prompts if len(prompt.ids) <= max_length]
+    if long := len(prompts) - len(fitting):
+        say(f"{long:,} held-out rows are not asked for answers: their questions are longer than {max_length} tokens")
+    return fitting
 
 
 def _reference(row: Row, tokenizer: Tokenizer) -> str | None:

@@ -57,18 +57,27 @@ def transcript(fields: Mapping[str, Any], tokenizer: Tokenizer, train_on: TrainO
 def question(fields: Mapping[str, Any], tokenizer: Tokenizer) -> Transcript:
     """The transcript of what a row asks: the prompt, all before a last assistant message, or the text itself.
 
-    Raises DataError if the chat template refuses the row.
+    Raises DataError if the row asks nothing, or if the chat template refuses it.
     """
     if "messages" in fields:
-        messages = fields["messages"]
-        if messages[-1]["role"] == "assistant":
-            messages = messages[:-1]
+        messages = _before_answer(fields["messages"])
+        if not messages:
+            raise DataError("nothing stands before the assistant's only message, so nothing is asked")
         text = _render(messages, fields.get("tools"), tokenizer, ask=True)
     elif "prompt" in fields and tokenizer.chat_template:
         text = _render([{"role": "user", "content": fields["prompt"]}], None, tokenizer, ask=True)
     else:
         return Transcript(fields.get("prompt", fields.get("text")), (), special=True)
     return Transcript(text, (), special=False)
+
+
+def asks(fields: Mapping[str, Any]) -> bool:
+    """Whether anything stands before a row's last answer."""
+    return "messages" not in fields or bool(_before_answer(fields["messages"]))
+
+
+def _before_answer(messages: list[Message]) -> list[Message]:
+    return messages[:-1] if messages[-1]["role"] == "assistant" else messages
 
 
 def _conversation(

@@ -174,6 +174,26 @@ def test_plain_text_is_trained_and_evaluated_without_answers(tiny_llama_folder, 
     assert result["metric_after"] is None
 
 
+def test_exact_match_is_counted_over_the_rows_that_the_loss_counts(tiny_llama_folder, tmp_path, capsys):
+    greeting = {"messages": [{"role": "assistant", "content": "hello"}]}
+    long = {"prompt": "v " * 99, "completion": "c"}
+    data, held_out = (
+        write(tmp_path / "train.jsonl", ROWS),
+        write(tmp_path / "test.jsonl", [long, {"prompt": "one", "completion": "1"}]),
+    )
+    asking_nothing = write(tmp_path / "greetings.jsonl", [greeting])
+    run = tmp_path / "run"
+    how = ["--max-length", "99", "--long-rows", "drop"]
+    options = ["--model", str(tiny_llama_folder), "--max-steps", "1", "--r", "2", "--out", str(run), *how]
+    assert main(["train", "--data", data, "--eval-data", held_out, asking_nothing, *options]) == 0
+    result = json.loads((run / "result.json").read_text())
+    assert result["eval_rows"] == 2
+    assert [sample["reference"] for sample in result["samples"]] == ["1"]
+    capsys.readouterr()
+    assert main(["eval", "--adapter", str(run), "--data", held_out, asking_nothing, *how]) == 0
+    assert json.loads(capsys.readouterr().out)["rows"] == 2
+
+
 def test_train_refuses_bad_rows_of_both_files_at_once(tiny_llama_folder, tmp_path, capsys):
     train = write(tmp_path / "train.jsonl", [*ROWS, {"prompt": 1, "completion": "x"}])
     test = write(tmp_path / "test.jsonl", [{"prompt": "y"}, *ROWS[:1]])
