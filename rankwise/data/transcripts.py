@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from itertools import takewhile
 from typing import Any, Literal
 
-from rankwise.data.conversations import Message, with_text_arguments
+from rankwise.data.conversations import Message, arguments_text, with_text_arguments
 from rankwise.errors import DataError
 
 Tokenizer = Any
@@ -213,11 +213,26 @@ def _render(messages: list[Message], tools: Sequence[Any] | None, tokenizer: Tok
         raise DataError("the tokenizer has no chat template; give the data as prompt/completion")
     try:
         try:
-            return _applied(messages, tools, tokenizer, ask)
+            text = _applied(messages, tools, tokenizer, ask)
         except TypeError:
-            return _applied(with_text_arguments(messages), tools, tokenizer, ask)
+            text = None
+        if text is None or _writes_python(messages, text):
+            text = _applied(with_text_arguments(messages), tools, tokenizer, ask)
+        return text
     except (TemplateError, TypeError, ValueError, KeyError, AttributeError) as error:
         raise DataError(f"the chat template refuses it: {error}") from None
+
+
+def _writes_python(messages: list[Message], text: str) -> bool:
+    """Whether the template writes the arguments of a call as it finds them, for which they must be JSON text."""
+    for message in messages:
+        for call in message.get("tool_calls", ()):
+            arguments = call["function"]["arguments"]
+            as_python = str(arguments)
+            said = sum(other["content"].count(as_python) for other in messages)
+            if arguments and as_python != arguments_text(arguments) and text.count(as_python) > said:
+                return True
+    return False
 
 
 def _applied(messages: list[Message], tools: Sequence[Any] | None, tokenizer: Tokenizer, ask: bool) -> str:

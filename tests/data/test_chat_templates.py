@@ -2,6 +2,7 @@
 
 import copy
 import json
+import pickle
 import re
 from pathlib import Path
 
@@ -268,6 +269,37 @@ def test_arguments_reach_templates_that_join_them_to_text(speaking):
     )
     [example] = text_examples([row(TOOL_TALK)], joining, 1000, "error")
     assert trained_turns(example, joining)[0] == 'get_weather {"city": "Rome", "days": 3}' + END
+
+
+SPELLED = '{"city": "Zürich",  "share": 1.10, "ok": true}'
+"""Arguments that neither Python nor a JSON writer spells like this."""
+
+
+@pytest.mark.parametrize("writes", ["{{ f.name }} {{ f.arguments }}", "{{ f.name + ' ' + f.arguments }}"])
+def test_a_template_that_writes_arguments_as_it_finds_them_writes_the_text_of_the_row(writes, speaking):
+    tokenizer = speaking("chatml")
+    tokenizer.chat_template = (
+        "{% for m in messages %}<{{ m.role }}>{{ m.content }}"
+        "{% for call in m.tool_calls or [] %}{% set f = call.function %}" + writes + "{% endfor %}"
+        "{{ eos_token }}{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"
+    )
+    python = "{'city': 'Zürich', 'share': 1.1, 'ok': True}"
+    for asking in ("Weather?", f"Not {python}", f"As {SPELLED}"):
+        calling = {"role": "assistant", "tool_calls": [{"function": {"name": "w", "arguments": SPELLED}}]}
+        one = row([user(asking), calling, {"role": "tool", "content": "sunny"}, assistant("It is sunny.")])
+        [example] = text_examples([pickle.loads(pickle.dumps(one))], tokenizer, 1000, "error")
+        assert trained_turns(example, tokenizer) == [f"w {SPELLED}{END}", f"It is sunny.{END}"]
+
+
+@pytest.mark.parametrize("name", WITH_TOOLS)
+def test_real_templates_write_arguments_as_json_with_their_letters(name, speaking):
+    tokenizer, call = speaking(name), {**CALL, "function": {"name": "get_weather", "arguments": SPELLED}}
+    talk = [user("Weather?"), {"role": "assistant", "content": None, "tool_calls": [call]}]
+    [example] = text_examples([row(talk, tools=[WEATHER])], tokenizer, 10_000, "error")
+    [turn] = trained_turns(example, tokenizer)
+    assert "Zürich" in turn
+    assert "'city'" not in turn
+    assert re.search(r"\b1.10?\b", turn)
 
 
 def test_turns_of_weight_0_are_not_trained(speaking):
