@@ -134,8 +134,11 @@ def _message(name: str, entry: Any, faults: Faults) -> Message:
     if message.get("weight", 1) not in (0, 1):
         faults.append(f"{name}.weight must be 0 (not trained) or 1, found {message['weight']!r}")
     for other in _OTHER_WEIGHTS:
-        if message.pop(other, True) in (False, 0):
-            faults.append(f'{name}.{other} is not read; a message that is not to be trained has "weight": 0')
+        if (found := message.pop(other, True)) not in (True, 1):
+            faults.append(
+                f'{name}.{other} is not read; a message that is not to be trained has "weight": 0. It may be true, or '
+                f"left out, found {found!r}"
+            )
     return message
 
 

@@ -6,7 +6,8 @@ the conversation up to it ends. Both must be the beginning of the whole conversa
 """
 
 import json
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import takewhile
 from typing import Any, Literal
@@ -83,12 +84,12 @@ def _before_answer(messages: list[Message]) -> list[Message]:
 def _conversation(
     messages: list[Message], tools: Sequence[Any] | None, tokenizer: Tokenizer, train_on: TrainOn
 ) -> Transcript:
-    """The conversation up to its last trained turn, as the template renders it.
+    """The conversation up to its last trained turn (all of it, if all is trained), as the template renders it.
 
     A template that writes nothing after a turn leaves it without an end; the end-of-text token is then put there.
     """
     whole = _render(messages, tools, tokenizer)
-    _check_instructions(messages, tools, whole)
+    _check_instructions(messages, tools, whole, tokenizer)
     turns = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
     if train_on != "all":
         turns = [index for index in turns if messages[index].get("weight", 1)]
@@ -103,7 +104,10 @@ def _conversation(
         answers.append((len(text), len(text) + len(answer)))
         text += answer
         done = end
-    return Transcript(text, ((0, len(text)),) if train_on == "all" else tuple(answers), special=False)
+    if train_on != "all":
+        return Transcript(text, tuple(answers), special=False)
+    text += whole[done:].rstrip()
+    return Transcript(text, ((0, len(text)),), special=False)
 
 
 def _turn(
@@ -159,15 +163,18 @@ def _advice(messages: list[Message], index: int) -> str:
     return "; split the conversation so that this turn is the last, or train the last turn alone: --train-on last"
 
 
-def _check_instructions(messages: list[Message], tools: Sequence[Any] | None, whole: str) -> None:
+def _check_instructions(messages: list[Message], tools: Sequence[Any] | None, whole: str, tokenizer: Tokenizer) -> None:
     """Templates can leave out what they have no place for, without a word: a system message, tools, their results."""
     rendered = squeezed(whole)
     for index, message in enumerate(messages):
-        forms = [message["content"]] if message["role"] != "assistant" else [""]
-        if message["role"] == "tool":
-            # It may stand there as JSON text, with its quotes escaped.
-            forms += [json.dumps(forms[0], ensure_ascii=ascii)[1:-1] for ascii in (False, True)]
-        if not any(squeezed(form) in rendered for form in forms):
+        words = message["content"] if message["role"] != "assistant" else ""
+        # A tool's result may stand there as JSON text.
+        there = _is_in(words, rendered) if message["role"] == "tool" else squeezed(words) in rendered
+        if message["role"] in ("system", "developer") and words.strip():
+            # Its words may stand elsewhere too, so the template is asked whether it makes a difference.
+            other = [{**message, "content": f"{words} b"}, *messages[1:]]
+            there = there and _render(other, tools, tokenizer) != whole
+        if not there:
             raise DataError(f"the chat template leaves out or changes what turn {index + 1} ({message['role']}) says")
     lost = [tool["function"]["name"] for tool in tools or () if tool["function"]["name"] not in whole]
     if lost:
@@ -185,12 +192,39 @@ def _check_answer(message: Message, index: int, answer: str) -> None:
             f"the chat template has no place for reasoning: it leaves it out of turn {index + 1}; choose a model whose "
             "template has one, or remove it from the row"
         )
-    lost = [call["function"]["name"] for call in message.get("tool_calls", ())]
-    lost = [name for name in lost if name not in answer]
-    if lost:
+    if lost := list(_lost_from_calls([call["function"] for call in message.get("tool_calls", ())], answer)):
         raise DataError(
             f"the chat template has no place for tool calls: in turn {index + 1} it leaves out {', '.join(lost)}"
         )
+
+
+def _lost_from_calls(functions: list[Message], answer: str) -> Iterator[str]:
+    """The calls that a turn does not write, and of those that it writes the values that it leaves out."""
+    rendered = squeezed(answer)
+    names = Counter(function["name"] for function in functions)
+    for name, times in names.items():
+        if answer.count(name) < times:
+            yield name if times == 1 else f"one of {times} calls of {name}"
+    for function in functions:
+        if function["name"] in answer and squeezed(arguments_text(function["arguments"])) not in rendered:
+            for name, value in function["arguments"].items():
+                if not all(_is_in(leaf, rendered) for leaf in _leaves(value)):
+                    yield f"{function['name']}'s {name}"
+
+
+def _leaves(value: Any) -> Iterator[Any]:
+    """What a value of JSON is made of; null stands for nothing, which a template may leave out."""
+    if isinstance(value, Mapping | list):
+        for part in value.values() if isinstance(value, Mapping) else value:
+            yield from _leaves(part)
+    elif value is not None:
+        yield value
+
+
+def _is_in(value: Any, rendered: str) -> bool:
+    """Whether a squeezed text holds a value, as it is or as JSON text, its quotes and letters escaped or not."""
+    forms = [str(value), *(json.dumps(value, ensure_ascii=ascii, default=str).strip('"') for ascii in (False, True))]
+    return any(squeezed(form) in rendered for form in forms)
 
 
 def squeezed(text: str) -> str:

@@ -302,6 +302,59 @@ def test_real_templates_write_arguments_as_json_with_their_letters(name, speakin
     assert re.search(r"\b1.10?\b", turn)
 
 
+def deaf_to(tokenizer, old, new=""):
+    assert old in tokenizer.chat_template
+    tokenizer.chat_template = tokenizer.chat_template.replace(old, new)
+    return tokenizer
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "lost"),
+    [
+        ("{{- tool_call.arguments | tojson }}", "{{- '{}' }}", "get_weather's city, get_weather's days"),
+        ("for tool_call in message.tool_calls", "for tool_call in message.tool_calls[:1]", "one of 2 calls of get_wea"),
+    ],
+)
+def test_a_template_that_leaves_out_a_call_or_its_arguments_is_an_error(old, new, lost, speaking):
+    other = {**CALL, "function": {"name": "get_weather", "arguments": {"city": "Bonn", "days": 3}}}
+    one = row([user("Weather?"), {"role": "assistant", "tool_calls": [CALL, other]}], tools=[WEATHER])
+    assert tokenise([one], speaking("qwen2.5"))[1] == []
+    _, [problem] = tokenise([one], deaf_to(speaking("qwen2.5"), old, new))
+    assert f"in turn 2 it leaves out {lost}" in problem.text
+
+
+@pytest.mark.parametrize("name", WITH_TOOLS)
+def test_arguments_of_any_kind_are_found_where_real_templates_write_them(name, speaking):
+    arguments = {
+        "q": "say \"é\"\n\\ <b> & 'c'",
+        "n": [1, 2.50, -3e30, {"deep": True}],
+        "none": None,
+        "empty": "",
+        "no": {},
+    }
+    call = {**CALL, "function": {"name": "get_weather", "arguments": arguments}}
+    one = row([user("Weather?"), {"role": "assistant", "content": None, "tool_calls": [call]}], tools=[WEATHER])
+    assert tokenise([one], speaking(name))[1] == []
+
+
+def test_a_dropped_system_message_is_found_though_its_words_stand_elsewhere(speaking):
+    talk = [{"role": "system", "content": "Say it once"}, *TALK]
+    deaf = deaf_to(speaking("chatml"), "for message in messages", "for message in messages[1:]")
+    _, [problem] = tokenise([row(talk)], deaf)
+    assert "leaves out or changes what turn 1 (system)" in problem.text
+    assert tokenise([row(talk)], speaking("chatml"))[1] == []
+
+
+@pytest.mark.parametrize("name", TURNS)
+def test_all_trains_what_comes_after_the_last_answer_too(name, speaking):
+    tokenizer, talk = speaking(name), [*TALK[:2], user("Thanks")]
+    [example] = text_examples([row(talk)], tokenizer, 1000, "error", train_on="all")
+    assert all(example.trained)
+    whole = tokenizer.apply_chat_template(row(talk).fields["messages"], tokenize=False).rstrip()
+    text = tokenizer.decode(example.ids)
+    assert text.replace(END, "") == whole.replace(END, "")
+
+
 def test_turns_of_weight_0_are_not_trained(speaking):
     tokenizer = speaking("chatml")
     [example] = text_examples([row([*TALK[:3], {**TALK[3], "weight": 0}, *TALK[4:]])], tokenizer, 1000, "error")

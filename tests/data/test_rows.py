@@ -55,6 +55,11 @@ def test_the_three_shapes_are_read(tmp_path):
             "causal_lm",
             r'messages\[1\].train is not read; a message that is not to be trained has "weight": 0',
         ),
+        (
+            [{"messages": [{"role": "user", "content": "x"}, {"role": "assistant", "content": "y", "train": "false"}]}],
+            "causal_lm",
+            r"messages\[1\].train is not read; .* It may be true, or left out, found 'false'",
+        ),
     ],
 )
 def test_bad_rows_are_named_by_file_and_line(tmp_path, rows, task, message):
