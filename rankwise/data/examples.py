@@ -313,14 +313,22 @@ def fit(examples: list[E], max_length: int, long_rows: LongRows) -> list[E]:
     kept = fitted(examples, max_length, long_rows)
     if not kept:
         raise DataError(f"--long-rows drop leaves no row: all {len(examples)} have more than {max_length} tokens")
-    untrained = [e.place for e in kept if not e.counted]
-    if untrained:
+    if untrained := [e for e in kept if not e.counted]:
+        advice = (
+            " Raise --max-length, or leave out long rows with --long-rows drop" if any(e.cut for e in untrained) else ""
+        )
         raise DataError(
-            f"{len(untrained)} rows have no trained token within --max-length {max_length} tokens: the prompt alone "
-            f"fills it, so they would teach nothing. Raise --max-length, or leave them out with --long-rows drop:\n"
-            + listing(untrained)
+            f"{len(untrained)} rows have no trained token within --max-length {max_length} tokens, so they would teach "
+            f"nothing.{advice}:\n" + listing([f"{e.place}: {untrained_because(e)}" for e in untrained])
         )
     return kept
+
+
+def untrained_because(example: Example) -> str:
+    """Why an example has no trained token."""
+    if example.cut:
+        return "the prompt alone fills --max-length"
+    return "no turn of it is trained (their weights are 0); give one a weight of 1, or remove the row"
 
 
 def fitted(examples: list[E], max_length: int, long_rows: LongRows) -> list[E]:

@@ -112,6 +112,15 @@ def test_rows_whose_prompt_fills_the_length_are_named(show, tmp_path):
     assert "data.jsonl:4: no trained token: the prompt alone fills --max-length" in out
 
 
+def test_the_example_is_one_that_has_trained_tokens(show, tmp_path):
+    talk = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    silent = [talk[0], {**talk[1], "weight": 0}]
+    code, out = show(write(tmp_path / "data.jsonl", [{"messages": silent}, {"messages": talk}]))
+    assert code == 2
+    assert "data.jsonl:2, as the model reads it" in out
+    assert "data.jsonl:1: no trained token: no turn of it is trained" in out
+
+
 def test_the_report_as_json_holds_every_problem(show, tmp_path):
     code, out = show(write(tmp_path / "data.jsonl", [*ROWS, *[{"prompt": "x"}] * 30]), "--json")
     report = json.loads(out)

@@ -117,6 +117,10 @@ def test_long_rows_are_an_error_unless_the_user_says_what_happens_to_them(tmp_pa
     assert [len(example.ids) for example in text_examples(rows, tokenizer, 50, "cut")][1] == 50
     with pytest.raises(DataError, match="2 rows have no trained token within --max-length 20"):
         text_examples(rows, tokenizer, 20, "cut")
+    unweighted = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b", "weight": 0}]
+    with pytest.raises(DataError, match=r"1 rows have no trained token [\s\S]*:1: no turn of it is trained") as error:
+        text_examples([row(tmp_path, messages=unweighted)], tokenizer, 50, "error")
+    assert "--long-rows" not in str(error.value)
     with pytest.raises(DataError, match="leaves no row"):
         text_examples(rows, tokenizer, 20, "drop")
 
