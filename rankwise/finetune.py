@@ -15,6 +15,7 @@ from rankwise.data.report import measure
 from rankwise.data.rows import Row, divide
 from rankwise.data.shapes import ASKING, TASK_TYPES, Layout
 from rankwise.data.tasks import examples_for
+from rankwise.data.transcripts import on_day
 from rankwise.engine.engine import Engine
 from rankwise.engine.explain import explain
 from rankwise.engine.heap import return_freed_memory
@@ -105,7 +106,7 @@ def _finetune(config: TrainConfig, run: RunFolder, reporter: Reporter) -> dict[s
     train_rows, held_out_rows = read_data(config, reporter.say)
     labels = labels_of(train_rows)
     with reporter.stage("tokenising"):
-        tokenizer = load_tokenizer(config.model)
+        tokenizer = on_day(load_tokenizer(config.model), run.day)
         data = _tokenise(config, train_rows, held_out_rows, tokenizer, labels, reporter.say)
     # A plan that cannot be is found before anything is loaded, measured or written.
     plan = planned_steps(data.train, config)
@@ -207,7 +208,7 @@ def _start(
         rate = best_rate(engine, data.train, data.held_out, config, reporter.say)
     training = Training(engine, data.train, replace(config, lr=rate))
     reporter.say(f"{len(plan):,} steps, learning rate {training.rate:.3g}")
-    start = Start(*hashes, training.rate, str(Path.cwd()), settings_of(config))
+    start = Start(*hashes, training.rate, str(Path.cwd()), settings_of(config), run.day)
     run.write_start(start)
     return start, training
 

@@ -6,9 +6,11 @@ the conversation up to it ends. Both must be the beginning of the whole conversa
 """
 
 import json
+import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from datetime import datetime
 from itertools import takewhile
 from typing import Any, Literal
 
@@ -20,6 +22,9 @@ Tokenizer = Any
 
 QUESTION: list[Message] = [{"role": "user", "content": "a"}]
 """The shortest conversation that asks for an answer."""
+
+_TODAY = re.compile(r"""\bstrftime_now\(\s*(['"])(.*?)\1\s*\)""")
+"""What chat templates write for the date."""
 
 TrainOn = Literal["completion", "last", "all"]
 
@@ -33,6 +38,15 @@ class Transcript:
     """[start, end) of each stretch of `text` that is trained, in their order."""
     special: bool
     """Whether the tokenizer adds its own first token; a chat template writes it itself."""
+
+
+def on_day(tokenizer: Tokenizer, day: str) -> Tokenizer:
+    """The tokenizer, whose chat template now writes `day` (2026-01-31) where it asked for the date of today."""
+    template, today = tokenizer.chat_template, datetime.fromisoformat(day)
+    if isinstance(template, str):
+        # transformers hands no function of ours to a template, so what it would return is put into the template.
+        tokenizer.chat_template = _TODAY.sub(lambda call: call[1] + today.strftime(call[2]) + call[1], template)
+    return tokenizer
 
 
 def transcript(fields: Mapping[str, Any], tokenizer: Tokenizer, train_on: TrainOn = "completion") -> Transcript:

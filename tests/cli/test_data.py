@@ -2,6 +2,8 @@
 
 import io
 import json
+import shutil
+from datetime import datetime
 from pathlib import Path
 
 import pytest
@@ -201,6 +203,24 @@ def test_exact_match_is_counted_over_the_rows_that_the_loss_counts(tiny_llama_fo
     capsys.readouterr()
     assert main(["eval", "--adapter", str(run), "--data", held_out, asking_nothing, *how]) == 0
     assert json.loads(capsys.readouterr().out)["rows"] == 2
+
+
+def test_a_run_that_is_resumed_on_another_day_ends_with_the_same_bytes(tiny_llama_folder, tmp_path, monkeypatch):
+    class Later(datetime):
+        @classmethod
+        def now(cls, tz=None):
+            return cls(2031, 1, 2)
+
+    base, run = shutil.copytree(tiny_llama_folder, tmp_path / "base"), tmp_path / "run"
+    shutil.copy(ROOT / "tests/data/chat_templates/granite-3.3.jinja", base / "chat_template.jinja")
+    options = ["--data", write(tmp_path / "data.jsonl", ROWS), "--eval-fraction", "0", "--max-steps", "2", "--r", "2"]
+    assert main(["train", "--model", str(base), "--out", str(run), "--save-steps", "1", *options]) == 0
+    whole = (run / "adapter/adapter_model.safetensors").read_bytes()
+    (run / "result.json").unlink()
+    shutil.rmtree(run / "checkpoints/step-000002")
+    monkeypatch.setattr("transformers.utils.chat_template_utils.datetime", Later)
+    assert main(["train", "--resume", str(run)]) == 0
+    assert (run / "adapter/adapter_model.safetensors").read_bytes() == whole
 
 
 def test_train_refuses_bad_rows_of_both_files_at_once(tiny_llama_folder, tmp_path, capsys):

@@ -11,6 +11,7 @@ import pytest
 from rankwise.data.examples import asked, text_examples, tokenise
 from rankwise.data.files import Row
 from rankwise.data.shapes import SHAPES, standard_fields
+from rankwise.data.transcripts import on_day
 from rankwise.errors import DataError
 
 TEMPLATES = Path(__file__).parent / "chat_templates"
@@ -300,6 +301,16 @@ def test_real_templates_write_arguments_as_json_with_their_letters(name, speakin
     assert "Zürich" in turn
     assert "'city'" not in turn
     assert re.search(r"\b1.10?\b", turn)
+
+
+@pytest.mark.parametrize("name", ["granite-3.3", "mistral-small-3.2", "gpt-oss"])
+def test_a_template_that_writes_the_date_writes_the_day_that_it_is_given(name, speaking):
+    [old], [new] = (text_examples([row(TALK[:2])], on_day(speaking(name), day), 10_000, "error") for day in DAYS)
+    assert "1999" in speaking(name).decode(old.ids)
+    assert "2031" in speaking(name).decode(new.ids)
+
+
+DAYS = "1999-12-31", "2031-01-02"
 
 
 def deaf_to(tokenizer, old, new=""):
