@@ -8,13 +8,14 @@ from typing import Any
 
 import torch
 
-from rankwise.data.examples import Prompt, asked
+from rankwise.data.examples import Prompt, questions_of
 from rankwise.data.labelled import label_counts, problem_type, why_no_classifier
 from rankwise.data.lazy import LazyExamples
 from rankwise.data.report import measure
 from rankwise.data.rows import Row, divide
 from rankwise.data.shapes import ASKING, Layout
 from rankwise.data.tasks import examples_for
+from rankwise.data.transcripts import on_day
 from rankwise.engine.engine import Engine
 from rankwise.engine.explain import explain
 from rankwise.engine.heap import return_freed_memory
@@ -90,8 +91,8 @@ def _finetune(config: TrainConfig, run: RunFolder, reporter: Reporter) -> dict[s
     train_rows, held_out_rows = read_data(config, reporter.say)
     labels = labels_of(train_rows)
     with reporter.stage("tokenising"):
-        tokenizer = load_tokenizer(config.model)
-        data = _tokenise(config, train_rows, held_out_rows, tokenizer, labels)
+        tokenizer = on_day(load_tokenizer(config.model), run.day)
+        data = _tokenise(config, train_rows, held_out_rows, tokenizer, labels, reporter.say)
     # A plan that cannot be is found before anything is loaded, measured or written.
     plan = planned_steps(data.train, config)
     torch.manual_seed(config.seed)
@@ -193,7 +194,7 @@ def _start(
         rate = best_rate(engine, data.train, data.held_out, config, reporter.say)
     training = Training(engine, data.train, replace(config, lr=rate))
     reporter.say(f"{len(plan):,} steps, learning rate {training.rate:.3g}")
-    start = Start(*hashes, training.rate, str(Path.cwd()), settings_of(config))
+    start = Start(*hashes, training.rate, str(Path.cwd()), settings_of(config), run.day)
     run.write_start(start)
     return start, training
 
@@ -227,6 +228,7 @@ def _tokenise(
     held_out: Sequence[Row],
     tokenizer: Any,
     labels: list[str],
+    say: Callable[[str], None],
 ) -> Dataset:
     length = min(config.max_length, longest_input_of(config.model))
 
@@ -238,10 +240,11 @@ def _tokenise(
         first = examples.keep(planned_steps(examples, config).beginning.distinct)
     else:
         examples = first = examples_of(train)
-    questions = held_out[: config.eval_answers] if config.task in ASKING else []
-    answers = [asked(row, tokenizer) for row in questions]
+    kept = examples_of(held_out)
+    most = config.eval_answers if config.task in ASKING else 0
+    questions = questions_of(kept, held_out, tokenizer, length, most, say)
     sha256 = data_sha256(tokenizer, train, held_out)
-    return Dataset(examples, first, held_out, examples_of(held_out), answers, sha256, examples_of)
+    return Dataset(examples, first, held_out, kept, questions, sha256, examples_of)
 
 
 def _shrink(

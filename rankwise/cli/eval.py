@@ -50,7 +50,7 @@ def main(options: list[str]) -> int:
     if config.metrics and config.eval_answers == 0:
         raise ConfigError("--metrics measures answers; leave --eval-answers 0 out")
     layout = Layout.parse(config.format, config.columns)
-    from rankwise.data.examples import asked
+    from rankwise.data.examples import questions_of
     from rankwise.data.rows import read_rows
     from rankwise.data.sources import check_unweighted
     from rankwise.data.tasks import examples_for
@@ -72,7 +72,8 @@ def main(options: list[str]) -> int:
     rows, tokenizer = read_rows(config.data, adapted.task, layout), adapted.tokenizer
     length = min(config.max_length, longest_input(adapted.model))
     examples = examples_for(adapted.task, rows, tokenizer, adapted.labels, length, config.long_rows, config.train_on)
-    questions = [asked(row, tokenizer) for row in rows[: config.eval_answers]] if adapted.task in ASKING else []
+    most = config.eval_answers if adapted.task in ASKING else 0
+    questions = questions_of(examples, rows, tokenizer, length, most, reporter.say)
     engine = engine_for(adapted.task, adapted.model, pad_id(tokenizer), examples)
     with reporter.stage("evaluating") as stage:
         measured = evaluate(engine, tokenizer, examples, questions, stage.update, config.metrics)

@@ -50,7 +50,7 @@ def main(options: list[str]) -> int:
         raise ConfigError(f"--first must be at least 1, found {config.first}")
     if config.adapter is None and config.use == "both":
         raise ConfigError("--use both needs an --adapter to stand beside the base model")
-    from rankwise.data.examples import asked, user_prompt
+    from rankwise.data.examples import prompts_of, user_prompt
     from rankwise.data.rows import read_prompts
     from rankwise.engine.generate import generate
     from rankwise.lora.inject import adapters_off
@@ -65,7 +65,7 @@ def main(options: list[str]) -> int:
         does = "embeds" if adapted.task == "embedding" else "classifies"
         raise ConfigError(f"this adapter {does} texts and cannot answer prompts; measure it with rankwise eval")
     model, tokenizer = adapted.model, adapted.tokenizer
-    questions = [asked(row, tokenizer) for row in rows] or [user_prompt(config.prompt or "", tokenizer)]
+    questions = prompts_of(rows, tokenizer) or [user_prompt(config.prompt or "", tokenizer)]
     sides = ["base"] if config.adapter is None else ["base", "adapter"] if config.use == "both" else [config.use]
     answers = {}
     for side in sides:

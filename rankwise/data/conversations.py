@@ -124,8 +124,11 @@ def _message(name: str, entry: Any, faults: Faults) -> Message:
     if message.get("weight", 1) not in (0, 1):
         faults.append(f"{name}.weight must be 0 (not trained) or 1, found {message['weight']!r}")
     for other in _OTHER_WEIGHTS:
-        if message.pop(other, True) in (False, 0):
-            faults.append(f'{name}.{other} is not read; a message that is not to be trained has "weight": 0')
+        if (found := message.pop(other, True)) not in (True, 1):
+            faults.append(
+                f'{name}.{other} is not read; a message that is not to be trained has "weight": 0. It may be true, or '
+                f"left out, found {found!r}"
+            )
     return message
 
 
@@ -149,11 +152,28 @@ def _tool_calls(name: str, calls: Any, faults: Faults) -> Iterable[dict[str, Any
         if not isinstance(function, Mapping) or not isinstance(function.get("name"), str) or not function["name"]:
             faults.append(f"{whole} must name the function that is called")
             continue
-        arguments = parsed(function.get("arguments") or {})
+        written = function.get("arguments") or {}
+        arguments = parsed(written)
         if not isinstance(arguments, dict):
             faults.append(f"{whole}: the arguments must be a JSON object, found {arguments!r}")
+        elif isinstance(written, str):
+            arguments = Arguments(arguments)
+            arguments.written = written
         given = {key: value for key, value in call.items() if value is not None} if "function" in call else {}
         yield {"type": "function", **given, "function": {**function, "arguments": arguments}}
+
+
+class Arguments(dict[str, Any]):
+    """The arguments of a call, of which the row has a text."""
+
+    written: str
+
+
+def arguments_text(arguments: dict[str, Any]) -> str:
+    """The JSON text of a call's arguments: the row's own, where it has one."""
+    if isinstance(arguments, Arguments) and arguments:
+        return arguments.written
+    return json.dumps(arguments, ensure_ascii=False, default=str)
 
 
 def with_text_arguments(messages: list[Message]) -> list[Message]:
@@ -161,7 +181,7 @@ def with_text_arguments(messages: list[Message]) -> list[Message]:
     changed = []
     for message in messages:
         calls = [
-            {**call, "function": {**call["function"], "arguments": json.dumps(call["function"]["arguments"])}}
+            {**call, "function": {**call["function"], "arguments": arguments_text(call["function"]["arguments"])}}
             for call in message.get("tool_calls", [])
         ]
         changed.append({**message, "tool_calls": calls} if calls else message)

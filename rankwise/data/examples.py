@@ -1,13 +1,13 @@
 """Rows → tokens: the tokenizer's own chat template, and which tokens the loss counts."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
-from itertools import pairwise
+from itertools import islice, pairwise
 from typing import ClassVar, Literal, Protocol, Self, TypeVar
 
 from rankwise.data.files import Problem, Row
 from rankwise.data.rows import MOST_PROBLEMS
-from rankwise.data.transcripts import Tokenizer, TrainOn, Transcript, question, transcript
+from rankwise.data.transcripts import Tokenizer, TrainOn, Transcript, asks, question, transcript
 from rankwise.errors import DataError, listing
 
 LongRows = Literal["error", "cut", "drop"]
@@ -119,14 +119,20 @@ class Prompt:
 
     ids: Ids
     answer: str | None
+    place: str = ""
+    """file:line, for messages."""
 
 
 def usable(examples: list[E], problems: Sequence[Problem], max_length: int, long_rows: LongRows) -> list[E]:
     """The examples, in their length. Raises DataError if there are problems, and as `fit` does."""
+    _refuse(problems, "that this model cannot be trained or measured on")
+    return fit(examples, max_length, long_rows)
+
+
+def _refuse(problems: Sequence[Problem], why: str) -> None:
     if problems:
         shown = listing(list(map(str, problems)), MOST_PROBLEMS)
-        raise DataError(f"rows that this model cannot be trained or measured on; problems: {len(problems)}\n{shown}")
-    return fit(examples, max_length, long_rows)
+        raise DataError(f"rows {why}; problems: {len(problems)}\n{shown}")
 
 
 def tokenise(
@@ -160,10 +166,46 @@ _AT_ONCE = 512
 def asked(row: Row, tokenizer: Tokenizer) -> Prompt:
     """What a row asks (its prompt, its conversation up to a last assistant turn, or its text) and the reference answer.
 
-    Raises DataError if the chat template refuses the row.
+    Raises DataError if the row asks nothing, or if the chat template refuses it.
     """
     [ids] = _tokens([question(row.fields, tokenizer)], tokenizer)
-    return Prompt(ids, _reference(row, tokenizer))
+    return Prompt(ids, _reference(row, tokenizer), row.place)
+
+
+def prompts_of(rows: Iterable[Row], tokenizer: Tokenizer) -> list[Prompt]:
+    """What each row asks. Raises DataError with file and line of all rows that ask nothing or cannot be rendered."""
+    prompts: list[Prompt] = []
+    problems: list[Problem] = []
+    for row in rows:
+        try:
+            prompts.append(asked(row, tokenizer))
+        except DataError as error:
+            problems.append(Problem(row.place, str(error)))
+    _refuse(problems, "that this model cannot be asked")
+    return prompts
+
+
+def questions_of(
+    examples: Sequence[Example],
+    rows: Sequence[Row],
+    tokenizer: Tokenizer,
+    max_length: int,
+    most: int | None,
+    say: Callable[[str], None],
+) -> list[Prompt]:
+    """What the rows of these examples ask, the first `most` that ask anything, for exact match over the same rows as
+    the loss.
+
+    A question longer than `max_length` tokens, as a row can have whose end is cut off, is not asked, and that is said.
+    Raises DataError as `prompts_of` does.
+    """
+    kept = {example.place for example in examples}
+    asking = (row for row in rows if row.place in kept and asks(row.fields))
+    prompts = prompts_of(islice(asking, most), tokenizer)
+    fitting = [prompt for prompt in prompts if len(prompt.ids) <= max_length]
+    if long := len(prompts) - len(fitting):
+        say(f"{long:,} held-out rows are not asked for answers: their questions are longer than {max_length} tokens")
+    return fitting
 
 
 def _reference(row: Row, tokenizer: Tokenizer) -> str | None:
@@ -254,14 +296,22 @@ def fit(examples: list[E], max_length: int, long_rows: LongRows) -> list[E]:
     kept = fitted(examples, max_length, long_rows)
     if not kept:
         raise DataError(f"--long-rows drop leaves no row: all {len(examples)} have more than {max_length} tokens")
-    untrained = [e.place for e in kept if not e.counted]
-    if untrained:
+    if untrained := [e for e in kept if not e.counted]:
+        advice = (
+            " Raise --max-length, or leave out long rows with --long-rows drop" if any(e.cut for e in untrained) else ""
+        )
         raise DataError(
-            f"{len(untrained)} rows have no trained token within --max-length {max_length} tokens: the prompt alone "
-            f"fills it, so they would teach nothing. Raise --max-length, or leave them out with --long-rows drop:\n"
-            + listing(untrained)
+            f"{len(untrained)} rows have no trained token within --max-length {max_length} tokens, so they would teach "
+            f"nothing.{advice}:\n" + listing([f"{e.place}: {untrained_because(e)}" for e in untrained])
         )
     return kept
+
+
+def untrained_because(example: Example) -> str:
+    """Why an example has no trained token."""
+    if example.cut:
+        return "the prompt alone fills --max-length"
+    return "no turn of it is trained (their weights are 0); give one a weight of 1, or remove the row"
 
 
 def fitted(examples: list[E], max_length: int, long_rows: LongRows) -> list[E]:

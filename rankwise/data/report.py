@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass
 from itertools import groupby
 from typing import Any
 
-from rankwise.data.examples import Example, LongRows, TextExample, fitted, longest_text
+from rankwise.data.examples import Example, LongRows, TextExample, fitted, longest_text, untrained_because
 from rankwise.data.files import Problem, Row
 from rankwise.data.labelled import label_counts, why_no_classifier
 from rankwise.data.rows import Division, why_no_split
@@ -77,7 +77,7 @@ class DataReport:
     dropped: int
     """Rows that are too long and left out."""
     example: Example | None
-    """The first one."""
+    """The first one that has something to train."""
     why_no_classifier: str | None
     """Why no classifier can be trained on these labels."""
     why_no_split: str | None = None
@@ -140,7 +140,7 @@ def report_on(
         # A row that a weight repeats has its problem once.
         problems=list(dict.fromkeys(problems)),
         dropped=dropped,
-        example=next(iter(sides[0]), None),
+        example=next((example for example in sides[0] if example.counted), None),
         why_no_classifier=why_no_classifier(division.train, labels),
         why_no_split=why_no_split(division.train) if division.train and not division.held_out else None,
     )
@@ -169,7 +169,7 @@ def _problems(kept: Sequence[Example], max_length: int) -> Iterator[Problem]:
                 "(--long-rows cut or drop says what to do with such rows)",
             )
         elif not example.counted:
-            yield Problem(example.place, "no trained token: the prompt alone fills --max-length, or no turn is trained")
+            yield Problem(example.place, f"no trained token: {untrained_because(example)}")
 
 
 def stretches(example: TextExample, tokenizer: Tokenizer) -> list[tuple[str, bool]]:

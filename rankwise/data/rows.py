@@ -1,5 +1,6 @@
 """Reading data of any shape, all its problems at once, and dividing it into training and evaluation rows."""
 
+import json
 import random
 from array import array
 from collections import Counter
@@ -139,8 +140,9 @@ def _with(row: Row, fields: dict) -> Row:
 def question_keys(row: Row) -> list[str]:
     """What a row asks, with all white space alike, the last time at the end: rows that end alike ask the same.
 
-    The prompt, or the conversation before each of its assistant messages; the text, the words to tag, or the anchor of
-    a pair. A prompt asks the same as a conversation of that one user message.
+    The prompt, or the conversation before each of its assistant messages, where ids of tool calls and the order of keys
+    make no difference; the text, the words to tag, or the anchor of a pair. A prompt asks the same as a conversation of
+    that one user message.
     """
     fields = row.fields
     if "tokens" in fields:
@@ -149,14 +151,22 @@ def question_keys(row: Row) -> list[str]:
         return [_asked([{"role": "user", "content": fields["prompt"]}])]
     if "messages" not in fields:
         return [" ".join(next(fields[name] for name in ("anchor", "text") if name in fields).split())]
-    messages, tools = fields["messages"], str(fields.get("tools", ""))
-    answers = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
+    messages, tools = fields["messages"], _sorted(fields.get("tools"))
+    # Before an opening by the assistant nothing is asked.
+    answers = [index for index, message in enumerate(messages) if index and message["role"] == "assistant"]
     return [_asked(messages[:index], tools) for index in answers or [len(messages)]]
 
 
 def _asked(messages: Sequence[Mapping[str, Any]], tools: str = "") -> str:
-    parts = [f"{message['role']}: {message['content']} {message.get('tool_calls', '')}" for message in messages]
-    return " ".join(" ".join([tools, *parts]).split())
+    parts = [tools]
+    for message in messages:
+        calls = _sorted([call["function"] for call in message.get("tool_calls", ())])
+        parts.append(f"{message['role']}: {message['content']} {calls}")
+    return " ".join(" ".join(parts).split())
+
+
+def _sorted(values: Any) -> str:
+    return json.dumps(values, sort_keys=True, default=str) if values else ""
 
 
 def split_rows(rows: Sequence[Row], fraction: float, seed: int) -> tuple[Sequence[Row], Sequence[Row]]:
@@ -202,9 +212,23 @@ def why_no_split(rows: Sequence[Row]) -> str | None:
 
 
 def without_overlap(train: Sequence[Row], held_out: Sequence[Row]) -> tuple[Sequence[Row], Sequence[Row]]:
-    """(training rows that ask nowhere what an evaluation row asks at its end, training rows that do)."""
-    asked = {_hash(question_keys(row)[-1]) for row in held_out}
-    return _parted(train, [any(_hash(key) in asked for key in question_keys(row)) for row in train])
+    """(the other training rows, those that ask what an evaluation row asks).
+
+    A conversation does so too that goes on from an evaluation row, or that one goes on from; a common beginning alone
+    is nothing that both ask.
+    """
+    ends: set[int] = set()
+    passed: set[int] = set()
+    for row in held_out:
+        keys = list(map(_hash, question_keys(row)))
+        ends.add(keys[-1])
+        passed.update(keys)
+
+    def asks_the_same(row: Row) -> bool:
+        keys = list(map(_hash, question_keys(row)))
+        return keys[-1] in passed or not ends.isdisjoint(keys)
+
+    return _parted(train, list(map(asks_the_same, train)))
 
 
 def _hash(question: str) -> int:
@@ -263,7 +287,7 @@ class Division:
     train: Sequence[Row]
     held_out: Sequence[Row]
     left_out: Sequence[Row]
-    """Training rows that ask what a given evaluation row asks."""
+    """Training rows that ask what a given evaluation row asks (`without_overlap`)."""
 
     @property
     def problems(self) -> list[Problem]:

@@ -6,12 +6,15 @@ the conversation up to it ends. Both must be the beginning of the whole conversa
 """
 
 import json
-from collections.abc import Mapping, Sequence
+import re
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from datetime import datetime
 from itertools import takewhile
 from typing import Any, Literal
 
-from rankwise.data.conversations import Message, with_text_arguments
+from rankwise.data.conversations import Message, arguments_text, with_text_arguments
 from rankwise.errors import DataError
 
 Tokenizer = Any
@@ -19,6 +22,9 @@ Tokenizer = Any
 
 QUESTION: list[Message] = [{"role": "user", "content": "a"}]
 """The shortest conversation that asks for an answer."""
+
+_TODAY = re.compile(r"""\bstrftime_now\(\s*(['"])(.*?)\1\s*\)""")
+"""What chat templates write for the date."""
 
 TrainOn = Literal["completion", "last", "all"]
 
@@ -32,6 +38,15 @@ class Transcript:
     """[start, end) of each stretch of `text` that is trained, in their order."""
     special: bool
     """Whether the tokenizer adds its own first token; a chat template writes it itself."""
+
+
+def on_day(tokenizer: Tokenizer, day: str) -> Tokenizer:
+    """The tokenizer, whose chat template now writes `day` (2026-01-31) where it asked for the date of today."""
+    template, today = tokenizer.chat_template, datetime.fromisoformat(day)
+    if isinstance(template, str):
+        # transformers hands no function of ours to a template, so what it would return is put into the template.
+        tokenizer.chat_template = _TODAY.sub(lambda call: call[1] + today.strftime(call[2]) + call[1], template)
+    return tokenizer
 
 
 def transcript(fields: Mapping[str, Any], tokenizer: Tokenizer, train_on: TrainOn = "completion") -> Transcript:
@@ -57,12 +72,12 @@ def transcript(fields: Mapping[str, Any], tokenizer: Tokenizer, train_on: TrainO
 def question(fields: Mapping[str, Any], tokenizer: Tokenizer) -> Transcript:
     """The transcript of what a row asks: the prompt, all before a last assistant message, or the text itself.
 
-    Raises DataError if the chat template refuses the row.
+    Raises DataError if the row asks nothing, or if the chat template refuses it.
     """
     if "messages" in fields:
-        messages = fields["messages"]
-        if messages[-1]["role"] == "assistant":
-            messages = messages[:-1]
+        messages = _before_answer(fields["messages"])
+        if not messages:
+            raise DataError("nothing stands before the assistant's only message, so nothing is asked")
         text = _render(messages, fields.get("tools"), tokenizer, ask=True)
     elif "prompt" in fields and tokenizer.chat_template:
         text = _render([{"role": "user", "content": fields["prompt"]}], None, tokenizer, ask=True)
@@ -71,15 +86,24 @@ def question(fields: Mapping[str, Any], tokenizer: Tokenizer) -> Transcript:
     return Transcript(text, (), special=False)
 
 
+def asks(fields: Mapping[str, Any]) -> bool:
+    """Whether anything stands before a row's last answer."""
+    return "messages" not in fields or bool(_before_answer(fields["messages"]))
+
+
+def _before_answer(messages: list[Message]) -> list[Message]:
+    return messages[:-1] if messages[-1]["role"] == "assistant" else messages
+
+
 def _conversation(
     messages: list[Message], tools: Sequence[Any] | None, tokenizer: Tokenizer, train_on: TrainOn
 ) -> Transcript:
-    """The conversation up to its last trained turn, as the template renders it.
+    """The conversation up to its last trained turn (all of it, if all is trained), as the template renders it.
 
     A template that writes nothing after a turn leaves it without an end; the end-of-text token is then put there.
     """
     whole = _render(messages, tools, tokenizer)
-    _check_instructions(messages, tools, whole)
+    _check_instructions(messages, tools, whole, tokenizer)
     turns = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
     if train_on != "all":
         turns = [index for index in turns if messages[index].get("weight", 1)]
@@ -94,7 +118,10 @@ def _conversation(
         answers.append((len(text), len(text) + len(answer)))
         text += answer
         done = end
-    return Transcript(text, ((0, len(text)),) if train_on == "all" else tuple(answers), special=False)
+    if train_on != "all":
+        return Transcript(text, tuple(answers), special=False)
+    text += whole[done:].rstrip()
+    return Transcript(text, ((0, len(text)),), special=False)
 
 
 def _turn(
@@ -150,15 +177,18 @@ def _advice(messages: list[Message], index: int) -> str:
     return "; split the conversation so that this turn is the last, or train the last turn alone: --train-on last"
 
 
-def _check_instructions(messages: list[Message], tools: Sequence[Any] | None, whole: str) -> None:
+def _check_instructions(messages: list[Message], tools: Sequence[Any] | None, whole: str, tokenizer: Tokenizer) -> None:
     """Templates can leave out what they have no place for, without a word: a system message, tools, their results."""
     rendered = squeezed(whole)
     for index, message in enumerate(messages):
-        forms = [message["content"]] if message["role"] != "assistant" else [""]
-        if message["role"] == "tool":
-            # It may stand there as JSON text, with its quotes escaped.
-            forms += [json.dumps(forms[0], ensure_ascii=ascii)[1:-1] for ascii in (False, True)]
-        if not any(squeezed(form) in rendered for form in forms):
+        words = message["content"] if message["role"] != "assistant" else ""
+        # A tool's result may stand there as JSON text.
+        there = _is_in(words, rendered) if message["role"] == "tool" else squeezed(words) in rendered
+        if message["role"] in ("system", "developer") and words.strip():
+            # Its words may stand elsewhere too, so the template is asked whether it makes a difference.
+            other = [{**message, "content": f"{words} b"}, *messages[1:]]
+            there = there and _render(other, tools, tokenizer) != whole
+        if not there:
             raise DataError(f"the chat template leaves out or changes what turn {index + 1} ({message['role']}) says")
     lost = [tool["function"]["name"] for tool in tools or () if tool["function"]["name"] not in whole]
     if lost:
@@ -176,12 +206,39 @@ def _check_answer(message: Message, index: int, answer: str) -> None:
             f"the chat template has no place for reasoning: it leaves it out of turn {index + 1}; choose a model whose "
             "template has one, or remove it from the row"
         )
-    lost = [call["function"]["name"] for call in message.get("tool_calls", ())]
-    lost = [name for name in lost if name not in answer]
-    if lost:
+    if lost := list(_lost_from_calls([call["function"] for call in message.get("tool_calls", ())], answer)):
         raise DataError(
             f"the chat template has no place for tool calls: in turn {index + 1} it leaves out {', '.join(lost)}"
         )
+
+
+def _lost_from_calls(functions: list[Message], answer: str) -> Iterator[str]:
+    """The calls that a turn does not write, and of those that it writes the values that it leaves out."""
+    rendered = squeezed(answer)
+    names = Counter(function["name"] for function in functions)
+    for name, times in names.items():
+        if answer.count(name) < times:
+            yield name if times == 1 else f"one of {times} calls of {name}"
+    for function in functions:
+        if function["name"] in answer and squeezed(arguments_text(function["arguments"])) not in rendered:
+            for name, value in function["arguments"].items():
+                if not all(_is_in(leaf, rendered) for leaf in _leaves(value)):
+                    yield f"{function['name']}'s {name}"
+
+
+def _leaves(value: Any) -> Iterator[Any]:
+    """What a value of JSON is made of; null stands for nothing, which a template may leave out."""
+    if isinstance(value, Mapping | list):
+        for part in value.values() if isinstance(value, Mapping) else value:
+            yield from _leaves(part)
+    elif value is not None:
+        yield value
+
+
+def _is_in(value: Any, rendered: str) -> bool:
+    """Whether a squeezed text holds a value, as it is or as JSON text, its quotes and letters escaped or not."""
+    forms = [str(value), *(json.dumps(value, ensure_ascii=ascii, default=str).strip('"') for ascii in (False, True))]
+    return any(squeezed(form) in rendered for form in forms)
 
 
 def squeezed(text: str) -> str:
@@ -204,11 +261,26 @@ def _render(messages: list[Message], tools: Sequence[Any] | None, tokenizer: Tok
         raise DataError("the tokenizer has no chat template; give the data as prompt/completion")
     try:
         try:
-            return _applied(messages, tools, tokenizer, ask)
+            text = _applied(messages, tools, tokenizer, ask)
         except TypeError:
-            return _applied(with_text_arguments(messages), tools, tokenizer, ask)
+            text = None
+        if text is None or _writes_python(messages, text):
+            text = _applied(with_text_arguments(messages), tools, tokenizer, ask)
+        return text
     except (TemplateError, TypeError, ValueError, KeyError, AttributeError) as error:
         raise DataError(f"the chat template refuses it: {error}") from None
+
+
+def _writes_python(messages: list[Message], text: str) -> bool:
+    """Whether the template writes the arguments of a call as it finds them, for which they must be JSON text."""
+    for message in messages:
+        for call in message.get("tool_calls", ()):
+            arguments = call["function"]["arguments"]
+            as_python = str(arguments)
+            said = sum(other["content"].count(as_python) for other in messages)
+            if arguments and as_python != arguments_text(arguments) and text.count(as_python) > said:
+                return True
+    return False
 
 
 def _applied(messages: list[Message], tools: Sequence[Any] | None, tokenizer: Tokenizer, ask: bool) -> str:

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from itertools import groupby
 from typing import Any
 
 import torch
@@ -10,10 +11,11 @@ from transformers import StoppingCriteria, StoppingCriteriaList
 from rankwise.data.examples import Prompt
 from rankwise.data.transcripts import squeezed
 from rankwise.engine.batch import pad
+from rankwise.errors import DataError, listing
 from rankwise.lora.merge import merge_, unmerge_
 from rankwise.lora.narrow import is_narrow
 from rankwise.lora.places import named_lora_layers
-from rankwise.models.load import pad_id
+from rankwise.models.load import longest_input, pad_id
 
 _PLAIN: dict[str, Any] = {
     "num_beams": 1,
@@ -39,12 +41,21 @@ def generate(
 ) -> list[str]:
     """The most likely answer to each prompt, token by token, until its end-of-turn token or `max_new_tokens`.
 
+    An answer also ends where the model's positions do. Raises DataError if a prompt is longer than they are.
     With `references`, an answer also ends once it can no longer become its reference, blanks aside: so much less is
     computed where nothing but matches are counted.
     An adapter in the model is merged meanwhile, so that its tokens cost no more than the base model's; not into weights
     that are stored in a narrower type than the model computes in, which would round it.
     Returns the answers in the order of `prompts`, without special tokens. `on_batch` is told how many are done.
     """
+    positions = longest_input(model)
+    long = [prompt for prompt in prompts if len(prompt.ids) > positions]
+    if long:
+        raise DataError(
+            f"{len(long)} prompts are longer than {positions} tokens, all that the model's positions allow; shorten "
+            "them, or choose another model:\n"
+            + listing([f"{prompt.place or 'the prompt'}: {len(prompt.ids)} tokens" for prompt in long])
+        )
     with _merged(model):
         return _generate(model, tokenizer, prompts, max_new_tokens, batch_size, on_batch, references)
 
@@ -71,11 +82,11 @@ def _generate(
     on_batch: Callable[[int], None],
     references: Sequence[str] | None,
 ) -> list[str]:
-    order = sorted(range(len(prompts)), key=lambda index: len(prompts[index].ids))
-    answers = [""] * len(prompts)
+    answers, done = [""] * len(prompts), 0
     filler, encodes = pad_id(tokenizer), model.config.is_encoder_decoder
-    for start in range(0, len(order), batch_size):
-        batch = order[start : start + batch_size]
+    # Of a decoder's positions, the prompt takes its own; the answer's last token is not read.
+    rooms = [longest_input(model) - (0 if encodes else len(prompt.ids) - 1) for prompt in prompts]
+    for batch, most in _batches(prompts, [min(max_new_tokens, room) for room in rooms], batch_size):
         # A decoder goes on where its prompt ends; an encoder's positions begin with its first token.
         ids, mask = pad([prompts[index].ids for index in batch], filler, model.device, left=not encodes)
         first = 0 if encodes else ids.shape[1]
@@ -84,7 +95,7 @@ def _generate(
             output = model.generate(
                 input_ids=ids,
                 attention_mask=mask,
-                max_new_tokens=max_new_tokens,
+                max_new_tokens=most,
                 do_sample=False,
                 # The base model's own sampling settings, which greedy decoding would warn about.
                 temperature=None,
@@ -98,8 +109,18 @@ def _generate(
         texts = tokenizer.batch_decode(output[:, first:], skip_special_tokens=True)
         for index, text in zip(batch, texts, strict=True):
             answers[index] = text
-        on_batch(start + len(batch))
+        done += len(batch)
+        on_batch(done)
     return answers
+
+
+def _batches(prompts: Sequence[Prompt], most: Sequence[int], size: int) -> Iterator[tuple[list[int], int]]:
+    """Places of prompts of about the same length, and how many new tokens each of them may have, of `most`."""
+    order = sorted(range(len(prompts)), key=lambda index: len(prompts[index].ids))
+    for limit, group in groupby(order, key=most.__getitem__):
+        alike = list(group)
+        for start in range(0, len(alike), size):
+            yield alike[start : start + size], limit
 
 
 class Astray(StoppingCriteria):

@@ -5,6 +5,8 @@ import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import chdir, contextmanager, nullcontext
 from dataclasses import asdict
+from datetime import date
+from functools import cached_property
 from pathlib import Path
 from typing import Any, get_origin, get_type_hints
 
@@ -119,6 +121,12 @@ class RunFolder:
         """What `write_start` wrote, from a checkpoint if it is damaged; None if the run never came so far."""
         folders = [self.path, *self.checkpoints.newest_first()]
         return next(filter(None, map(_start_in, folders)), None)
+
+    @cached_property
+    def day(self) -> str:
+        """The day on which the run began, or that begins now."""
+        start = self.read_start()
+        return start.day if start else date.today().isoformat()
 
     @contextmanager
     def where_it_began(self) -> Iterator[None]:

@@ -30,6 +30,8 @@ class Start:
     """The working directory, from which the settings' relative paths are seen."""
     settings: dict[str, Any]
     """`settings_of` the run."""
+    day: str
+    """On which it began, as 2026-01-31: today for chat templates that write the date, when it is resumed too."""
 
     def check_settings(self, config: TrainConfig, file: Path) -> None:
         """Raise ConfigError if a run to be resumed has other settings than it began with.

@@ -2,6 +2,8 @@
 
 import io
 import json
+import shutil
+from datetime import datetime
 from pathlib import Path
 
 import pytest
@@ -112,6 +114,15 @@ def test_rows_whose_prompt_fills_the_length_are_named(show, tmp_path):
     assert "data.jsonl:4: no trained token: the prompt alone fills --max-length" in out
 
 
+def test_the_example_is_one_that_has_trained_tokens(show, tmp_path):
+    talk = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    silent = [talk[0], {**talk[1], "weight": 0}]
+    code, out = show(write(tmp_path / "data.jsonl", [{"messages": silent}, {"messages": talk}]))
+    assert code == 2
+    assert "data.jsonl:2, as the model reads it" in out
+    assert "data.jsonl:1: no trained token: no turn of it is trained" in out
+
+
 def test_the_report_as_json_holds_every_problem(show, tmp_path):
     code, out = show(write(tmp_path / "data.jsonl", [*ROWS, *[{"prompt": "x"}] * 30]), "--json")
     report = json.loads(out)
@@ -172,6 +183,44 @@ def test_plain_text_is_trained_and_evaluated_without_answers(tiny_llama_folder, 
     result = json.loads((run / "result.json").read_text())
     assert result["eval_loss_after"] < result["eval_loss_before"]
     assert result["metric_after"] is None
+
+
+def test_exact_match_is_counted_over_the_rows_that_the_loss_counts(tiny_llama_folder, tmp_path, capsys):
+    greeting = {"messages": [{"role": "assistant", "content": "hello"}]}
+    long = {"prompt": "v " * 99, "completion": "c"}
+    data, held_out = (
+        write(tmp_path / "train.jsonl", ROWS),
+        write(tmp_path / "test.jsonl", [long, {"prompt": "one", "completion": "1"}]),
+    )
+    asking_nothing = write(tmp_path / "greetings.jsonl", [greeting])
+    run = tmp_path / "run"
+    how = ["--max-length", "99", "--long-rows", "drop"]
+    options = ["--model", str(tiny_llama_folder), "--max-steps", "1", "--r", "2", "--out", str(run), *how]
+    assert main(["train", "--data", data, "--eval-data", held_out, asking_nothing, *options]) == 0
+    result = json.loads((run / "result.json").read_text())
+    assert result["eval_rows"] == 2
+    assert [sample["reference"] for sample in result["samples"]] == ["1"]
+    capsys.readouterr()
+    assert main(["eval", "--adapter", str(run), "--data", held_out, asking_nothing, *how]) == 0
+    assert json.loads(capsys.readouterr().out)["rows"] == 2
+
+
+def test_a_run_that_is_resumed_on_another_day_ends_with_the_same_bytes(tiny_llama_folder, tmp_path, monkeypatch):
+    class Later(datetime):
+        @classmethod
+        def now(cls, tz=None):
+            return cls(2031, 1, 2)
+
+    base, run = shutil.copytree(tiny_llama_folder, tmp_path / "base"), tmp_path / "run"
+    shutil.copy(ROOT / "tests/data/chat_templates/granite-3.3.jinja", base / "chat_template.jinja")
+    options = ["--data", write(tmp_path / "data.jsonl", ROWS), "--eval-fraction", "0", "--max-steps", "2", "--r", "2"]
+    assert main(["train", "--model", str(base), "--out", str(run), "--save-steps", "1", *options]) == 0
+    whole = (run / "adapter/adapter_model.safetensors").read_bytes()
+    (run / "result.json").unlink()
+    shutil.rmtree(run / "checkpoints/step-000002")
+    monkeypatch.setattr("transformers.utils.chat_template_utils.datetime", Later)
+    assert main(["train", "--resume", str(run)]) == 0
+    assert (run / "adapter/adapter_model.safetensors").read_bytes() == whole
 
 
 def test_train_refuses_bad_rows_of_both_files_at_once(tiny_llama_folder, tmp_path, capsys):

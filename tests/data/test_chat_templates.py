@@ -2,6 +2,7 @@
 
 import copy
 import json
+import pickle
 import re
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from rankwise.data.examples import asked, tokenise
 from rankwise.data.files import Row
 from rankwise.data.shapes import SHAPES, standard_fields
 from rankwise.data.tasks import examples_for
+from rankwise.data.transcripts import on_day
 from rankwise.errors import DataError
 
 TEMPLATES = Path(__file__).parent / "chat_templates"
@@ -271,6 +273,102 @@ def test_arguments_reach_templates_that_join_them_to_text(speaking):
     )
     [example] = examples_for("causal_lm", [row(TOOL_TALK)], joining, [], 1000, "error")
     assert trained_turns(example, joining)[0] == 'get_weather {"city": "Rome", "days": 3}' + END
+
+
+SPELLED = '{"city": "Zürich",  "share": 1.10, "ok": true}'
+"""Arguments that neither Python nor a JSON writer spells like this."""
+
+
+@pytest.mark.parametrize("writes", ["{{ f.name }} {{ f.arguments }}", "{{ f.name + ' ' + f.arguments }}"])
+def test_a_template_that_writes_arguments_as_it_finds_them_writes_the_text_of_the_row(writes, speaking):
+    tokenizer = speaking("chatml")
+    tokenizer.chat_template = (
+        "{% for m in messages %}<{{ m.role }}>{{ m.content }}"
+        "{% for call in m.tool_calls or [] %}{% set f = call.function %}" + writes + "{% endfor %}"
+        "{{ eos_token }}{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"
+    )
+    python = "{'city': 'Zürich', 'share': 1.1, 'ok': True}"
+    for asking in ("Weather?", f"Not {python}", f"As {SPELLED}"):
+        calling = {"role": "assistant", "tool_calls": [{"function": {"name": "w", "arguments": SPELLED}}]}
+        one = row([user(asking), calling, {"role": "tool", "content": "sunny"}, assistant("It is sunny.")])
+        [example] = examples_for("causal_lm", [pickle.loads(pickle.dumps(one))], tokenizer, [], 1000, "error")
+        assert trained_turns(example, tokenizer) == [f"w {SPELLED}{END}", f"It is sunny.{END}"]
+
+
+@pytest.mark.parametrize("name", WITH_TOOLS)
+def test_real_templates_write_arguments_as_json_with_their_letters(name, speaking):
+    tokenizer, call = speaking(name), {**CALL, "function": {"name": "get_weather", "arguments": SPELLED}}
+    talk = [user("Weather?"), {"role": "assistant", "content": None, "tool_calls": [call]}]
+    [example] = examples_for("causal_lm", [row(talk, tools=[WEATHER])], tokenizer, [], 10_000, "error")
+    [turn] = trained_turns(example, tokenizer)
+    assert "Zürich" in turn
+    assert "'city'" not in turn
+    assert re.search(r"\b1.10?\b", turn)
+
+
+@pytest.mark.parametrize("name", ["granite-3.3", "mistral-small-3.2", "gpt-oss"])
+def test_a_template_that_writes_the_date_writes_the_day_that_it_is_given(name, speaking):
+    [old], [new] = (
+        examples_for("causal_lm", [row(TALK[:2])], on_day(speaking(name), day), [], 10_000, "error") for day in DAYS
+    )
+    assert "1999" in speaking(name).decode(old.ids)
+    assert "2031" in speaking(name).decode(new.ids)
+
+
+DAYS = "1999-12-31", "2031-01-02"
+
+
+def deaf_to(tokenizer, old, new=""):
+    assert old in tokenizer.chat_template
+    tokenizer.chat_template = tokenizer.chat_template.replace(old, new)
+    return tokenizer
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "lost"),
+    [
+        ("{{- tool_call.arguments | tojson }}", "{{- '{}' }}", "get_weather's city, get_weather's days"),
+        ("for tool_call in message.tool_calls", "for tool_call in message.tool_calls[:1]", "one of 2 calls of get_wea"),
+    ],
+)
+def test_a_template_that_leaves_out_a_call_or_its_arguments_is_an_error(old, new, lost, speaking):
+    other = {**CALL, "function": {"name": "get_weather", "arguments": {"city": "Bonn", "days": 3}}}
+    one = row([user("Weather?"), {"role": "assistant", "tool_calls": [CALL, other]}], tools=[WEATHER])
+    assert tokenise([one], speaking("qwen2.5"))[1] == []
+    _, [problem] = tokenise([one], deaf_to(speaking("qwen2.5"), old, new))
+    assert f"in turn 2 it leaves out {lost}" in problem.text
+
+
+@pytest.mark.parametrize("name", WITH_TOOLS)
+def test_arguments_of_any_kind_are_found_where_real_templates_write_them(name, speaking):
+    arguments = {
+        "q": "say \"é\"\n\\ <b> & 'c'",
+        "n": [1, 2.50, -3e30, {"deep": True}],
+        "none": None,
+        "empty": "",
+        "no": {},
+    }
+    call = {**CALL, "function": {"name": "get_weather", "arguments": arguments}}
+    one = row([user("Weather?"), {"role": "assistant", "content": None, "tool_calls": [call]}], tools=[WEATHER])
+    assert tokenise([one], speaking(name))[1] == []
+
+
+def test_a_dropped_system_message_is_found_though_its_words_stand_elsewhere(speaking):
+    talk = [{"role": "system", "content": "Say it once"}, *TALK]
+    deaf = deaf_to(speaking("chatml"), "for message in messages", "for message in messages[1:]")
+    _, [problem] = tokenise([row(talk)], deaf)
+    assert "leaves out or changes what turn 1 (system)" in problem.text
+    assert tokenise([row(talk)], speaking("chatml"))[1] == []
+
+
+@pytest.mark.parametrize("name", TURNS)
+def test_all_trains_what_comes_after_the_last_answer_too(name, speaking):
+    tokenizer, talk = speaking(name), [*TALK[:2], user("Thanks")]
+    [example] = examples_for("causal_lm", [row(talk)], tokenizer, [], 1000, "error", train_on="all")
+    assert all(example.trained)
+    whole = tokenizer.apply_chat_template(row(talk).fields["messages"], tokenize=False).rstrip()
+    text = tokenizer.decode(example.ids)
+    assert text.replace(END, "") == whole.replace(END, "")
 
 
 def test_turns_of_weight_0_are_not_trained(speaking):

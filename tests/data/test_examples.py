@@ -3,7 +3,7 @@ import copy
 import pytest
 from conftest import ROOT
 
-from rankwise.data.examples import asked, user_prompt
+from rankwise.data.examples import asked, prompts_of, questions_of, user_prompt
 from rankwise.data.rows import Row, read_rows
 from rankwise.data.tasks import examples_for
 from rankwise.errors import DataError
@@ -55,6 +55,32 @@ def test_a_conversation_asks_for_its_last_assistant_turn_or_for_the_next_one(tmp
     assert tokenizer.decode(going_on.ids).endswith("<|im_start|>user\na<|im_end|>\n<|im_start|>assistant\n")
 
 
+def test_the_rows_that_are_asked_are_those_of_the_examples_and_a_question_that_does_not_fit_is_not(tmp_path, tokenizer):
+    turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    fields = [
+        {"prompt": "v " * 60, "completion": "c"},
+        {"messages": turns[1:]},
+        {"messages": [*turns, {"role": "user", "content": "w " * 60}, turns[1]]},
+        {"prompt": "1", "completion": "one"},
+        {"messages": turns},
+    ]
+    rows = [Row(tmp_path / "data.jsonl", line, own) for line, own in enumerate(fields, 1)]
+    said = []
+    dropped = examples_for("causal_lm", rows, tokenizer, [], 50, "drop")
+    assert [prompt.answer for prompt in questions_of(dropped, rows, tokenizer, 50, None, said.append)] == ["one", "b"]
+    assert [prompt.answer for prompt in questions_of(dropped, rows, tokenizer, 50, 1, said.append)] == ["one"]
+    assert said == []
+    cut = examples_for("causal_lm", rows[1:], tokenizer, [], 50, "cut")
+    assert [prompt.answer for prompt in questions_of(cut, rows, tokenizer, 50, None, said.append)] == ["one", "b"]
+    assert said == ["1 held-out rows are not asked for answers: their questions are longer than 50 tokens"]
+
+
+def test_prompts_that_cannot_be_asked_are_named_by_file_and_line(tmp_path, tokenizer):
+    rows = [row(tmp_path, prompt="a"), row(tmp_path, messages=[{"role": "assistant", "content": "b"}])]
+    with pytest.raises(DataError, match=r"1 rows cannot be asked:\n  - \S*data.jsonl:1: nothing stands before the"):
+        prompts_of(rows, tokenizer)
+
+
 def test_without_a_chat_template_the_completion_ends_with_the_end_token(tmp_path, tokenizer):
     plain = copy.copy(tokenizer)
     plain.chat_template = None
@@ -95,6 +121,10 @@ def test_long_rows_are_an_error_unless_the_user_says_what_happens_to_them(tmp_pa
     assert [len(example.ids) for example in examples_for("causal_lm", rows, tokenizer, [], 50, "cut")][1] == 50
     with pytest.raises(DataError, match="2 rows have no trained token within --max-length 20"):
         examples_for("causal_lm", rows, tokenizer, [], 20, "cut")
+    unweighted = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b", "weight": 0}]
+    with pytest.raises(DataError, match=r"1 rows have no trained token [\s\S]*:1: no turn of it is trained") as error:
+        examples_for("causal_lm", [row(tmp_path, messages=unweighted)], tokenizer, [], 50, "error")
+    assert "--long-rows" not in str(error.value)
     with pytest.raises(DataError, match="leaves no row"):
         examples_for("causal_lm", rows, tokenizer, [], 20, "drop")
 

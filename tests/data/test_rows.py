@@ -3,7 +3,8 @@ import json
 import pytest
 from conftest import ROOT
 
-from rankwise.data.rows import read_prompts, read_rows, split_rows
+from rankwise.data.rows import divide, read_prompts, read_rows, split_rows
+from rankwise.data.shapes import Layout
 from rankwise.errors import DataError
 
 
@@ -54,6 +55,11 @@ def test_the_three_shapes_are_read(tmp_path):
             "causal_lm",
             r'messages\[1\].train is not read; a message that is not to be trained has "weight": 0',
         ),
+        (
+            [{"messages": [{"role": "user", "content": "x"}, {"role": "assistant", "content": "y", "train": "false"}]}],
+            "causal_lm",
+            r"messages\[1\].train is not read; .* It may be true, or left out, found 'false'",
+        ),
     ],
 )
 def test_bad_rows_are_named_by_file_and_line(tmp_path, rows, task, message):
@@ -89,6 +95,43 @@ def test_a_split_keeps_all_rows_and_no_held_out_row_is_trained(tmp_path):
     assert split_rows(rows, 0.2, seed=4) != (train, held_out)
     with pytest.raises(DataError, match="cannot be split"):
         split_rows(rows[:1], 0.2, seed=3)
+
+
+def talk(*turns, **fields):
+    """Turns of the user and the assistant by turns; a dict stands for itself."""
+    roles = ("user", "assistant")
+    messages = [
+        turn if isinstance(turn, dict) else {"role": roles[n % 2], "content": turn} for n, turn in enumerate(turns)
+    ]
+    return {"messages": messages, **fields}
+
+
+def called(name, **arguments):
+    call = {"id": name, "type": "function", "function": {"name": "w", "arguments": json.dumps(arguments)}}
+    result = {"role": "tool", "tool_call_id": name, "content": "r"}
+    return talk("q", {"role": "assistant", "tool_calls": [call]}, result, "done")
+
+
+TOOL, SAME_TOOL = {"name": "w", "description": "d"}, {"description": "d", "name": "w"}
+
+
+@pytest.mark.parametrize(
+    ("train", "held_out", "left_out"),
+    [
+        (talk("u", "a"), talk("u", "a", "v", "b"), True),
+        (talk("u", "a", "v", "b"), talk("u", "a"), True),
+        (talk("u", "a", "v", "b"), talk("u", "a", "w", "c"), False),
+        (talk("u", "a", tools=[TOOL]), talk("u", "a", tools=[{"type": "function", "function": SAME_TOOL}]), True),
+        (talk("u", "a", tools=[TOOL]), talk("u", "a"), False),
+        (called("one", x=1, y=2), called("two", y=2, x=1), True),
+        (called("one", x=1), called("one", x=2), False),
+        (talk(talk("", "hello")["messages"][1]), talk(talk("", "good day")["messages"][1]), False),
+    ],
+)
+def test_training_rows_that_ask_what_is_held_out_are_left_out(train, held_out, left_out, tmp_path):
+    paths = write(tmp_path / "train.jsonl", train, talk("other", "z")), write(tmp_path / "test.jsonl", held_out)
+    division = divide(*paths, "causal_lm", Layout())
+    assert [row.line for row in division.left_out] == [1] * left_out
 
 
 def test_prompts_need_no_completion(tmp_path):

@@ -4,10 +4,12 @@ import json
 
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, TOKENS
+from transformers import GPT2Config, GPT2LMHeadModel
 
-from rankwise.data.examples import user_prompt
+from rankwise.data.examples import Prompt, user_prompt
 from rankwise.engine.generate import Astray, generate
+from rankwise.errors import DataError
 from rankwise.models.load import load_model
 
 TEXTS = [
@@ -66,3 +68,26 @@ def test_matches_are_the_same_as_of_whole_answers_for_less_work(model, tokenizer
         assert (cut.strip() == reference.strip()) == (answer.strip() == reference.strip())
     assert both > 12
     assert steps - both < 12, "the answers that match nothing were written to their end"
+
+
+class Letters:
+    """A tokenizer that writes ids as words, and ends nothing."""
+
+    eos_token_id = pad_token_id = 95
+
+    def batch_decode(self, rows, skip_special_tokens=False):
+        return [" ".join(map(str, row.tolist())) for row in rows]
+
+
+def test_an_answer_ends_where_the_models_positions_do_and_shorter_prompts_have_theirs_in_full():
+    """GPT-2 has no position after its last; prompts that leave less room share no batch with others."""
+    torch.manual_seed(0)
+    model = GPT2LMHeadModel(GPT2Config(vocab_size=96, n_embd=32, n_layer=1, n_head=4, n_positions=16, **TOKENS)).eval()
+    model.generation_config.eos_token_id = None
+    prompts = [Prompt(tuple(range(5, 5 + length)), None) for length in (2, 16, 9, 13, 10)]
+    together = generate(model, Letters(), prompts, 8)
+    alone = [generate(model, Letters(), [prompt], 8)[0] for prompt in prompts]
+    assert [len(answer.split()) for answer in together] == [8, 1, 8, 4, 7]
+    assert together == alone
+    with pytest.raises(DataError, match=r"1 prompts are longer than 16 tokens[\s\S]*\n  - d.jsonl:3: 17 tokens"):
+        generate(model, Letters(), [*prompts, Prompt((1,) * 17, None, "d.jsonl:3")], 8)

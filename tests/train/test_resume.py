@@ -88,7 +88,7 @@ def run(engine, tmp_path, monkeypatch):
             with RunFolder(config, resume) as folder:
                 if not folder.read_start():
                     folder.write_settings()
-                    folder.write_start(Start("data", "base", 0.05, "/", settings_of(config)))
+                    folder.write_start(Start("data", "base", 0.05, "/", settings_of(config), "2026-01-31"))
                 run_training(Training(engine, EXAMPLES, config), HELD_OUT, config, folder, reporter)
                 folder.save_adapter(engine.model)
         finally:
@@ -227,7 +227,7 @@ def test_a_full_disk_is_one_error_that_says_how_to_go_on(run, tmp_path, monkeypa
 
 
 def test_changed_data_and_a_changed_base_are_both_named():
-    start = Start("data", "base", 0.1, "/", {})
+    start = Start("data", "base", 0.1, "/", {}, "2026-01-31")
     start.check("data", "base")
     with pytest.raises(ConfigError) as error:
         start.check("other", "another")
@@ -235,10 +235,10 @@ def test_changed_data_and_a_changed_base_are_both_named():
     assert "the base model's weights are not those" in str(error.value)
 
 
-@pytest.mark.parametrize("field", ["data_sha256", "learning_rate", "directory", "settings"])
+@pytest.mark.parametrize("field", ["data_sha256", "learning_rate", "directory", "settings", "day"])
 def test_a_start_with_a_value_of_another_kind_is_made_anew(field, tmp_path):
     run = RunFolder(TrainConfig(model="m", data=["d.jsonl"], out=tmp_path / "run"))
-    start = Start("data", "base", 0.1, "/", {})
+    start = Start("data", "base", 0.1, "/", {}, "2026-01-31")
     run.path.mkdir()
     run.write_start(start)
     assert run.read_start() == start
