@@ -226,6 +226,18 @@ def test_a_weight_between_two_whole_numbers_draws_rows_by_the_seed(tmp_path):
     assert weighted(rows, 0) == many != weighted(rows, 1)
 
 
+def test_a_weight_that_draws_no_row_is_told_and_of_each_label_one_is_drawn(tmp_path):
+    path = write(tmp_path / "a.jsonl", *ROWS)
+    with pytest.raises(DataError, match=r"weight 0.0001 none of the 3 training rows .* raise it to 0.33"):
+        divide([f"{path}:0.0001"], None, "causal_lm", None)
+    rows = [{"text": f"text {n}", "label": "rare" if n < 2 else "ab"[n % 2]} for n in range(42)]
+    path = write(tmp_path / "b.jsonl", *rows)
+    for seed in range(30):
+        division = divide([f"{path}:0.3"], None, "seq_cls", None, 0.3, seed)
+        assert {row.fields["label"] for row in division.train} == {"rare", "a", "b"}
+        assert len(division.train) < 25
+
+
 def test_a_name_with_a_colon_is_a_weight_only_if_no_file_has_it(tmp_path):
     path = tmp_path / "data.jsonl:2"
     assert Source.parse(str(path)) == Source(str(tmp_path / "data.jsonl"), 2.0)
