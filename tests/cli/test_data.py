@@ -2,8 +2,11 @@
 
 import io
 import json
+from datetime import datetime
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import yaml
 from conftest import ROOT
@@ -172,6 +175,19 @@ def test_plain_text_is_trained_and_evaluated_without_answers(tiny_llama_folder, 
     result = json.loads((run / "result.json").read_text())
     assert result["eval_loss_after"] < result["eval_loss_before"]
     assert result["metric_after"] is None
+
+
+def test_dates_and_bytes_beside_a_message_hinder_no_run_and_no_answer(tiny_llama_folder, tmp_path, capsys):
+    more = {"at": datetime(2024, 1, 2), "raw": b"\xff"}
+    talks = [[{"role": "user", "content": str(n), **more}, {"role": "assistant", "content": "a"}] for n in range(4)]
+    pq.write_table(pa.Table.from_pylist([{"messages": talk} for talk in talks]), tmp_path / "talks.parquet")
+    model = ["--model", str(tiny_llama_folder)]
+    options = ["--data", str(tmp_path / "talks.parquet"), "--out", str(tmp_path / "run"), "--max-steps", "1"]
+    assert main(["train", *model, *options, "--r", "2", "--eval-fraction", "0"]) == 0
+    capsys.readouterr()
+    options = ["--file", str(tmp_path / "talks.parquet"), "--first", "1", "--max-new-tokens", "1"]
+    assert main(["generate", *model, *options]) == 0
+    assert json.loads(capsys.readouterr().out)["messages"][0]["at"] == "2024-01-02 00:00:00"
 
 
 def test_train_refuses_bad_rows_of_both_files_at_once(tiny_llama_folder, tmp_path, capsys):
