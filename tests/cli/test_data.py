@@ -2,6 +2,7 @@
 
 import io
 import json
+import sys
 from datetime import datetime
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from rich.console import Console
 from rankwise import TrainConfig
 from rankwise.cli.main import main
 from rankwise.errors import ConfigError
+from rankwise.train.progress import Reporter
 
 ROWS = [{"prompt": f"{n} + 1 =", "completion": str(n + 1)} for n in range(30)]
 TALKS = [
@@ -90,6 +92,21 @@ def test_every_problem_is_shown_and_the_exit_code_says_so(show, tmp_path):
     code, out = show(write(tmp_path / "data.jsonl", rows[:3] + rows[4:]), "--max-length", "60", "--long-rows", "cut")
     assert code == 0
     assert "; 1 cut off at their end" in out
+
+
+def test_a_line_or_a_text_between_colons_is_no_emoji(show, tmp_path, capsys):
+    path = write(tmp_path / "data.jsonl", [*ROWS, *ROWS, *ROWS, *[{"prompt": ":heart:", "completion": "x"}] * 9, {}])
+    assert f"{path}:100: needs" in show(path)[1]
+    Reporter().say(f"{path}:100: needs")
+    assert f"{path}:100: needs" in capsys.readouterr().err
+
+
+def test_output_that_is_not_utf8_shows_what_it_lacks_as_escapes(tiny_llama_folder, tmp_path, monkeypatch):
+    path = write(tmp_path / "data.jsonl", ROWS)
+    out = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(out, encoding="latin-1", write_through=True))
+    assert main(["data", path, "--model", str(tiny_llama_folder)]) == 0
+    assert r"\u27e61<|im_end|>\u27e7" in out.getvalue().decode("latin-1")
 
 
 def test_rows_that_a_run_could_not_split_are_told(show, tmp_path):
