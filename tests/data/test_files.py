@@ -583,6 +583,15 @@ def test_a_row_of_another_shape_in_a_file_is_told_where_to_go(tmp_path):
     assert "files of their own" in str(problem)
 
 
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [("a.txt", "one\ntwo\n\nthree\n"), ("a.csv", 'text\n"one\ntwo"\nthree\n')],
+)
+def test_windows_line_ends_are_no_part_of_a_text(tmp_path, name, text):
+    (tmp_path / name).write_text(text, newline="\r\n")
+    assert fields(read_rows(tmp_path / name, "causal_lm")) == [{"text": "one\ntwo"}, {"text": "three"}]
+
+
 def test_plain_text_is_read_by_its_paragraphs_and_in_a_folder_left_alone(tmp_path):
     path = tmp_path / "book.txt"
     path.write_bytes(b"One line\nand another.\n\n\nA second\xc3\xa9.\r\n \nbad \xff\n")
