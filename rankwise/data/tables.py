@@ -1,34 +1,24 @@
 """CSV and TSV files → numbered rows."""
 
 import csv
+from collections import deque
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import closing
-from itertools import chain, dropwhile, islice
+from itertools import dropwhile, islice
 from pathlib import Path
 from typing import Any
 
 from rankwise.data.lines import not_utf8, numbered_lines
 from rankwise.errors import DataError
 
+Numbered = tuple[int, str | UnicodeDecodeError]
+
 
 def read_table(path: Path) -> Iterable[tuple[int, Mapping[str, Any] | str]]:
     """CSV or TSV with a header. A row's number is that of its first line; quoted cells may hold line ends."""
-    undecodable: dict[int, str] = {}
-    last_line = 0
-    read: list[str] = []  # Lines since the last row.
-
-    def text() -> Iterator[str]:
-        nonlocal last_line
-        for last_line, line in numbered_lines(path):
-            if isinstance(line, UnicodeDecodeError):
-                undecodable[last_line] = not_utf8(line)
-                line = line.object.decode("utf-8", errors="replace")
-            read.append(line)
-            yield line
-
     blank, top = _top(path)
-    lines = islice(text(), blank, None)
     delimiter = "\t" if ".tsv" in map(str.lower, path.suffixes[-2:]) else _delimiter(top)
+    lines = _Lines(islice(numbered_lines(path), blank, None))
     table = csv.reader(lines, delimiter=delimiter, strict=True)
     old_limit = csv.field_size_limit(2**31 - 1)
     try:
@@ -36,27 +26,25 @@ def read_table(path: Path) -> Iterable[tuple[int, Mapping[str, Any] | str]]:
             header = next(table, [])
         except csv.Error as error:
             raise DataError(f"{path}:{blank + 1}: {_not_csv(error)}") from None
-        if bad := undecodable.get(blank + 1):
+        if bad := lines.undecodable:
             raise DataError(f"{path}:{blank + 1}: {bad}")
         twice = sorted({name for name in header if header.count(name) > 1})
         if twice:
             raise DataError(f"{path}:{blank + 1}: the header names a column twice: {', '.join(map(repr, twice))}")
-        before = blank
         while True:
-            first = before + table.line_num + 1
-            read.clear()
+            lines.read.clear()
             try:
                 cells = next(table)
             except StopIteration:
                 return
             except csv.Error as error:
-                yield first, _not_csv(error)
+                yield lines.read[0][0], _not_csv(error)
                 # A quote that never closes takes all that follows into its cell: go on below the line that it is in.
-                before, again = first, read[1:]
-                table = csv.reader(chain(again, lines), delimiter=delimiter, strict=True)
+                lines.put_back_all_but_first()
+                table = csv.reader(lines, delimiter=delimiter, strict=True)
                 continue
-            bad = next((undecodable.pop(line) for line in range(first, last_line + 1) if line in undecodable), None)
-            if bad:
+            first = lines.read[0][0]
+            if bad := lines.undecodable:
                 yield first, bad
             elif len(cells) not in (0, len(header)):
                 yield first, f"{len(cells)} cells, but the header names {len(header)} columns"
@@ -64,6 +52,29 @@ def read_table(path: Path) -> Iterable[tuple[int, Mapping[str, Any] | str]]:
                 yield first, dict(zip(header, cells, strict=True))
     finally:
         csv.field_size_limit(old_limit)
+
+
+class _Lines:
+    """A file's lines for csv.reader, which can be put back with their numbers."""
+
+    def __init__(self, lines: Iterator[Numbered]) -> None:
+        self._new, self._again = lines, deque[Numbered]()
+        self.read: list[Numbered] = []
+        """Those of the row that is read."""
+
+    def __iter__(self) -> Iterator[str]:
+        while entry := self._again.popleft() if self._again else next(self._new, None):
+            self.read.append(entry)
+            line = entry[1]
+            yield line if isinstance(line, str) else line.object.decode("utf-8", errors="replace")
+
+    def put_back_all_but_first(self) -> None:
+        self._again.extendleft(reversed(self.read[1:]))
+
+    @property
+    def undecodable(self) -> str | None:
+        """What is wrong with the first line of the row that is not UTF-8."""
+        return next((not_utf8(line) for _, line in self.read if isinstance(line, UnicodeDecodeError)), None)
 
 
 def _top(path: Path) -> tuple[int, list[str]]:
