@@ -1,10 +1,11 @@
 """CSV and TSV files → numbered rows."""
 
 import csv
+import re
 from collections import deque
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
-from itertools import dropwhile, islice
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -16,29 +17,33 @@ Numbered = tuple[int, str | UnicodeDecodeError]
 
 def read_table(path: Path) -> Iterable[tuple[int, Mapping[str, Any] | str]]:
     """CSV or TSV with a header. A row's number is that of its first line; quoted cells may hold line ends."""
-    blank, top = _top(path)
-    delimiter = "\t" if ".tsv" in map(str.lower, path.suffixes[-2:]) else _delimiter(top)
-    lines = _Lines(islice(numbered_lines(path), blank, None))
+    above, top, delimiter = _top(path)
+    if not delimiter:
+        delimiter = "\t" if ".tsv" in map(str.lower, path.suffixes[-2:]) else _delimiter(top)
+    lines = _Lines(islice(numbered_lines(path), above, None))
     table = csv.reader(lines, delimiter=delimiter, strict=True)
     old_limit = csv.field_size_limit(2**31 - 1)
     try:
         try:
             header = next(table, [])
         except csv.Error as error:
-            raise DataError(f"{path}:{blank + 1}: {_not_csv(error)}") from None
+            raise DataError(f"{path}:{above + 1}: {_not_csv(error)}") from None
         if bad := lines.undecodable:
-            raise DataError(f"{path}:{blank + 1}: {bad}")
+            raise DataError(f"{path}:{above + 1}: {bad}")
         twice = sorted({name for name in header if header.count(name) > 1})
         if twice:
-            raise DataError(f"{path}:{blank + 1}: the header names a column twice: {', '.join(map(repr, twice))}")
+            raise DataError(f"{path}:{above + 1}: the header names a column twice: {', '.join(map(repr, twice))}")
         while True:
             lines.read.clear()
             try:
                 cells = next(table)
+                fault = _joined(lines.read, delimiter, len(header))
             except StopIteration:
                 return
             except csv.Error as error:
-                yield lines.read[0][0], _not_csv(error)
+                cells, fault = [], _not_csv(error)
+            if fault:
+                yield lines.read[0][0], fault
                 # A quote that never closes takes all that follows into its cell: go on below the line that it is in.
                 lines.put_back_all_but_first()
                 table = csv.reader(lines, delimiter=delimiter, strict=True)
@@ -77,12 +82,31 @@ class _Lines:
         return next((not_utf8(line) for _, line in self.read if isinstance(line, UnicodeDecodeError)), None)
 
 
-def _top(path: Path) -> tuple[int, list[str]]:
-    """How many blank lines a file begins with, and the two lines below them."""
+def _joined(read: Sequence[Numbered], delimiter: str, columns: int) -> str | None:
+    """What is wrong with a row of several lines in a TSV file, which may be written with quoting or without."""
+    if delimiter != "\t" or len(read) < 2 or columns < 2:
+        return None
+    if any(str(line).count("\t") != columns - 1 for _, line in read):
+        return None
+    return (
+        f"a quote opens here and closes on line {read[-1][0]}, but each of these lines is a row by itself too; save "
+        "the table as CSV or JSONL"
+    )
+
+
+def _top(path: Path) -> tuple[int, list[str], str | None]:
+    """How many lines stand above the header: blank ones, and Excel's "sep=;"; the header and the line below it; the
+    delimiter that Excel's line names."""
+    named = None
     with closing(numbered_lines(path)) as lines:
-        below = dropwhile(lambda entry: isinstance(entry[1], str) and not entry[1].strip(), lines)
-        top = list(islice(below, 2))
-    return (top[0][0] - 1 if top else 0), [line for _, line in top if isinstance(line, str)]
+        for number, line in lines:
+            text = line.strip("\r\n") if isinstance(line, str) else "?"
+            if found := re.fullmatch(r'"?sep=(.)"?', text):
+                named = found[1]
+            elif text.strip():
+                top = [line, *(below for _, below in islice(lines, 1))]
+                return number - 1, [line for line in top if isinstance(line, str)], named
+    return 0, [], named
 
 
 def _delimiter(top: list[str]) -> str:

@@ -37,6 +37,34 @@ def test_broken_quotes_lose_no_line_and_shift_no_number(tmp_path, seed):
     assert found == list(slowly([line.replace("\r", "") for line in lines]))[1:]
 
 
+@pytest.mark.parametrize(
+    ("lines", "rows", "problems"),
+    [
+        # Written without quoting: two rows, or one whose cell holds a tab and a line end?
+        (["text\tlabel", '"foo\t1', 'bar"\t0', "c\t1"], [3, 4], [2]),
+        (["text\tlabel", '"foo', 'bar"\t0', "c\t1"], [2, 4], []),
+        (["text", '"foo', 'bar"', "c"], [2, 4], []),
+    ],
+)
+def test_lines_of_a_tsv_that_a_quote_may_join_or_not_are_a_problem(tmp_path, lines, rows, problems):
+    (tmp_path / "a.tsv").write_text("\n".join(lines))
+    records = list(read_file(tmp_path / "a.tsv"))
+    assert [record.line for record in records if isinstance(record, Row)] == rows
+    found = [record for record in records if isinstance(record, Problem)]
+    assert [record.place for record in found] == [f"{tmp_path / 'a.tsv'}:{line}" for line in problems]
+    assert all("each of these lines is a row by itself too" in record.text for record in found)
+
+
+@pytest.mark.parametrize("top", ["sep=;\n", '\n"sep=;"\n\n'])
+def test_excels_line_that_names_the_delimiter_is_read_over(tmp_path, top):
+    (tmp_path / "a.csv").write_text(f"{top}prompt, in short;completion\na;b\n")
+    [row] = read_file(tmp_path / "a.csv")
+    assert (row.place, row.fields) == (
+        f"{tmp_path / 'a.csv'}:{top.count(chr(10)) + 2}",
+        {"prompt, in short": "a", "completion": "b"},
+    )
+
+
 def test_a_line_that_was_read_twice_counts_once(tmp_path):
     lines = ["prompt,completion", '"unclosed,x', "a,b", '"c,d', "LOST,row", "more,e", '"f,g', "h,", "i,j"]
     (tmp_path / "a.csv").write_text("\n".join(lines))
