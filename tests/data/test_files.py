@@ -592,6 +592,36 @@ def test_windows_line_ends_are_no_part_of_a_text(tmp_path, name, text):
     assert fields(read_rows(tmp_path / name, "causal_lm")) == [{"text": "one\ntwo"}, {"text": "three"}]
 
 
+def test_only_blanks_and_tabs_part_the_columns_of_conll(tmp_path):
+    path = tmp_path / "a.conll"
+    path.write_text("10\u00a0000  O\nParis \tB-city \n\nNew York\tNNP\tB-city\n-DOCSTART-\n\n10\u00a0000\tCD\tO \r\n")
+    assert [record.fields for record in read_file(path) if isinstance(record, Row)] == [
+        {"tokens": ["10\u00a0000", "Paris"], "tags": ["O", "B-city"]},
+        {"tokens": ["New York"], "tags": ["B-city"]},
+        {"tokens": ["10\u00a0000"], "tags": ["O"]},
+    ]
+
+
+@pytest.mark.parametrize(
+    ("line", "text"),
+    [
+        ("hat\tVBZ\t", "needs a word and its tag"),
+        ("\tVBZ\tO", "needs a word and its tag"),
+        ("hat", "needs a word and its tag"),
+        ("hat\tVBZ", "2 columns, but the sentence's first line has 3"),
+        ("hat VBZ O", "needs a word and its tag"),
+    ],
+)
+def test_a_line_of_conll_without_its_tag_is_a_problem_and_not_tagged_by_another_column(tmp_path, line, text):
+    path = tmp_path / "a.conll"
+    path.write_text(f"Paris\tNNP\tB-city\n{line}\n\nRome\tNNP\tB-city\n")
+    problem, row = read_file(path)
+    assert str(problem) == f"{path}:2: {text}"
+    assert isinstance(row, Row)
+    path.write_text(f"Paris NNP B-city\n{line.replace(chr(9), ' ')}\n")
+    assert all(isinstance(record, Problem) for record in read_file(path)) == (line != "hat VBZ O")
+
+
 def test_plain_text_is_read_by_its_paragraphs_and_in_a_folder_left_alone(tmp_path):
     path = tmp_path / "book.txt"
     path.write_bytes(b"One line\nand another.\n\n\nA second\xc3\xa9.\r\n \nbad \xff\n")
