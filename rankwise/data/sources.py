@@ -3,6 +3,7 @@
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from math import inf
 from pathlib import Path
 
 from rankwise.data.files import Problem, Row, is_data_file, read_file, without_nulls
@@ -26,15 +27,21 @@ class Source:
     @classmethod
     def parse(cls, entry: str) -> "Source":
         """ "rows.csv:2" has the weight 2. Raises DataError for a weight that is not above 0."""
-        name, colon, weight = entry.rpartition(":")
-        if not colon or Path(entry).exists() or not re.fullmatch(r"[\d.]+", weight):
+        name, _, weight = entry.rpartition(":")
+        if not name or Path(entry).exists():
+            return cls(entry)
+        # After other names may stand a data set's configuration.
+        if not Path(name).exists() and not is_data_file(Path(name)) and not re.fullmatch(r"[\d.]+", weight):
             return cls(entry)
         try:
             value = float(weight)
         except ValueError:
             value = 0.0
-        if value <= 0:
-            raise DataError(f"the weight in {entry!r} must be a number above 0, found {weight!r}")
+        if not 0 < value < inf:
+            raise DataError(
+                f"the weight in {entry!r} must be a number above 0, found {weight!r}; it says how often the rows of "
+                f"{name} are seen in an epoch: {name}:2 is twice, {name}:0.5 half of them"
+            )
         return cls(name, value)
 
 

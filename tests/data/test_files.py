@@ -243,9 +243,14 @@ def test_a_name_with_a_colon_is_a_weight_only_if_no_file_has_it(tmp_path):
     assert Source.parse(str(path)) == Source(str(tmp_path / "data.jsonl"), 2.0)
     path.write_text("")
     assert Source.parse(str(path)) == Source(str(path), 1.0)
-    for weight in ("0", "1.2.3"):
-        with pytest.raises(DataError, match="must be a number above 0"):
-            Source.parse(f"a.csv:{weight}")
+    (tmp_path / "folder").mkdir()
+    assert Source.parse(f"{tmp_path / 'folder'}:1e1") == Source(str(tmp_path / "folder"), 10.0)
+    for name in ("a.csv", "owner/a.jsonl.gz", tmp_path / "folder"):
+        for weight in ("0", "1.2.3", "-1", "nan", "inf", "2x", ""):
+            with pytest.raises(DataError, match="must be a number above 0"):
+                Source.parse(f"{name}:{weight}")
+    for entry in ("owner/data:main", "https://example.org/a.jsonl", r"C:\data\a.jsonl"):
+        assert Source.parse(entry) == Source(entry)
 
 
 def test_without_a_network_a_hub_name_is_a_clear_error():
