@@ -79,6 +79,9 @@ def read_file(path: Path, weight: float = 1.0) -> Iterator[Row | Problem]:
 _KINDS = {
     b"\x1f\x8b": "is gzipped; give its name the ending .gz",
     b"PK\x03\x04": "is a zip archive or a spreadsheet; unpack it, or save the sheet as CSV",
+    b"\x28\xb5\x2f\xfd": "is compressed with zstandard; unpack it, or pack it with gzip",
+    b"BZh": "is compressed with bzip2; unpack it, or pack it with gzip",
+    b"\xfd7zXZ\x00": "is compressed with xz; unpack it, or pack it with gzip",
     b"PAR1": "is a Parquet file; give its name the ending .parquet",
     b"ARROW1": "is an Arrow file; write it as Parquet",
 }

@@ -149,6 +149,8 @@ def test_lists_in_a_table_are_json_text(tmp_path):
             "problems: 3\n.*a file that is one JSON value of many lines is named .json",
         ),
         ("data.jsonl", gzip.compress(b"{}", mtime=0), "is gzipped; give its name the ending .gz"),
+        ("data.jsonl.zst", b"\x28\xb5\x2f\xfd...", "is compressed with zstandard; unpack it, or pack it with gzip"),
+        ("data.jsonl", b"BZh91AY", "is compressed with bzip2"),
         ("data.xlsx", b"PK\x03\x04...", "save the sheet as CSV"),
     ],
 )
@@ -190,6 +192,29 @@ def test_held_out_files_are_known_by_any_word_of_their_path(tmp_path, name):
         (tmp_path / own).write_text(WRITERS["jsonl"](ROWS))
     with pytest.raises(DataError, match="named as held-out data"):
         read_rows(tmp_path, "causal_lm")
+
+
+def test_a_folder_is_read_through_its_links_and_each_folder_once(tmp_path):
+    data, other = tmp_path / "data", tmp_path / "other"
+    (data / "own").mkdir(parents=True)
+    other.mkdir()
+    write(data / "own" / "a.jsonl", ROWS[0])
+    write(other / "b.jsonl", ROWS[1])
+    (data / "sub").symlink_to(other)
+    (data / "twice").symlink_to("own")
+    (other / "round").symlink_to(data)
+    assert fields(read_rows(data, "causal_lm")) == ROWS[:2]
+
+
+def test_what_a_folder_holds_and_cannot_be_read_is_named(tmp_path):
+    write(tmp_path / "a.jsonl", ROWS[0])
+    (tmp_path / "gone").symlink_to("nowhere")
+    for name in ("b.jsonl.zst", "c.csv.bz2", ".d.jsonl.xz", "notes.zip"):
+        (tmp_path / name).write_bytes(b"")
+    with pytest.raises(DataError) as error:
+        read_rows(tmp_path, "causal_lm")
+    lines = str(error.value).splitlines()
+    assert [line.split()[1].removeprefix(f"{tmp_path}/") for line in lines[1:]] == ["b.jsonl.zst", "c.csv.bz2", "gone"]
 
 
 def test_hidden_files_of_a_folder_are_no_data(tmp_path):
