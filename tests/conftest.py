@@ -74,6 +74,15 @@ def tiny(family: str, dtype: torch.dtype = torch.float32) -> Any:
     return FAMILIES[family]().to(dtype).eval()
 
 
+def with_options(usual: list[str], *others: str) -> list[str]:
+    """The usual options of a command, `others` in place of those with the same names."""
+    kept, keep = [], True
+    for option in usual:
+        keep = option not in others if option.startswith("--") else keep
+        kept += [option] * keep
+    return [*kept, *others]
+
+
 def sweep_two_ranks(options: list[str], out: Path, ranks: str = "1,2") -> None:
     """`rankwise rank sweep` with two seeds, at the given learning rate alone."""
     command = ["rank", "sweep", *options, "--ranks", ranks, "--seeds", "2", "--no-check-rates", "--out", str(out)]

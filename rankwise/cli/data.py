@@ -71,7 +71,7 @@ def main(options: list[str]) -> int:
     else:
         from rich.console import Console
 
-        _show(report, tokenizer, config.all_problems, Console(highlight=False, soft_wrap=True))
+        _show(report, tokenizer, config.all_problems, Console(highlight=False, emoji=False, soft_wrap=True))
     return 0 if report.ready else 2
 
 

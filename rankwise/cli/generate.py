@@ -76,5 +76,7 @@ def main(options: list[str]) -> int:
         return 0
     for index, row in enumerate(rows):
         given = {name: row.fields[name] for name in ("prompt", "messages", "text", "completion") if name in row.fields}
-        print(json.dumps({**given, **{side: texts[index] for side, texts in answers.items()}}, ensure_ascii=False))
+        answered = {**given, **{side: texts[index] for side, texts in answers.items()}}
+        # Parquet's messages may hold dates.
+        print(json.dumps(answered, ensure_ascii=False, default=str))
     return 0

@@ -2,6 +2,7 @@
 
 import sys
 from importlib import import_module
+from io import TextIOWrapper
 
 from rankwise import __version__
 from rankwise.errors import RankwiseError, nearest
@@ -36,6 +37,9 @@ HELP = "\n".join(
 def main(argv: list[str] | None = None) -> int:
     """Run one command; returns the exit code: 0, 2 for a wrong input or what the system refuses, 130 after Ctrl-C, 143
     after SIGTERM."""
+    if isinstance(sys.stdout, TextIOWrapper):
+        # Where output is not UTF-8, an arrow must not end a run; standard error writes escapes by itself.
+        sys.stdout.reconfigure(errors="backslashreplace")
     arguments = list(sys.argv[1:] if argv is None else argv)
     show_traceback = "--traceback" in arguments
     arguments = [argument for argument in arguments if argument != "--traceback"]

@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import re
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -78,6 +79,9 @@ def read_file(path: Path, weight: float = 1.0) -> Iterator[Row | Problem]:
 _KINDS = {
     b"\x1f\x8b": "is gzipped; give its name the ending .gz",
     b"PK\x03\x04": "is a zip archive or a spreadsheet; unpack it, or save the sheet as CSV",
+    b"\x28\xb5\x2f\xfd": "is compressed with zstandard; unpack it, or pack it with gzip",
+    b"BZh": "is compressed with bzip2; unpack it, or pack it with gzip",
+    b"\xfd7zXZ\x00": "is compressed with xz; unpack it, or pack it with gzip",
     b"PAR1": "is a Parquet file; give its name the ending .parquet",
     b"ARROW1": "is an Arrow file; write it as Parquet",
 }
@@ -251,22 +255,36 @@ def _json(path: Path) -> Records:
 
 def _columns(path: Path) -> Records:
     """CoNLL's columns: a word first and its tag last on each line, blank lines between sentences (Tjong Kim Sang and De
-    Meulder 2003). Columns are parted by tabs, or else by blanks. A row is a sentence, numbered by its first line. Above
-    a sentence may stand comments like "# id = 1"."""
+    Meulder 2003). Columns are parted by tabs, or by blanks where a sentence's first line holds no tab; each line has as
+    many. A row is a sentence, numbered by its first line. Above a sentence may stand comments like "# id = 1"."""
     for lines in _sentences(path):
         sentence = list(dropwhile(lambda entry: _is_comment(entry[1]), lines))
         if not sentence:
             continue
-        first, bad, cells = sentence[0][0], False, []
+        faults, cells = [], []
+        tabs = any("\t" in line for _, line in sentence[:1] if isinstance(line, str))
         for number, line in sentence:
-            parts = [] if isinstance(line, UnicodeDecodeError) else line.strip().split("\t" if "\t" in line else None)
-            if len(parts) < 2:
-                bad = True
-                yield number, not_utf8(line) if isinstance(line, UnicodeDecodeError) else "needs a word and its tag"
-            elif parts[0] != "-DOCSTART-":
-                cells.append((parts[0], parts[-1]))
-        if cells and not bad:
-            yield first, {"tokens": [word for word, _ in cells], "tags": [tag for _, tag in cells]}
+            parts = _cells(line, tabs) if isinstance(line, str) else []
+            if isinstance(line, UnicodeDecodeError):
+                faults.append((number, not_utf8(line)))
+            elif parts[0] == "-DOCSTART-":
+                continue
+            elif len(parts) < 2 or not parts[0] or not parts[-1]:
+                faults.append((number, "needs a word and its tag"))
+            elif cells and len(parts) != len(cells[0]):
+                faults.append((number, f"{len(parts)} columns, but the sentence's first line has {len(cells[0])}"))
+            else:
+                cells.append(parts)
+        yield from faults
+        if cells and not faults:
+            yield sentence[0][0], {"tokens": [parts[0] for parts in cells], "tags": [parts[-1] for parts in cells]}
+
+
+def _cells(line: str, tabs: bool) -> list[str]:
+    """No other white space parts columns: a word such as "10\u00a0000" holds a no-break space."""
+    return (
+        [cell.strip(" ") for cell in line.rstrip("\n").split("\t")] if tabs else re.split("[ \t]+", line.strip(" \t\n"))
+    )
 
 
 def _is_comment(line: str | UnicodeDecodeError) -> bool:

@@ -11,11 +11,14 @@ def opened(path: Path) -> Any:
 
 
 def numbered_lines(path: Path) -> Generator[tuple[int, str | UnicodeDecodeError]]:
-    """Numbered lines, decoded one by one so that a wrong byte spoils its own line alone. A BOM is passed over."""
+    """Numbered lines, decoded one by one so that a wrong byte spoils its own line alone. A BOM is passed over, and
+    Windows line ends are read as plain ones."""
     with opened(path) as file:
         for number, raw in enumerate(file, start=1):
             if number == 1:
                 raw = raw.removeprefix(b"\xef\xbb\xbf")
+            if raw.endswith(b"\r\n"):
+                raw = raw[:-2] + b"\n"
             try:
                 yield number, raw.decode("utf-8")
             except UnicodeDecodeError as error:

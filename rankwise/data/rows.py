@@ -4,7 +4,7 @@ import json
 import random
 from array import array
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from hashlib import blake2b
 from math import floor
@@ -256,11 +256,16 @@ def _linked(rows: Sequence[Row]) -> "array[int]":
 def _labels_by_key(rows: Sequence[Row], keys: Sequence[int]) -> dict[int, set[str]]:
     """The labels (or tags) of the rows of each key; empty for rows without."""
     found: dict[int, set[str]] = {}
-    if rows and not {"label", "labels", "tags"}.isdisjoint(rows[0].fields):
+    if rows and _labels(rows[0]) is not None:
         for key, row in zip(keys, rows, strict=True):
-            label, several = row.fields.get("label"), row.fields.get("labels", row.fields.get("tags", ()))
-            found.setdefault(key, set()).update(several if label is None else [label])
+            found.setdefault(key, set()).update(_labels(row) or ())
     return found
+
+
+def _labels(row: Row) -> Collection[Any] | None:
+    """The labels (or tags) of a row; None if it has no field for them."""
+    label, several = row.fields.get("label"), row.fields.get("labels", row.fields.get("tags"))
+    return several if label is None else [label]
 
 
 def _parted(rows: Sequence[Row], chosen: Sequence[bool]) -> tuple[Sequence[Row], Sequence[Row]]:
@@ -272,9 +277,24 @@ def _parted(rows: Sequence[Row], chosen: Sequence[bool]) -> tuple[Sequence[Row],
 
 
 def weighted(rows: Sequence[Row], seed: int) -> Sequence[Row]:
-    """The rows as often as their weights say; of a weight's fraction, the rows that `seed` draws come once more."""
+    """The rows as often as their weights say; of a weight's fraction, the rows that `seed` draws come once more.
+
+    A row of each label is drawn, so that no label is unknown to the classifier. Raises DataError if no row is drawn.
+    """
     draw = random.Random(seed)
-    times = (floor(row.weight) + (draw.random() < row.weight % 1) for row in rows)
+    times = array("q", (floor(row.weight) + (draw.random() < row.weight % 1) for row in rows))
+    if 0 in times and _labels(rows[0]) is not None:
+        drawn = {label for row, count in zip(rows, times, strict=True) if count for label in _labels(row) or ()}
+        for place, row in enumerate(rows):
+            if not drawn.issuperset(_labels(row) or ()):
+                times[place] = 1
+                drawn.update(_labels(row) or ())
+    if rows and not any(times):
+        weights = ", ".join(f"{weight:g}" for weight in sorted({row.weight for row in rows}))
+        raise DataError(
+            f"at the weight {weights} none of the {len(rows)} training rows is drawn; a weight says how often a row is "
+            f"seen in an epoch: raise it to {1 / len(rows):.2g} or more, or leave it out"
+        )
     return Chosen(rows, (place for place, count in enumerate(times) for _ in range(count)))
 
 

@@ -3,14 +3,17 @@
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from math import inf
 from pathlib import Path
 
 from rankwise.data.files import Problem, Row, is_data_file, read_file, without_nulls
-from rankwise.errors import DataError, MissingDependency
+from rankwise.errors import DataError, MissingDependency, listing
 
 _HUB_NAME = re.compile(r"(?P<name>[\w.-]+/[\w.-]+)(:(?P<configuration>[\w.-]+))?(@(?P<split>[\w\[\]:%]+))?")
 _HELD_OUT = {"test", "valid", "validation", "val", "dev", "eval", "evaluation"}
 """Words that name held-out data, in the name of a file or of a folder that it lies in."""
+_PACKED = {".zst", ".bz2", ".xz", ".lz4", ".br", ".zip", ".7z"}
+"""Endings of compressions that are not read."""
 _ADDRESS = re.compile(r"[a-z0-9]+:/", re.IGNORECASE)
 
 
@@ -26,15 +29,21 @@ class Source:
     @classmethod
     def parse(cls, entry: str) -> "Source":
         """ "rows.csv:2" has the weight 2. Raises DataError for a weight that is not above 0."""
-        name, colon, weight = entry.rpartition(":")
-        if not colon or Path(entry).exists() or not re.fullmatch(r"[\d.]+", weight):
+        name, _, weight = entry.rpartition(":")
+        if not name or Path(entry).exists():
+            return cls(entry)
+        # After other names may stand a data set's configuration.
+        if not Path(name).exists() and not is_data_file(Path(name)) and not re.fullmatch(r"[\d.]+", weight):
             return cls(entry)
         try:
             value = float(weight)
         except ValueError:
             value = 0.0
-        if value <= 0:
-            raise DataError(f"the weight in {entry!r} must be a number above 0, found {weight!r}")
+        if not 0 < value < inf:
+            raise DataError(
+                f"the weight in {entry!r} must be a number above 0, found {weight!r}; it says how often the rows of "
+                f"{name} are seen in an epoch: {name}:2 is twice, {name}:0.5 half of them"
+            )
         return cls(name, value)
 
 
@@ -79,13 +88,19 @@ def _files_in(folder: Path) -> list[Path]:
     """The data files in a folder and below, but for hidden ones, which editors and systems leave there."""
     if (folder / "state.json").is_file() and (folder / "dataset_info.json").is_file():
         raise DataError(f"{folder} was written by save_to_disk; write Parquet instead: data.to_parquet('data.parquet')")
-    parts = {
-        path: path.relative_to(folder).parts for path in folder.rglob("*") if path.is_file() and is_data_file(path)
-    }
-    files = sorted(path for path, names in parts.items() if not any(name.startswith(".") for name in names))
+    found = sorted(_walk(folder, set()))
+    faults = [f"{path} is a link to nothing; mend or remove it" for path in found if not path.exists()]
+    faults += [
+        f"{path} is compressed in a way that rankwise does not read; unpack it, or pack it with gzip"
+        for path in found
+        if path.suffix.lower() in _PACKED and is_data_file(path.with_suffix(""))
+    ]
+    if faults:
+        raise DataError(f"{folder} holds what cannot be read:\n{listing(sorted(faults))}")
+    files = [path for path in found if is_data_file(path)]
     if not files:
         raise DataError(f"{folder} cannot be read: the folder holds no JSONL, JSON, CSV, TSV, CoNLL or Parquet file")
-    held_out = [path for path in files if _HELD_OUT & {*re.split(r"[\W\d_]+", "/".join(parts[path]).lower())}]
+    held_out = [path for path in files if _HELD_OUT & {*re.split(r"[\W\d_]+", str(path.relative_to(folder)).lower())}]
     others = [path for path in files if path not in held_out]
     if held_out and others:
         raise DataError(
@@ -94,6 +109,18 @@ def _files_in(folder: Path) -> list[Path]:
             f"--eval-data {held_out[0]}"
         )
     return files
+
+
+def _walk(folder: Path, seen: set[Path]) -> Iterator[Path]:
+    """What lies in a folder and below but for hidden names, through links, each folder once: links may go round."""
+    seen.add(folder.resolve())
+    for path in sorted(folder.iterdir()):
+        if path.name.startswith("."):
+            continue
+        if not path.is_dir():
+            yield path
+        elif path.resolve() not in seen:
+            yield from _walk(path, seen)
 
 
 def _hub_rows(source: Source) -> Iterator[Row]:

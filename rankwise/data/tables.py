@@ -1,62 +1,55 @@
 """CSV and TSV files → numbered rows."""
 
 import csv
-from collections.abc import Iterable, Iterator, Mapping
+import re
+from collections import deque
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
-from itertools import chain, dropwhile, islice
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from rankwise.data.lines import not_utf8, numbered_lines
 from rankwise.errors import DataError
 
+Numbered = tuple[int, str | UnicodeDecodeError]
+
 
 def read_table(path: Path) -> Iterable[tuple[int, Mapping[str, Any] | str]]:
     """CSV or TSV with a header. A row's number is that of its first line; quoted cells may hold line ends."""
-    undecodable: dict[int, str] = {}
-    last_line = 0
-    read: list[str] = []  # Lines since the last row.
-
-    def text() -> Iterator[str]:
-        nonlocal last_line
-        for last_line, line in numbered_lines(path):
-            if isinstance(line, UnicodeDecodeError):
-                undecodable[last_line] = not_utf8(line)
-                line = line.object.decode("utf-8", errors="replace")
-            read.append(line)
-            yield line
-
-    blank, top = _top(path)
-    lines = islice(text(), blank, None)
-    delimiter = "\t" if ".tsv" in map(str.lower, path.suffixes[-2:]) else _delimiter(top)
+    above, top, delimiter = _top(path)
+    if not delimiter:
+        delimiter = "\t" if ".tsv" in map(str.lower, path.suffixes[-2:]) else _delimiter(top)
+    lines = _Lines(islice(numbered_lines(path), above, None))
     table = csv.reader(lines, delimiter=delimiter, strict=True)
     old_limit = csv.field_size_limit(2**31 - 1)
     try:
         try:
             header = next(table, [])
         except csv.Error as error:
-            raise DataError(f"{path}:{blank + 1}: {_not_csv(error)}") from None
-        if bad := undecodable.get(blank + 1):
-            raise DataError(f"{path}:{blank + 1}: {bad}")
+            raise DataError(f"{path}:{above + 1}: {_not_csv(error)}") from None
+        if bad := lines.undecodable:
+            raise DataError(f"{path}:{above + 1}: {bad}")
         twice = sorted({name for name in header if header.count(name) > 1})
         if twice:
-            raise DataError(f"{path}:{blank + 1}: the header names a column twice: {', '.join(map(repr, twice))}")
-        before = blank
+            raise DataError(f"{path}:{above + 1}: the header names a column twice: {', '.join(map(repr, twice))}")
         while True:
-            first = before + table.line_num + 1
-            read.clear()
+            lines.read.clear()
             try:
                 cells = next(table)
+                fault = _joined(lines.read, delimiter, len(header))
             except StopIteration:
                 return
             except csv.Error as error:
-                yield first, _not_csv(error)
+                cells, fault = [], _not_csv(error)
+            if fault:
+                yield lines.read[0][0], fault
                 # A quote that never closes takes all that follows into its cell: go on below the line that it is in.
-                before, again = first, read[1:]
-                table = csv.reader(chain(again, lines), delimiter=delimiter, strict=True)
+                lines.put_back_all_but_first()
+                table = csv.reader(lines, delimiter=delimiter, strict=True)
                 continue
-            bad = next((undecodable.pop(line) for line in range(first, last_line + 1) if line in undecodable), None)
-            if bad:
+            first = lines.read[0][0]
+            if bad := lines.undecodable:
                 yield first, bad
             elif len(cells) not in (0, len(header)):
                 yield first, f"{len(cells)} cells, but the header names {len(header)} columns"
@@ -66,12 +59,54 @@ def read_table(path: Path) -> Iterable[tuple[int, Mapping[str, Any] | str]]:
         csv.field_size_limit(old_limit)
 
 
-def _top(path: Path) -> tuple[int, list[str]]:
-    """How many blank lines a file begins with, and the two lines below them."""
+class _Lines:
+    """A file's lines for csv.reader, which can be put back with their numbers."""
+
+    def __init__(self, lines: Iterator[Numbered]) -> None:
+        self._new, self._again = lines, deque[Numbered]()
+        self.read: list[Numbered] = []
+        """Those of the row that is read."""
+
+    def __iter__(self) -> Iterator[str]:
+        while entry := self._again.popleft() if self._again else next(self._new, None):
+            self.read.append(entry)
+            line = entry[1]
+            yield line if isinstance(line, str) else line.object.decode("utf-8", errors="replace")
+
+    def put_back_all_but_first(self) -> None:
+        self._again.extendleft(reversed(self.read[1:]))
+
+    @property
+    def undecodable(self) -> str | None:
+        """What is wrong with the first line of the row that is not UTF-8."""
+        return next((not_utf8(line) for _, line in self.read if isinstance(line, UnicodeDecodeError)), None)
+
+
+def _joined(read: Sequence[Numbered], delimiter: str, columns: int) -> str | None:
+    """What is wrong with a row of several lines in a TSV file, which may be written with quoting or without."""
+    if delimiter != "\t" or len(read) < 2 or columns < 2:
+        return None
+    if any(str(line).count("\t") != columns - 1 for _, line in read):
+        return None
+    return (
+        f"a quote opens here and closes on line {read[-1][0]}, but each of these lines is a row by itself too; save "
+        "the table as CSV or JSONL"
+    )
+
+
+def _top(path: Path) -> tuple[int, list[str], str | None]:
+    """How many lines stand above the header: blank ones, and Excel's "sep=;"; the header and the line below it; the
+    delimiter that Excel's line names."""
+    named = None
     with closing(numbered_lines(path)) as lines:
-        below = dropwhile(lambda entry: isinstance(entry[1], str) and not entry[1].strip(), lines)
-        top = list(islice(below, 2))
-    return (top[0][0] - 1 if top else 0), [line for _, line in top if isinstance(line, str)]
+        for number, line in lines:
+            text = line.strip("\r\n") if isinstance(line, str) else "?"
+            if found := re.fullmatch(r'"?sep=(.)"?', text):
+                named = found[1]
+            elif text.strip():
+                top = [line, *(below for _, below in islice(lines, 1))]
+                return number - 1, [line for line in top if isinstance(line, str)], named
+    return 0, [], named
 
 
 def _delimiter(top: list[str]) -> str:

@@ -68,9 +68,11 @@ def planned_steps(examples: Sequence[E], config: TrainConfig) -> Plan[E]:
     """The batches of every optimiser step of a run: one each, or up to `accumulate` of them.
 
     Every epoch sees every row once. A step does not reach over the end of an epoch; its last one may be smaller.
-    Raises ConfigError for a row of more tokens than a batch may hold, DataError for a single row to be told apart from
-    others.
+    Raises ConfigError for a row of more tokens than a batch may hold, DataError for no row, or a single one to be
+    told apart from others.
     """
+    if not examples:
+        raise DataError("there is no row to train on")
     if config.task == "embedding" and len(examples) < 2:
         raise DataError(
             "--task embedding needs at least two training rows, because a row is told apart from the others of its "

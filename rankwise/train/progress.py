@@ -17,7 +17,7 @@ class Reporter:
     """Says what is going on, on standard error; results go to standard output and to files."""
 
     def __init__(self) -> None:
-        self.console = Console(stderr=True, highlight=False, soft_wrap=True)
+        self.console = Console(stderr=True, highlight=False, emoji=False, soft_wrap=True)
 
     def say(self, text: str) -> None:
         self.console.print(text, markup=False)

@@ -208,7 +208,13 @@ def _start_in(folder: Path) -> Start | None:
     if found is None or found.keys() != kinds.keys():
         return None
     kinds = {name: get_origin(kind) or kind for name, kind in kinds.items()}
-    return Start(**found) if all(isinstance(found[name], kind) for name, kind in kinds.items()) else None
+    if not all(isinstance(found[name], kind) for name, kind in kinds.items()):
+        return None
+    try:
+        date.fromisoformat(found["day"])
+    except ValueError:
+        return None
+    return Start(**found)
 
 
 def _json(path: Path) -> dict[str, Any] | None:

@@ -76,11 +76,11 @@ def settings_of(config: TrainConfig) -> dict[str, Any]:
 
 
 def data_sha256(tokenizer: Any, *sides: Sequence[Row]) -> str:
-    """SHA-256 of rows, in their order, and of the tokenizer with its chat template."""
+    """SHA-256 of rows, in their order, and of the tokenizer with its chat template. What JSON lacks counts as text."""
     backend = tokenizer.backend_tokenizer.to_str() if tokenizer.is_fast else json.dumps(tokenizer.get_vocab())
     digest = hashlib.sha256(f"{backend}\n{tokenizer.chat_template}\n".encode())
     for rows in sides:
         digest.update(f"{len(rows)} rows\n".encode())
         for row in rows:
-            digest.update(json.dumps(row.fields).encode())
+            digest.update(json.dumps(row.fields, default=str).encode())
     return digest.hexdigest()

@@ -5,6 +5,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+from conftest import with_options
 from transformers import AutoModelForCausalLM
 
 from rankwise import load_adapter_, read_adapter
@@ -24,7 +25,8 @@ def train(folder, model, rows, *options):
     settings = ["--max-steps", "25", "--batch-size", "8", "--lr", "0.02", "--eval-answers", "0"]
     settings += ["--eval-fraction", "0.5", "--target-modules", "gate_proj", "up_proj"]
     run = folder / "run"
-    code = main(["train", "--data", str(data), "--model", str(model), "--out", str(run), *settings, *options])
+    usual = ["--data", str(data), "--model", str(model), "--out", str(run), *settings]
+    code = main(["train", *with_options(usual, *options)])
     return run, code
 
 

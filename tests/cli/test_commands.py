@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from conftest import ROOT
+from conftest import ROOT, with_options
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 from rankwise import load_adapter_, read_adapter
@@ -35,7 +35,7 @@ def train(tiny_llama_folder, sql, tmp_path):
     def run(*options: str, out: str = "run", data: str = sql) -> tuple[int, Path]:
         target = tmp_path / out
         base = ["--model", str(tiny_llama_folder), "--data", data, "--out", str(target), "--max-steps", "6"]
-        return main(["train", *base, "--lr", "0.01", "--r", "4", *options]), target
+        return main(["train", *with_options([*base, "--lr", "0.01", "--r", "4"], *options)]), target
 
     return run
 
@@ -294,6 +294,20 @@ def test_flags_win_over_the_yaml_file(train, tmp_path):
     assert (written["lora_alpha"], written["seed"], written["target_modules"]) == (8.0, 4, ["q_proj", "v_proj"])
 
 
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [
+        ("--data b.jsonl", "--data"),
+        ("--data=b.jsonl --seed 1 --seed=2", "--data, --seed"),
+        ("--metrics --no-metrics", "--metrics"),
+        ("--eval-data a --eval_data b --columns prompt=q --columns completion=a", "--eval-data, --columns"),
+    ],
+)
+def test_an_option_that_stands_twice_is_refused_because_one_of_its_values_would_be_lost(options, named, capsys):
+    assert main(["train", "--model", "m", "--out", "o", "--data", "a.jsonl", *options.split(), "--print-config"]) == 2
+    assert f"given more than once: {named}; " in capsys.readouterr().err
+
+
 def test_a_folder_that_holds_a_run_is_not_touched(train, capsys):
     _, run = train("--eval-fraction", "0")
     before = {path: path.stat().st_mtime_ns for path in run.rglob("*")}
@@ -318,7 +332,7 @@ def test_what_was_trained_before_a_loss_that_is_not_finite_is_saved(train, capsy
     "options", [[], ["--eval-steps", "1"], ["--eval-fraction", "0"], ["--eval-steps", "1", "--max-steps", "2"]]
 )
 def test_a_step_that_goes_astray_is_an_error_and_leaves_no_adapter(train, capsys, options):
-    code, run = train("--max-steps", "1", "--lr", "1e25", *options)
+    code, run = train(*with_options(["--max-steps", "1", "--lr", "1e25"], *options))
     assert code == 2
     error = capsys.readouterr().err
     assert "the loss is not finite after step 1; try a lower --lr than 1e+25. No checkpoint was saved yet" in error

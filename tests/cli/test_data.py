@@ -3,9 +3,12 @@
 import io
 import json
 import shutil
+import sys
 from datetime import datetime
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import yaml
 from conftest import ROOT
@@ -14,6 +17,7 @@ from rich.console import Console
 from rankwise import TrainConfig
 from rankwise.cli.main import main
 from rankwise.errors import ConfigError
+from rankwise.train.progress import Reporter
 
 ROWS = [{"prompt": f"{n} + 1 =", "completion": str(n + 1)} for n in range(30)]
 TALKS = [
@@ -89,6 +93,21 @@ def test_every_problem_is_shown_and_the_exit_code_says_so(show, tmp_path):
     code, out = show(write(tmp_path / "data.jsonl", rows[:3] + rows[4:]), "--max-length", "60", "--long-rows", "cut")
     assert code == 0
     assert "; 1 cut off at their end" in out
+
+
+def test_a_line_or_a_text_between_colons_is_no_emoji(show, tmp_path, capsys):
+    path = write(tmp_path / "data.jsonl", [*ROWS, *ROWS, *ROWS, *[{"prompt": ":heart:", "completion": "x"}] * 9, {}])
+    assert f"{path}:100: needs" in show(path)[1]
+    Reporter().say(f"{path}:100: needs")
+    assert f"{path}:100: needs" in capsys.readouterr().err
+
+
+def test_output_that_is_not_utf8_shows_what_it_lacks_as_escapes(tiny_llama_folder, tmp_path, monkeypatch):
+    path = write(tmp_path / "data.jsonl", ROWS)
+    out = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(out, encoding="latin-1", write_through=True))
+    assert main(["data", path, "--model", str(tiny_llama_folder)]) == 0
+    assert r"\u27e61<|im_end|>\u27e7" in out.getvalue().decode("latin-1")
 
 
 def test_rows_that_a_run_could_not_split_are_told(show, tmp_path):
@@ -221,6 +240,19 @@ def test_a_run_that_is_resumed_on_another_day_ends_with_the_same_bytes(tiny_llam
     monkeypatch.setattr("transformers.utils.chat_template_utils.datetime", Later)
     assert main(["train", "--resume", str(run)]) == 0
     assert (run / "adapter/adapter_model.safetensors").read_bytes() == whole
+
+
+def test_dates_and_bytes_beside_a_message_hinder_no_run_and_no_answer(tiny_llama_folder, tmp_path, capsys):
+    more = {"at": datetime(2024, 1, 2), "raw": b"\xff"}
+    talks = [[{"role": "user", "content": str(n), **more}, {"role": "assistant", "content": "a"}] for n in range(4)]
+    pq.write_table(pa.Table.from_pylist([{"messages": talk} for talk in talks]), tmp_path / "talks.parquet")
+    model = ["--model", str(tiny_llama_folder)]
+    options = ["--data", str(tmp_path / "talks.parquet"), "--out", str(tmp_path / "run"), "--max-steps", "1"]
+    assert main(["train", *model, *options, "--r", "2", "--eval-fraction", "0"]) == 0
+    capsys.readouterr()
+    options = ["--data", str(tmp_path / "talks.parquet"), "--first", "1", "--max-new-tokens", "1"]
+    assert main(["generate", *model, *options]) == 0
+    assert json.loads(capsys.readouterr().out)["messages"][0]["at"] == "2024-01-02 00:00:00"
 
 
 def test_train_refuses_bad_rows_of_both_files_at_once(tiny_llama_folder, tmp_path, capsys):

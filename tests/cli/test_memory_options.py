@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from conftest import with_options
 from safetensors.torch import load_file
 
 from rankwise.cli.main import main
@@ -26,9 +27,9 @@ def train(tiny_llama_folder, tmp_path, monkeypatch, capsys):
     def run(name, *options):
         out = tmp_path / name
         flags = ["--model", tiny_llama_folder, "--data", data, "--out", out, "--batch-size", 4, "--epochs", 2]
-        flags += ["--eval-fraction", 0.25, "--eval-answers", 2, "--lr", 0.01, "--explain-engine", *options]
+        flags += ["--eval-fraction", 0.25, "--eval-answers", 2, "--lr", 0.01, "--explain-engine"]
         capsys.readouterr()
-        assert main(["train", *map(str, flags)]) == 0
+        assert main(["train", *with_options([*map(str, flags)], *map(str, options))]) == 0
         captured = capsys.readouterr()
         result = json.loads((out / "result.json").read_text())
         return load_file(out / "adapter/adapter_model.safetensors"), result, captured.out + captured.err

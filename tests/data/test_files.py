@@ -149,6 +149,8 @@ def test_lists_in_a_table_are_json_text(tmp_path):
             "problems: 3\n.*a file that is one JSON value of many lines is named .json",
         ),
         ("data.jsonl", gzip.compress(b"{}", mtime=0), "is gzipped; give its name the ending .gz"),
+        ("data.jsonl.zst", b"\x28\xb5\x2f\xfd...", "is compressed with zstandard; unpack it, or pack it with gzip"),
+        ("data.jsonl", b"BZh91AY", "is compressed with bzip2"),
         ("data.xlsx", b"PK\x03\x04...", "save the sheet as CSV"),
     ],
 )
@@ -192,6 +194,29 @@ def test_held_out_files_are_known_by_any_word_of_their_path(tmp_path, name):
         read_rows(tmp_path, "causal_lm")
 
 
+def test_a_folder_is_read_through_its_links_and_each_folder_once(tmp_path):
+    data, other = tmp_path / "data", tmp_path / "other"
+    (data / "own").mkdir(parents=True)
+    other.mkdir()
+    write(data / "own" / "a.jsonl", ROWS[0])
+    write(other / "b.jsonl", ROWS[1])
+    (data / "sub").symlink_to(other)
+    (data / "twice").symlink_to("own")
+    (other / "round").symlink_to(data)
+    assert fields(read_rows(data, "causal_lm")) == ROWS[:2]
+
+
+def test_what_a_folder_holds_and_cannot_be_read_is_named(tmp_path):
+    write(tmp_path / "a.jsonl", ROWS[0])
+    (tmp_path / "gone").symlink_to("nowhere")
+    for name in ("b.jsonl.zst", "c.csv.bz2", ".d.jsonl.xz", "notes.zip"):
+        (tmp_path / name).write_bytes(b"")
+    with pytest.raises(DataError) as error:
+        read_rows(tmp_path, "causal_lm")
+    lines = str(error.value).splitlines()
+    assert [line.split()[1].removeprefix(f"{tmp_path}/") for line in lines[1:]] == ["b.jsonl.zst", "c.csv.bz2", "gone"]
+
+
 def test_hidden_files_of_a_folder_are_no_data(tmp_path):
     for name in ("train.jsonl", ".ipynb_checkpoints/train-checkpoint.jsonl", "._train.jsonl"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
@@ -226,14 +251,31 @@ def test_a_weight_between_two_whole_numbers_draws_rows_by_the_seed(tmp_path):
     assert weighted(rows, 0) == many != weighted(rows, 1)
 
 
+def test_a_weight_that_draws_no_row_is_told_and_of_each_label_one_is_drawn(tmp_path):
+    path = write(tmp_path / "a.jsonl", *ROWS)
+    with pytest.raises(DataError, match=r"weight 0.0001 none of the 3 training rows .* raise it to 0.33"):
+        divide([f"{path}:0.0001"], None, "causal_lm", None)
+    rows = [{"text": f"text {n}", "label": "rare" if n < 2 else "ab"[n % 2]} for n in range(42)]
+    path = write(tmp_path / "b.jsonl", *rows)
+    for seed in range(30):
+        division = divide([f"{path}:0.3"], None, "seq_cls", None, 0.3, seed)
+        assert {row.fields["label"] for row in division.train} == {"rare", "a", "b"}
+        assert len(division.train) < 25
+
+
 def test_a_name_with_a_colon_is_a_weight_only_if_no_file_has_it(tmp_path):
     path = tmp_path / "data.jsonl:2"
     assert Source.parse(str(path)) == Source(str(tmp_path / "data.jsonl"), 2.0)
     path.write_text("")
     assert Source.parse(str(path)) == Source(str(path), 1.0)
-    for weight in ("0", "1.2.3"):
-        with pytest.raises(DataError, match="must be a number above 0"):
-            Source.parse(f"a.csv:{weight}")
+    (tmp_path / "folder").mkdir()
+    assert Source.parse(f"{tmp_path / 'folder'}:1e1") == Source(str(tmp_path / "folder"), 10.0)
+    for name in ("a.csv", "owner/a.jsonl.gz", tmp_path / "folder"):
+        for weight in ("0", "1.2.3", "-1", "nan", "inf", "2x", ""):
+            with pytest.raises(DataError, match="must be a number above 0"):
+                Source.parse(f"{name}:{weight}")
+    for entry in ("owner/data:main", "https://example.org/a.jsonl", r"C:\data\a.jsonl"):
+        assert Source.parse(entry) == Source(entry)
 
 
 def test_without_a_network_a_hub_name_is_a_clear_error():
@@ -569,6 +611,45 @@ def test_a_row_of_another_shape_in_a_file_is_told_where_to_go(tmp_path):
     path = write(tmp_path / "a.jsonl", *[{"prompt": str(n), "completion": "x"} for n in range(3)], {"messages": TALK})
     [problem] = scan_rows(path, "causal_lm").problems
     assert "files of their own" in str(problem)
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [("a.txt", "one\ntwo\n\nthree\n"), ("a.csv", 'text\n"one\ntwo"\nthree\n')],
+)
+def test_windows_line_ends_are_no_part_of_a_text(tmp_path, name, text):
+    (tmp_path / name).write_text(text, newline="\r\n")
+    assert fields(read_rows(tmp_path / name, "causal_lm")) == [{"text": "one\ntwo"}, {"text": "three"}]
+
+
+def test_only_blanks_and_tabs_part_the_columns_of_conll(tmp_path):
+    path = tmp_path / "a.conll"
+    path.write_text("10\u00a0000  O\nParis \tB-city \n\nNew York\tNNP\tB-city\n-DOCSTART-\n\n10\u00a0000\tCD\tO \r\n")
+    assert [record.fields for record in read_file(path) if isinstance(record, Row)] == [
+        {"tokens": ["10\u00a0000", "Paris"], "tags": ["O", "B-city"]},
+        {"tokens": ["New York"], "tags": ["B-city"]},
+        {"tokens": ["10\u00a0000"], "tags": ["O"]},
+    ]
+
+
+@pytest.mark.parametrize(
+    ("line", "text"),
+    [
+        ("hat\tVBZ\t", "needs a word and its tag"),
+        ("\tVBZ\tO", "needs a word and its tag"),
+        ("hat", "needs a word and its tag"),
+        ("hat\tVBZ", "2 columns, but the sentence's first line has 3"),
+        ("hat VBZ O", "needs a word and its tag"),
+    ],
+)
+def test_a_line_of_conll_without_its_tag_is_a_problem_and_not_tagged_by_another_column(tmp_path, line, text):
+    path = tmp_path / "a.conll"
+    path.write_text(f"Paris\tNNP\tB-city\n{line}\n\nRome\tNNP\tB-city\n")
+    problem, row = read_file(path)
+    assert str(problem) == f"{path}:2: {text}"
+    assert isinstance(row, Row)
+    path.write_text(f"Paris NNP B-city\n{line.replace(chr(9), ' ')}\n")
+    assert all(isinstance(record, Problem) for record in read_file(path)) == (line != "hat VBZ O")
 
 
 def test_plain_text_is_read_by_its_paragraphs_and_in_a_folder_left_alone(tmp_path):

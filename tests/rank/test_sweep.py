@@ -10,7 +10,7 @@ from xml.etree import ElementTree
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, tiny
+from conftest import ROOT, tiny, with_options
 from transformers import AutoModelForCausalLM, AutoTokenizer, BertConfig, BertModel
 
 from rankwise import LoraConfig, eject_, inject_, paired_runs, read_adapter
@@ -475,10 +475,10 @@ def test_the_command_leaves_table_page_and_all_differences_and_goes_on_in_its_fo
     assert mine.is_dir()
     assert (out / "adapters/notes.txt").is_file()
     assert {name: (out / "runs" / name).stat().st_mtime_ns for name in times} == times
-    assert main([*options, "--seeds", "3", "--lr", "0.01"]) == 2
+    assert main(with_options([*options, "--seeds", "3"], "--lr", "0.01")) == 2
     assert "lr: 0.02 there, 0.01 now" in capsys.readouterr().err
     (tmp_path / "more.jsonl").write_text((tmp_path / "test.jsonl").read_text().split("\n", 1)[1])
-    assert main([*options, "--seeds", "3", "--eval-data", str(tmp_path / "more.jsonl")]) == 2
+    assert main(with_options([*options, "--seeds", "3"], "--eval-data", str(tmp_path / "more.jsonl"))) == 2
     assert "the rows of the data (SHA-256): " in capsys.readouterr().err
 
 

@@ -4,7 +4,7 @@ import json
 
 import numpy as np
 import pytest
-from conftest import ROOT
+from conftest import ROOT, with_options
 
 from rankwise import sweep_setting, verdict
 from rankwise.cli.main import main
@@ -146,7 +146,7 @@ def test_the_command_compares_modules_and_refuses_what_cannot_be(tiny_llama_fold
     assert "held-out loss" not in printed
     few = tmp_path / "few.jsonl"
     few.write_text(rows[16])
-    assert main([*fresh, "--ranks", "2", *modules, "--eval-data", str(few)]) == 2
+    assert main(with_options([*fresh, "--ranks", "2", *modules], "--eval-data", str(few))) == 2
     assert "at least 10 held-out rows, found 1" in capsys.readouterr().err
     for wrong, messages in (
         (["--ranks", "1,2", "--over", "lr=1"], ["at one rank", "at least two values"]),

@@ -9,7 +9,7 @@ import pytest
 from rankwise import TrainConfig
 from rankwise.data.examples import TextExample
 from rankwise.data.labelled import LabelExample
-from rankwise.errors import ConfigError
+from rankwise.errors import ConfigError, DataError
 from rankwise.train.batches import families, planned_steps
 
 ROWS = [LabelExample(tuple(range(1 + n % 4)), 0, f"data:{n}") for n in range(10)]
@@ -68,6 +68,12 @@ def test_a_token_budget_takes_as_many_rows_as_fit_and_no_row_is_lost():
     assert sorted(chain(*batches), key=id) == sorted(ROWS, key=id)
     for size, following in zip(sizes, batches[1:], strict=False):
         assert size + len(following[0].ids) > 6, "one more row would have fitted"
+
+
+@pytest.mark.parametrize("changes", [{"max_steps": 3}, {"epochs": 2}])
+def test_no_rows_are_an_error_and_no_endless_plan(changes):
+    with pytest.raises(DataError, match="no row to train on"):
+        planned_steps([], settings(**changes))
 
 
 def test_a_row_above_the_token_budget_is_an_error_that_names_it():

@@ -235,15 +235,18 @@ def test_changed_data_and_a_changed_base_are_both_named():
     assert "the base model's weights are not those" in str(error.value)
 
 
-@pytest.mark.parametrize("field", ["data_sha256", "learning_rate", "directory", "settings", "day"])
-def test_a_start_with_a_value_of_another_kind_is_made_anew(field, tmp_path):
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [*((name, [7]) for name in ("data_sha256", "learning_rate", "directory", "settings", "day")), ("day", "Monday")],
+)
+def test_a_start_with_a_value_of_another_kind_is_made_anew(field, value, tmp_path):
     run = RunFolder(TrainConfig(model="m", data=["d.jsonl"], out=tmp_path / "run"))
     start = Start("data", "base", 0.1, "/", {}, "2026-01-31")
     run.path.mkdir()
     run.write_start(start)
     assert run.read_start() == start
     file = run.path / "start.json"
-    file.write_text(json.dumps(json.loads(file.read_text()) | {field: [7]}))
+    file.write_text(json.dumps(json.loads(file.read_text()) | {field: value}))
     assert run.read_start() is None
 
 
