@@ -4,6 +4,7 @@ import json
 import os
 import random
 import shutil
+import signal
 import sys
 from contextlib import suppress
 from pathlib import Path
@@ -18,7 +19,8 @@ from rankwise.data.examples import TextExample
 from rankwise.engine.language import LanguageEngine
 from rankwise.errors import ConfigError, StorageError
 from rankwise.train.checkpoints import damage
-from rankwise.train.loop import Training
+from rankwise.train.interrupt import first_interrupt
+from rankwise.train.loop import Step, Training
 from rankwise.train.progress import Reporter
 from rankwise.train.random_state import random_state, set_random_state
 from rankwise.train.run import run_training
@@ -185,6 +187,30 @@ def test_random_generators_go_on_where_they_were():
     assert draw() != first
     set_random_state(state)
     assert draw() == first
+
+
+@pytest.mark.parametrize("device", ["/dev/full", "a pipe without a reader"])
+def test_what_cannot_be_said_does_not_end_a_run(device, monkeypatch):
+    reading, writing = os.pipe()
+    os.close(reading)
+    with open(writing if device != "/dev/full" else device, "w") as nobody, monkeypatch.context() as patch:
+        patch.setattr(sys, "stderr", nobody)
+        reporter = Reporter()
+        with reporter.stage("loading"), reporter.training(1) as view, first_interrupt(reporter.say) as interrupt:
+            view.step(Step(1, 1, 1.0, 1.0, 1.0, 1, 1.0))
+            signal.raise_signal(signal.SIGTERM)
+    assert interrupt.signal == "SIGTERM"
+
+
+def test_an_interrupt_is_noted_and_the_next_one_not_whatever_becomes_of_saying_so():
+    def say(text):
+        raise RuntimeError("reentrant call")
+
+    with first_interrupt(say) as interrupt:
+        signal.raise_signal(signal.SIGINT)
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+    assert interrupt.signal == "SIGINT"
 
 
 def test_two_runs_in_one_folder_are_refused_and_the_first_goes_on(tmp_path):
