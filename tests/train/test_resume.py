@@ -156,6 +156,40 @@ def test_every_changed_byte_of_a_checkpoint_is_found(run, tmp_path):
     assert damage(checkpoint) is None
 
 
+def test_what_others_put_into_a_checkpoint_is_no_damage(run, tmp_path):
+    whole = run("whole")[:2]
+    for checkpoint in (tmp_path / "whole/checkpoints").iterdir():
+        (checkpoint / ".DS_Store").write_text("x")
+        (checkpoint / ".ipynb_checkpoints").mkdir()
+    *result, said = run("whole", resume=True)
+    assert result == list(whole)
+    assert said[0] == "resuming after step 3 of 3"
+
+
+def test_a_damaged_checkpoint_gets_another_name_and_the_last_two_whole_ones_are_kept(run, tmp_path):
+    run()
+    for _ in range(2):
+        (tmp_path / "run/checkpoints/step-000003/state.json").write_text("{}")
+        assert "now called step-000003.damaged" in run(resume=True)[2][0]
+    names = sorted(path.name for path in (tmp_path / "run/checkpoints").iterdir())
+    assert names == ["step-000002", "step-000003", "step-000003.damaged"]
+
+
+def test_a_checkpoint_that_cannot_be_read_is_left_as_it_is(run, tmp_path, monkeypatch):
+    run()
+    checkpoint = tmp_path / "run/checkpoints/step-000003"
+    before = sorted(checkpoint.iterdir())
+
+    def refused(*_, **__):
+        raise PermissionError(13, "Permission denied", str(checkpoint))
+
+    with monkeypatch.context() as patch:
+        patch.setattr("rankwise.train.checkpoints._sha256", refused)
+        with pytest.raises(StorageError, match=r"cannot read .*step-000003: Permission denied.*train --resume"):
+            run(resume=True)
+    assert sorted(checkpoint.iterdir()) == before
+
+
 def test_a_run_that_stopped_early_is_resumed_to_the_same_end(run, tmp_path):
     settings = {"max_steps": 12, "eval_steps": 1, "patience": 1, "lr": 0.9}
     whole = run("whole", **settings)
