@@ -32,7 +32,7 @@ class Checkpoints:
 
         Raises StorageError if it cannot be written; the checkpoints are then as they were.
         """
-        path = self.folder / f"step-{step:06}"
+        path = self._path(step)
         with atomic.replacing(path) as temporary:
             temporary.mkdir()
             write(temporary)
@@ -40,6 +40,13 @@ class Checkpoints:
             (temporary / SUMS_FILE).write_text("".join(sums), encoding="utf-8")
         for older in self.newest_first()[KEPT:]:
             shutil.rmtree(older)
+
+    def remove(self, step: int) -> None:
+        """Remove the checkpoint of `step`, if there is one."""
+        shutil.rmtree(self._path(step), ignore_errors=True)
+
+    def _path(self, step: int) -> Path:
+        return self.folder / f"step-{step:06}"
 
     def newest(self) -> tuple[Path | None, list[str]]:
         """The newest checkpoint that is whole, and what is wrong with newer ones, which get another name.

@@ -17,7 +17,7 @@ from conftest import tiny
 from rankwise import LoraConfig, TrainConfig, inject_, trainable_parameters
 from rankwise.data.examples import TextExample
 from rankwise.engine.language import LanguageEngine
-from rankwise.errors import ConfigError, StorageError
+from rankwise.errors import ConfigError, RankwiseError, StorageError
 from rankwise.train.checkpoints import damage
 from rankwise.train.interrupt import first_interrupt
 from rankwise.train.loop import Step, Training
@@ -99,7 +99,9 @@ def run(engine, tmp_path, monkeypatch):
         without_times = [{**line, "seconds": None} for line in metrics]
         return (config.out / "adapter/adapter_model.safetensors").read_bytes(), without_times, said
 
-    return train
+    yield train
+    for parameter, value in zip(trainable_parameters(engine.model), start, strict=True):
+        parameter.data, parameter.grad = value, None
 
 
 def test_a_crash_before_any_change_on_disk_is_resumed_to_the_same_bytes(run, tmp_path):
@@ -188,6 +190,38 @@ def test_a_checkpoint_that_cannot_be_read_is_left_as_it_is(run, tmp_path, monkey
         with pytest.raises(StorageError, match=r"cannot read .*step-000003: Permission denied.*train --resume"):
             run(resume=True)
     assert sorted(checkpoint.iterdir()) == before
+
+
+@pytest.mark.parametrize("eval_steps", [0, 1])
+def test_an_adapter_that_went_astray_is_not_kept_and_the_best_one_is_written(run, tmp_path, monkeypatch, eval_steps):
+    move = Training.move
+
+    def astray(self, loss):
+        step = move(self, loss)
+        if self.done == 2:
+            with torch.no_grad():
+                for parameter in self.parameters:
+                    parameter.fill_(3e38)
+        return step
+
+    monkeypatch.setattr(Training, "move", astray)
+    with pytest.raises(RankwiseError, match=r"not finite .*newest checkpoint, .*step-000001") as error:
+        run(eval_steps=eval_steps)
+    assert [path.name for path in (tmp_path / "run/checkpoints").iterdir()] == ["step-000001"]
+    assert ("The adapter of step 1, with the lowest" in str(error.value)) == bool(eval_steps)
+    if eval_steps:
+        best, first = (
+            (tmp_path / "run" / folder / "adapter_model.safetensors").read_bytes()
+            for folder in ("adapter", "checkpoints/step-000001")
+        )
+        assert best == first
+
+
+def test_the_step_before_a_batch_that_alone_is_bad_is_kept(run, tmp_path, monkeypatch):
+    move = Training.move
+    monkeypatch.setattr(Training, "move", lambda self, loss: move(self, loss * torch.inf if self.done == 2 else loss))
+    with pytest.raises(RankwiseError, match="step-000002"):
+        run(eval_steps=0, save_steps=9)
 
 
 def test_a_run_that_stopped_early_is_resumed_to_the_same_end(run, tmp_path):
