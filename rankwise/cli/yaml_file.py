@@ -3,20 +3,12 @@
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
-from types import NoneType
-from typing import Any, Literal, get_args, get_origin
+from typing import Any
 
 import yaml
 
 from rankwise.errors import ConfigError, listing, nearest
-
-_WANTED = {
-    bool: "true or false",
-    int: "a whole number",
-    float: "a number",
-    str: "text",
-    Path: "the name of a file or folder",
-}
+from rankwise.train.setting_types import entries, fits, wanted
 
 
 def yaml_flags(path: Path, hints: Mapping[str, Any]) -> list[str]:
@@ -32,8 +24,8 @@ def yaml_flags(path: Path, hints: Mapping[str, Any]) -> list[str]:
     for key, value in settings.items():
         if key not in hints:
             problems.append(f"this command does not have {key!r}{nearest(key, hints)}")
-        elif value is not None and not _fits(value, hints[key]):
-            problems.append(f"{key} must be {_wanted(hints[key])}, found {value!r}")
+        elif value is not None and not fits(value, hints[key], spelled=True):
+            problems.append(f"{key} must be {wanted(hints[key])}, found {value!r}")
     if problems:
         raise ConfigError(f"--config {path} holds settings that cannot be:\n{listing(problems)}")
     return [text for key, value in settings.items() if value is not None for text in _flag(key, value)]
@@ -57,36 +49,8 @@ def _name(key: Any) -> str:
     return str(key).replace("-", "_")
 
 
-def _fits(value: Any, hint: Any) -> bool:
-    """Whether a value has a setting's type, or spells one that has: YAML takes 1e-3 for text."""
-    kind, parts = get_origin(hint), get_args(hint)
-    if kind is tuple:
-        return all(_fits(entry, parts[0]) for entry in (value if isinstance(value, list) else [value]))
-    if kind is Literal:
-        return value in parts
-    if parts:
-        return any(_fits(value, part) for part in parts)
-    if hint is bool or isinstance(value, bool):
-        return hint is bool and isinstance(value, bool)
-    if hint in (int, float):
-        try:
-            hint(str(value))
-        except ValueError:
-            return False
-        return True
-    return hint is not NoneType and isinstance(value, str | int | float) and value != ""
-
-
-def _wanted(hint: Any) -> str:
-    kind, parts = get_origin(hint), get_args(hint)
-    if kind is tuple:
-        return f"{_wanted(parts[0])}, or a list of them"
-    names = parts if kind is Literal else [_wanted(part) for part in parts if part is not NoneType]
-    return " or ".join(names) or _WANTED[hint]
-
-
 def _flag(key: str, value: Any) -> list[str]:
     flag = key.replace("_", "-")
     if isinstance(value, bool):
         return [f"--{flag}" if value else f"--no-{flag}"]
-    return [f"--{flag}", *map(str, value if isinstance(value, list) else [value])]
+    return [f"--{flag}", *map(str, entries(value))]

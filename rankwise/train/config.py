@@ -1,9 +1,9 @@
 """The settings of a training run: command-line flags, YAML keys and `run.yaml` are all made from this one class."""
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from math import inf
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, get_args, get_origin, get_type_hints
 
 import yaml
 
@@ -11,6 +11,7 @@ from rankwise.data.shapes import ASKING, Format, Task
 from rankwise.data.transcripts import TrainOn
 from rankwise.errors import ConfigError, listing
 from rankwise.plan.memory_options import MemoryOptions
+from rankwise.train.setting_types import entries, fits, wanted
 from rankwise.train.trackers import TrackerName
 
 AUTO_RANK = 32
@@ -155,12 +156,16 @@ class TrainConfig:
     """Decides the adapter's start, the order of the rows, dropout and the held-out split."""
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "out", None if self.out is None else Path(self.out))
-        for name in ("data", "eval_data"):
-            value = getattr(self, name)
-            entries: Any = (value,) if isinstance(value, str | Path) else value
-            object.__setattr__(self, name, tuple(map(Path, entries)))
-        problems = list(self._problems())
+        hints, wrong = get_type_hints(type(self)), []
+        for name in (setting.name for setting in fields(self)):
+            given, hint = getattr(self, name), hints[name]
+            value = _taken(given, hint)
+            if not fits(value, hint):
+                wrong.append(f"--{name.replace('_', '-')} must be {wanted(hint)}, found {given!r}")
+                # What is said of the other settings is said as if this one had not been given.
+                value = getattr(type(self), name, None)
+            object.__setattr__(self, name, value)
+        problems = [*wrong, *self._problems()]
         if problems:
             raise ConfigError("these settings cannot be:\n" + listing(problems))
 
@@ -267,6 +272,15 @@ class TrainConfig:
     def as_yaml(self) -> str:
         """The content of run.yaml; `--config` reads it back."""
         return yaml.safe_dump(self.as_dict(), sort_keys=False, allow_unicode=True)
+
+
+def _taken(value: Any, hint: Any) -> Any:
+    """What a setting of a type takes a value for: one entry for a list of one, text for a path, a path for text."""
+    if get_origin(hint) is tuple:
+        return tuple(_taken(entry, get_args(hint)[0]) for entry in entries(value))
+    if isinstance(value, str) and Path in (hint, *get_args(hint)):
+        return Path(value)
+    return str(value) if isinstance(value, Path) and hint is str else value
 
 
 def _plain(value: Any) -> Any:
