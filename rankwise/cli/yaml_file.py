@@ -3,7 +3,7 @@
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import yaml
 
@@ -28,7 +28,7 @@ def yaml_flags(path: Path, hints: Mapping[str, Any]) -> list[str]:
             problems.append(f"{key} must be {wanted(hints[key])}, found {value!r}")
     if problems:
         raise ConfigError(f"--config {path} holds settings that cannot be:\n{listing(problems)}")
-    return [text for key, value in settings.items() if value is not None for text in _flag(key, value)]
+    return [text for key, value in settings.items() if value is not None for text in _flag(key, value, hints[key])]
 
 
 def _read(path: Path) -> tuple[list[str], Any]:
@@ -49,8 +49,12 @@ def _name(key: Any) -> str:
     return str(key).replace("-", "_")
 
 
-def _flag(key: str, value: Any) -> list[str]:
+def _flag(key: str, value: Any, hint: Any) -> list[str]:
     flag = key.replace("_", "-")
     if isinstance(value, bool):
         return [f"--{flag}" if value else f"--no-{flag}"]
-    return [f"--{flag}", *map(str, entries(value))]
+    texts = list(map(str, entries(value)))
+    if Path in get_args(hint):
+        # A name that begins with a dash would be read as a flag.
+        texts = [f"./{text}" if text.startswith("-") else text for text in texts]
+    return [f"--{flag}={texts[0]}", *texts[1:]] if texts else [f"--{flag}"]
