@@ -308,6 +308,7 @@ def config_json(folder, **content):
         ({"model_type": "lama"}, [], "(nearest: 'llama'"),
         ({"model_type": "llama", "hidden_size": 8}, [], "num_attention_heads, intermediate_size"),
         ({"model_type": "falcon", "alibi": True}, [], "alibi = True (only False)"),
+        ({"model_type": "gpt2", "add_cross_attention": True}, [], "add_cross_attention = True (only False)"),
         ({"model_type": "bert"}, [], "no causal language model"),
         ("llama", ["--target-modules", "q_porj"], "'q_porj' matches no linear layer (nearest: 'q_proj'"),
         ("llama", ["--r", "99"], "an update cannot have a higher rank"),
