@@ -24,6 +24,8 @@ STATES_GB = 4.0
 """Room in the user's cache for the states of frozen blocks, where they are used again."""
 MOST_STEPS = 10**6
 """All steps are planned before the first."""
+MOST_SEED = 2**64 - 1
+"""PyTorch takes no larger one."""
 LEAST = {
     "cache_gb": 0,
     "batch_size": 1,
@@ -190,8 +192,9 @@ class TrainConfig:
             value = getattr(self, name)
             if value is not None and not least <= value < inf:
                 yield f"--{name.replace('_', '-')} must be a number of at least {least}, found {value}"
-        if self.max_steps and self.max_steps > MOST_STEPS:
-            yield f"--max-steps can be at most {MOST_STEPS:,}, found {self.max_steps:,}"
+        for name, most in {"max_steps": MOST_STEPS, "seed": MOST_SEED}.items():
+            if (getattr(self, name) or 0) > most:
+                yield f"--{name.replace('_', '-')} can be at most {most:,}, found {getattr(self, name):,}"
         if self.eval_steps and not self.eval_data and not self.eval_fraction:
             yield "--eval-steps needs held-out data; give --eval-data, or an --eval-fraction above 0"
         if self.eval_data and self.eval_fraction != "auto":
