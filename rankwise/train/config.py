@@ -201,6 +201,12 @@ class TrainConfig:
             yield "--eval-data and --eval-fraction both say what is held out; give one of them"
         if self.patience not in (0, type(self).patience) and self.eval_steps == 0:
             yield f"--patience {self.patience} waits for held-out losses, which --eval-steps 0 never measures; give one"
+        if self.patience not in (0, type(self).patience) and not self.eval_data and not self.eval_fraction:
+            yield f"--patience {self.patience} needs held-out data; give --eval-data, or an --eval-fraction above 0"
+        if self.eval_answers not in (0, type(self).eval_answers) and not self.eval_data and not self.eval_fraction:
+            yield "--eval-answers needs held-out data; give --eval-data, or an --eval-fraction above 0"
+        if self.batch_tokens is not None and self.batch_size != type(self).batch_size:
+            yield "--batch-tokens and --batch-size both say how large a batch is; give one of them"
         if self.eval_answers not in (0, type(self).eval_answers) and self.task not in ASKING:
             yield f"--eval-answers needs --task {' or '.join(ASKING)}; other tasks have no answers"
         if self.metrics and not self.eval_data and not self.eval_fraction:

@@ -16,7 +16,8 @@ ROWS = [LabelExample(tuple(range(1 + n % 4)), 0, f"data:{n}") for n in range(10)
 
 
 def settings(**changes):
-    return TrainConfig(model="m", data=Path("d"), out=Path("o"), **{"batch_size": 4, "task": "seq_cls", **changes})
+    size = {} if "batch_tokens" in changes else {"batch_size": 4}
+    return TrainConfig(model="m", data=Path("d"), out=Path("o"), **{"task": "seq_cls", **size, **changes})
 
 
 def rows_of(step):

@@ -134,7 +134,16 @@ def test_settings_without_an_effect_are_all_refused_at_once(task):
         assert message in str(error.value)
     with pytest.raises(ConfigError, match="--metrics needs held-out data"):
         settings(metrics=True, eval_fraction=0)
+    with pytest.raises(ConfigError) as error:
+        settings(task=task, eval_fraction=0, patience=7, eval_answers=7, batch_size=3, batch_tokens=90)
+    for message in (
+        "--patience 7 needs held-out data",
+        "--eval-answers needs held-out data",
+        "--batch-tokens and --batch-size both say how large a batch is",
+    ):
+        assert message in str(error.value)
     # Defaults, and what says that nothing is to be done.
+    TrainConfig(model="m", data=Path("d"), out=Path("o"), eval_fraction=0, batch_tokens=90, patience=0, eval_answers=0)
     settings(task=task, eval_answers=0, eval_steps=0, eval_data="e.jsonl")
     settings(patience=0, eval_steps=0)
 
