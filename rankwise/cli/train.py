@@ -1,6 +1,7 @@
 """`rankwise train`"""
 
 import signal
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -29,9 +30,14 @@ def main(options: list[str]) -> int:
         print(config.as_yaml(), end="")
         return 0
     from rankwise.finetune import finetune
+    from rankwise.train.progress import let_go_unread
 
     result = finetune(replace(config, out=runs[0]) if runs else config, resume=bool(runs))
-    _print(runs[0] if runs else config.out, result)
+    try:
+        _print(runs[0] if runs else config.out, result)
+        sys.stdout.flush()
+    except BrokenPipeError:
+        let_go_unread(sys.stdout)  # Nobody reads it; how the run ended is still to be told.
     return 128 + signal.Signals[result["signal"] or "SIGINT"] if result["interrupted"] else 0
 
 

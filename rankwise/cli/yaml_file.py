@@ -3,20 +3,12 @@
 from collections import Counter
 from collections.abc import Collection, Mapping
 from pathlib import Path
-from types import NoneType
-from typing import Any, Literal, get_args, get_origin
+from typing import Any, get_args
 
 import yaml
 
 from rankwise.errors import ConfigError, listing, nearest
-
-_WANTED = {
-    bool: "true or false",
-    int: "a whole number",
-    float: "a number",
-    str: "text",
-    Path: "the name of a file or folder",
-}
+from rankwise.train.setting_types import entries, fits, wanted
 
 
 def yaml_flags(path: Path, hints: Mapping[str, Any], unread: Collection[str] = ()) -> list[str]:
@@ -33,11 +25,11 @@ def yaml_flags(path: Path, hints: Mapping[str, Any], unread: Collection[str] = (
     for key, value in settings.items():
         if key not in hints:
             problems.append(f"this command does not have {key!r}{nearest(key, hints)}")
-        elif value is not None and not _fits(value, hints[key]):
-            problems.append(f"{key} must be {_wanted(hints[key])}, found {value!r}")
+        elif value is not None and not fits(value, hints[key], spelled=True):
+            problems.append(f"{key} must be {wanted(hints[key])}, found {value!r}")
     if problems:
         raise ConfigError(f"--config {path} holds invalid settings:\n{listing(problems)}")
-    return [text for key, value in settings.items() if value is not None for text in _flag(key, value)]
+    return [text for key, value in settings.items() if value is not None for text in _flag(key, value, hints[key])]
 
 
 def _read(path: Path) -> tuple[list[str], Any]:
@@ -58,36 +50,12 @@ def _name(key: Any) -> str:
     return str(key).replace("-", "_")
 
 
-def _fits(value: Any, hint: Any) -> bool:
-    """Whether a value has a setting's type, or spells one that has: YAML takes 1e-3 for text."""
-    kind, parts = get_origin(hint), get_args(hint)
-    if kind is tuple:
-        return all(_fits(entry, parts[0]) for entry in (value if isinstance(value, list) else [value]))
-    if kind is Literal:
-        return value in parts
-    if parts:
-        return any(_fits(value, part) for part in parts)
-    if hint is bool or isinstance(value, bool):
-        return hint is bool and isinstance(value, bool)
-    if hint in (int, float):
-        try:
-            hint(str(value))
-        except ValueError:
-            return False
-        return True
-    return hint is not NoneType and isinstance(value, str | int | float) and value != ""
-
-
-def _wanted(hint: Any) -> str:
-    kind, parts = get_origin(hint), get_args(hint)
-    if kind is tuple:
-        return f"{_wanted(parts[0])}, or a list of them"
-    names = parts if kind is Literal else [_wanted(part) for part in parts if part is not NoneType]
-    return " or ".join(names) or _WANTED[hint]
-
-
-def _flag(key: str, value: Any) -> list[str]:
+def _flag(key: str, value: Any, hint: Any) -> list[str]:
     flag = key.replace("_", "-")
     if isinstance(value, bool):
         return [f"--{flag}" if value else f"--no-{flag}"]
-    return [f"--{flag}", *map(str, value if isinstance(value, list) else [value])]
+    texts = list(map(str, entries(value)))
+    if Path in get_args(hint):
+        # A name that begins with a dash would be read as a flag.
+        texts = [f"./{text}" if text.startswith("-") else text for text in texts]
+    return [f"--{flag}={texts[0]}", *texts[1:]] if texts else [f"--{flag}"]

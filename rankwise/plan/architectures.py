@@ -152,6 +152,7 @@ def _activation(name: str, f: int) -> dict[str, int]:
 
 def _gpt2(s: Settings, kind: str) -> ModelShape:
     d, heads = s.number("n_embd", "hidden_size"), s.number("n_head", "num_attention_heads")
+    _only(s, {"add_cross_attention": False})
     names = ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")
     f = s.number("n_inner", default=4 * d)
     block = plain_block(names, d, f, heads, s.get("activation_function", default="gelu_new"))
@@ -169,6 +170,9 @@ def _gpt_neox(s: Settings, kind: str) -> ModelShape:
     parallel = "two norms" if s.get("use_parallel_residual", default=True) else "no"
     f, activation = s.number("intermediate_size"), s.get("hidden_act", default="gelu")
     block = plain_block(names, d, f, heads, activation, parallel=parallel, rotary=True)
+    if not s.get("attention_bias", default=True):
+        *attention, up, down = block.linears  # The MLP has its biases all the same.
+        block = replace(block, linears=(*(replace(linear, bias=False) for linear in attention), up, down))
     layers = s.number("num_hidden_layers")
     return _decoder(s, kind, "gpt_neox.layers", block, layers, heads, 2 * d, tied=False)
 

@@ -11,7 +11,7 @@ from typing import Any
 from rankwise.data.examples import E, TextExample
 from rankwise.data.stored import Chosen, Items
 from rankwise.errors import ConfigError, DataError
-from rankwise.train.config import TrainConfig
+from rankwise.train.config import MOST_STEPS, TrainConfig
 
 Places = Sequence[int]
 """Of rows, among all that may train."""
@@ -68,8 +68,8 @@ def planned_steps(examples: Sequence[E], config: TrainConfig) -> Plan[E]:
     """The batches of every optimiser step of a run: one each, or up to `accumulate` of them.
 
     Every epoch sees every row once. A step does not reach over the end of an epoch; its last one may be smaller.
-    Raises ConfigError for a row of more tokens than a batch may hold, DataError for no row, or a single one to be
-    told apart from others.
+    Raises ConfigError for a row of more tokens than a batch may hold and for more steps than a run can have, DataError
+    for no row, or a single one to be told apart from others.
     """
     if not examples:
         raise DataError("there is no row to train on")
@@ -86,6 +86,11 @@ def planned_steps(examples: Sequence[E], config: TrainConfig) -> Plan[E]:
             break
         batches = _cut(next(orders), examples, config)
         own = [batches[start : start + config.accumulate] for start in range(0, len(batches), config.accumulate)]
+        if config.max_steps is None and config.epochs * len(own) > MOST_STEPS:
+            raise ConfigError(
+                f"--epochs {config.epochs:g} makes {config.epochs * len(own):,.0f} steps, of {len(own):,} in an epoch; "
+                f"a run can have at most {MOST_STEPS:,}: lower --epochs, or give --max-steps"
+            )
         if config.max_steps is not None:
             steps += own
             if len(steps) >= config.max_steps:

@@ -1,9 +1,9 @@
 """The settings of a training run: command-line flags, YAML keys and `run.yaml` are all made from this one class."""
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from math import inf
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, get_args, get_origin, get_type_hints
 
 import yaml
 
@@ -12,6 +12,7 @@ from rankwise.data.transcripts import TrainOn
 from rankwise.errors import ConfigError, listing
 from rankwise.lora.config import LoraConfig
 from rankwise.plan.memory_options import MemoryOptions
+from rankwise.train.setting_types import entries, fits, wanted
 from rankwise.train.trackers import TrackerName
 
 AUTO_RANK = 32
@@ -24,6 +25,8 @@ STATES_GB = 4.0
 """Room in the user's cache for the states of frozen blocks, where they are used again."""
 MOST_STEPS = 10**6
 """All steps are planned before the first."""
+MOST_SEED = 2**64 - 1
+"""PyTorch takes no larger one."""
 LEAST = {
     "cache_gb": 0,
     "batch_size": 1,
@@ -156,12 +159,16 @@ class TrainConfig:
     """Decides the adapter's start, the order of the rows, dropout and the held-out split."""
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "out", None if self.out is None else Path(self.out))
-        for name in ("data", "eval_data"):
-            value = getattr(self, name)
-            entries: Any = (value,) if isinstance(value, str | Path) else value
-            object.__setattr__(self, name, tuple(map(Path, entries)))
-        problems = list(self._problems())
+        hints, wrong = get_type_hints(type(self)), []
+        for name in (setting.name for setting in fields(self)):
+            given, hint = getattr(self, name), hints[name]
+            value = _taken(given, hint)
+            if not fits(value, hint):
+                wrong.append(f"--{name.replace('_', '-')} must be {wanted(hint)}, found {given!r}")
+                # What is said of the other settings is said as if this one had not been given.
+                value = getattr(type(self), name, None)
+            object.__setattr__(self, name, value)
+        problems = [*wrong, *self._problems()]
         if problems:
             raise ConfigError("these settings cannot be:\n" + listing(problems))
 
@@ -186,14 +193,21 @@ class TrainConfig:
             value = getattr(self, name)
             if value is not None and not least <= value < inf:
                 yield f"--{name.replace('_', '-')} must be a number of at least {least}, found {value}"
-        if self.max_steps and self.max_steps > MOST_STEPS:
-            yield f"--max-steps can be at most {MOST_STEPS:,}, found {self.max_steps:,}"
+        for name, most in {"max_steps": MOST_STEPS, "seed": MOST_SEED}.items():
+            if (getattr(self, name) or 0) > most:
+                yield f"--{name.replace('_', '-')} can be at most {most:,}, found {getattr(self, name):,}"
         if self.eval_steps and not self.eval_data and not self.eval_fraction:
             yield "--eval-steps needs held-out data; give --eval-data, or an --eval-fraction above 0"
         if self.eval_data and self.eval_fraction != "auto":
             yield "--eval-data and --eval-fraction both say what is held out; give one of them"
         if self.patience not in (0, type(self).patience) and self.eval_steps == 0:
             yield f"--patience {self.patience} waits for held-out losses, which --eval-steps 0 never measures; give one"
+        if self.patience not in (0, type(self).patience) and not self.eval_data and not self.eval_fraction:
+            yield f"--patience {self.patience} needs held-out data; give --eval-data, or an --eval-fraction above 0"
+        if self.eval_answers not in (0, type(self).eval_answers) and not self.eval_data and not self.eval_fraction:
+            yield "--eval-answers needs held-out data; give --eval-data, or an --eval-fraction above 0"
+        if self.batch_tokens is not None and self.batch_size != type(self).batch_size:
+            yield "--batch-tokens and --batch-size both say how large a batch is; give one of them"
         if self.eval_answers not in (0, type(self).eval_answers) and self.task not in ASKING:
             yield f"--eval-answers needs --task {' or '.join(ASKING)}; other tasks have no answers"
         if self.metrics and not self.eval_data and not self.eval_fraction:
@@ -284,6 +298,15 @@ class TrainConfig:
     def as_yaml(self) -> str:
         """The content of run.yaml; `--config` reads it back."""
         return yaml.safe_dump(self.as_dict(), sort_keys=False, allow_unicode=True)
+
+
+def _taken(value: Any, hint: Any) -> Any:
+    """What a setting of a type takes a value for: one entry for a list of one, text for a path, a path for text."""
+    if get_origin(hint) is tuple:
+        return tuple(_taken(entry, get_args(hint)[0]) for entry in entries(value))
+    if isinstance(value, str) and Path in (hint, *get_args(hint)):
+        return Path(value)
+    return str(value) if isinstance(value, Path) and hint is str else value
 
 
 def _plain(value: Any) -> Any:

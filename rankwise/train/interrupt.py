@@ -2,7 +2,7 @@
 
 import signal
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 
@@ -21,9 +21,11 @@ def first_interrupt(say: Callable[[str], None]) -> Iterator[Interrupt]:
 
     def note(number: int, _frame: Any) -> None:
         interrupt.signal = signal.Signals(number).name
-        say("stopping after this step; the adapter and a checkpoint will be saved (again: stop at once)")
         for name, handler in before.items():
             signal.signal(name, handler)
+        # It may come in the middle of another line's writing, and no failure to say it may end the step.
+        with suppress(Exception):
+            say("stopping after this step; the adapter and a checkpoint will be saved (again: stop at once)")
 
     try:
         before.update({name: signal.signal(name, note) for name in (signal.SIGINT, signal.SIGTERM)})

@@ -1,8 +1,10 @@
 """What a user sees while a run goes on: a bar on a terminal, plain lines elsewhere. The loop itself never prints."""
 
+import os
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from typing import IO, Any
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
@@ -13,11 +15,32 @@ from rankwise.train.peak_memory import peak_memory_bytes
 LINES_PER_RUN = 20
 
 
+def let_go_unread(file: IO[str]) -> None:
+    """Let what is still written to a file that takes no more be lost, what Python writes at its own end too."""
+    with suppress(OSError), open(os.devnull, "wb") as nowhere:
+        os.dup2(nowhere.fileno(), file.fileno())
+
+
+class _PatientConsole(Console):
+    """Falls silent when nothing takes what it says (`| head` has enough, Ctrl-C ends `| tee` too): the run goes on."""
+
+    def on_broken_pipe(self) -> None:
+        self.quiet = True
+        let_go_unread(self.file)
+
+    def __exit__(self, *error: Any) -> None:
+        # All that is shown is written here. A terminal that is gone, or a full disk, is no broken pipe.
+        try:
+            super().__exit__(*error)
+        except OSError:
+            self.on_broken_pipe()
+
+
 class Reporter:
     """Says what is going on, on standard error; results go to standard output and to files."""
 
     def __init__(self) -> None:
-        self.console = Console(stderr=True, highlight=False, emoji=False, soft_wrap=True)
+        self.console = _PatientConsole(stderr=True, highlight=False, emoji=False, soft_wrap=True)
 
     def say(self, text: str) -> None:
         self.console.print(text, markup=False)

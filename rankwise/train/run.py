@@ -46,7 +46,7 @@ def run_training(
 
     Without evaluations, or when the user ends it early, that is the adapter as it is then.
     Raises StorageError if the disk is full, DataError if a row of a large file turns out unfit, RankwiseError if a loss
-    is no longer finite: what was done before stays.
+    is no longer finite: what was done before stays, and the best adapter, if one is known, is written.
     """
     total, watch = len(training.plan), Watch(training.parameters, config.patience)
     evaluate_every, watched = _watched(config, training, held_out, reporter)
@@ -82,8 +82,12 @@ def run_training(
         except StorageError:
             raise
         except RankwiseError as error:
-            save()
-            raise type(error)(f"{error}. {run.kept()}") from None
+            if training.failed and training.done and not training.went_well():
+                # The last step led the adapter astray: nobody can go on from it.
+                run.checkpoints.remove(training.done)
+            else:
+                save()
+            raise type(error)(f"{error}. {run.kept()}{_best_kept(training, watch, run)}") from None
         except KeyboardInterrupt:
             at_once = True
     complete = not at_once and (training.done == total or watch.gave_up)
@@ -136,6 +140,15 @@ def _restored(run: RunFolder, training: Training, watch: Watch, reporter: Report
     for message in messages:
         reporter.say(message)
     return steps
+
+
+def _best_kept(training: Training, watch: Watch, run: RunFolder) -> str:
+    """Write the best adapter that a failed run had, if one is known, and say so."""
+    if not watch.best:
+        return ""
+    watch.take_best()
+    run.save_adapter(training.engine.model)
+    return f". The adapter of step {watch.best_step}, with the lowest held-out loss so far, is in {run.adapter}"
 
 
 def _take_best(watch: Watch, training: Training, reporter: Reporter) -> None:

@@ -199,3 +199,20 @@ def test_ctrl_c_leaves_a_usable_adapter(inputs, options, whole, tmp_path, signal
     load_adapter_(AutoModelForCausalLM.from_pretrained(inputs[1]), run / "adapter")
     assert main(["train", "--resume", str(run)]) == 0
     assert outcome(run) == whole
+
+
+@pytest.mark.parametrize("interrupted", [True, False])
+def test_a_run_goes_on_when_nobody_reads_what_it_says(options, whole, tmp_path, interrupted):
+    run = tmp_path / "run"
+    command = [sys.executable, "-m", "rankwise", "train", *options, "--out", run, "--save-steps", "1000"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=ROOT) as process:
+        assert process.stdout is not None
+        assert any(line.startswith("step 4/") for line in process.stdout)
+        process.stdout.close()
+        if interrupted:
+            process.send_signal(signal.SIGINT)
+    assert process.returncode == (130 if interrupted else 0)
+    assert json.loads((run / "result.json").read_text())["interrupted"] == interrupted
+    if interrupted:
+        assert main(["train", "--resume", str(run)]) == 0
+    assert outcome(run) == whole

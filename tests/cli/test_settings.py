@@ -122,6 +122,13 @@ def test_a_setting_means_the_same_as_a_flag_as_a_yaml_key_and_after_printing(nam
     assert printed(capsys, "--config", tmp_path / "printed.yaml") == text
 
 
+def test_names_that_begin_with_a_dash_come_back_from_a_file(tmp_path, capsys):
+    settings = {"model": "-m", "out": "-run", "data": ["-d.jsonl", "-e.jsonl"], "eval_data": "-h.jsonl"}
+    (tmp_path / "settings.yaml").write_text(yaml.safe_dump(settings))
+    found = yaml.safe_load(printed(capsys, "--config", tmp_path / "settings.yaml"))
+    assert {name: found[name] for name in settings} == settings
+
+
 def test_what_is_printed_is_what_run_yaml_holds(tiny_llama_folder, tmp_path, capsys):
     rows = (ROOT / "examples/text_to_sql/train.jsonl").read_text().splitlines()[:6]
     (tmp_path / "rows.jsonl").write_text("\n".join(rows) + "\n")

@@ -50,6 +50,7 @@ CAUSAL = [
     ("gpt2", "GPT2LMHeadModel", {"n_inner": None, "activation_function": "gelu"}),
     ("gpt_neox", "GPTNeoXForCausalLM", {}),
     ("gpt_neox", "GPTNeoXForCausalLM", {"use_parallel_residual": False}),
+    ("gpt_neox", "GPTNeoXForCausalLM", {"attention_bias": False}),
     ("bloom", "BloomForCausalLM", {}),
     ("opt", "OPTForCausalLM", {}),
     ("opt", "OPTForCausalLM", {"word_embed_proj_dim": 16, "activation_function": "gelu"}),

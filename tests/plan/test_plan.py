@@ -185,8 +185,8 @@ def test_an_even_batch_counts_as_rows_of_that_length_do(packs):
 @pytest.mark.parametrize(
     ("options", "steps", "batches", "tokens"),
     [
-        ([], 5, 5, 400),
-        (["--accumulate", 4], 5, 20, 1600),
+        (["--batch-size", 4], 5, 5, 400),
+        (["--batch-size", 4, "--accumulate", 4], 5, 20, 1600),
         (["--batch-tokens", 415], 5, 5, 2000),
         (["--batch-tokens", 20], 5, 5, 100),
         (["--batch-tokens", 60, "--accumulate", 2], 5, 10, 600),
@@ -195,7 +195,7 @@ def test_an_even_batch_counts_as_rows_of_that_length_do(packs):
 )
 def test_rows_that_are_only_counted_make_the_batches_of_training(run, tmp_path, options, steps, batches, tokens):
     tiny("llama").config.save_pretrained(tmp_path)
-    work = ["--rows", 100, "--tokens-per-row", 20, "--r", 2, "--max-steps", 5, "--batch-size", 4]
+    work = ["--rows", 100, "--tokens-per-row", 20, "--r", 2, "--max-steps", 5]
     code, out, _ = run("plan", "--model", tmp_path, *work, *options, "--no-time", "--json")
     plan = json.loads(out)
     assert code == 0
@@ -308,6 +308,7 @@ def config_json(folder, **content):
         ({"model_type": "lama"}, [], "(nearest: 'llama'"),
         ({"model_type": "llama", "hidden_size": 8}, [], "num_attention_heads, intermediate_size"),
         ({"model_type": "falcon", "alibi": True}, [], "alibi = True (only False)"),
+        ({"model_type": "gpt2", "add_cross_attention": True}, [], "add_cross_attention = True (only False)"),
         ({"model_type": "bert"}, [], "no causal language model"),
         ("llama", ["--target-modules", "q_porj"], "'q_porj' matches no linear layer (nearest: 'q_proj'"),
         ("llama", ["--r", "99"], "an update cannot have a higher rank"),

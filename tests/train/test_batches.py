@@ -16,7 +16,8 @@ ROWS = [LabelExample(tuple(range(1 + n % 4)), 0, f"data:{n}") for n in range(10)
 
 
 def settings(**changes):
-    return TrainConfig(model="m", data=Path("d"), out=Path("o"), **{"batch_size": 4, "task": "seq_cls", **changes})
+    size = {} if "batch_tokens" in changes else {"batch_size": 4}
+    return TrainConfig(model="m", data=Path("d"), out=Path("o"), **{"task": "seq_cls", **size, **changes})
 
 
 def rows_of(step):
@@ -112,3 +113,16 @@ def test_families_stay_together_in_the_batches(changes):
     steps = planned_steps(rows, settings(task="causal_lm", batches="alike", max_steps=6, **changes))
     for batch in chain(*steps):
         assert [row.ids[0] for row in batch[::2]] == [row.ids[0] for row in batch[1::2]]
+
+
+def test_more_steps_than_a_run_can_have_are_refused_at_once():
+    with pytest.raises(ConfigError, match=r"--epochs 1e\+09 makes .* at most 1,000,000: lower --epochs"):
+        planned_steps(ROWS, settings(epochs=1e9))
+    assert len(planned_steps(ROWS, settings(epochs=1e9, max_steps=7))) == 7
+
+
+@pytest.mark.parametrize("seed", [-1, 2**64])
+def test_a_seed_that_pytorch_does_not_take_is_refused(seed):
+    with pytest.raises(ConfigError, match="--seed"):
+        settings(seed=seed)
+    settings(seed=2**64 - 1)

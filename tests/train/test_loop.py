@@ -92,6 +92,32 @@ def test_settings_that_cannot_be_are_all_named_at_once():
         assert f"--{name} must" in str(error.value)
 
 
+WRONG = {
+    "base_dtype": "bfloat16", "batches": "Alike", "recompute": True, "tracker": "tensorbord", "lr_schedule": "Linear",
+    "task": "seqcls", "r": "8", "max_steps": 2.0, "layers_to_transform": "1", "model": 5, "out": None, "lr": "fast",
+    "use_dora": 1, "seed": True, "data": 3, "columns": {"prompt": "q"}, "epochs": None,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_a_value_of_another_type_is_named_beside_what_else_cannot_be(name):
+    with pytest.raises(ConfigError) as error:
+        TrainConfig(**{"model": "m", "data": "d", "out": "o", "lora_dropout": 2.0, name: WRONG[name]})
+    assert f"--{name.replace('_', '-')} must be " in str(error.value)
+    assert f", found {WRONG[name]!r}\n" in str(error.value)
+    assert "--lora-dropout must lie in [0, 1), found 2.0" in str(error.value)
+
+
+def test_one_value_serves_as_a_list_of_one_and_the_name_of_a_path_as_the_path():
+    config = TrainConfig(
+        model=Path("m"), data="d.jsonl", out="o", target_modules="q_proj", tracker="aim", layers_to_transform=1,
+        columns=["prompt=q"],
+    )  # fmt: skip  # pyright: ignore[reportArgumentType]
+    assert (config.model, config.data, config.out) == ("m", (Path("d.jsonl"),), Path("o"))
+    assert (config.target_modules, config.tracker, config.layers_to_transform) == (("q_proj",), ("aim",), (1,))
+    assert config.columns == ("prompt=q",)
+
+
 @pytest.mark.parametrize("task", ["seq_cls", "token_cls", "embedding"])
 def test_settings_without_an_effect_are_all_refused_at_once(task):
     with pytest.raises(ConfigError) as error:
@@ -108,7 +134,16 @@ def test_settings_without_an_effect_are_all_refused_at_once(task):
         assert message in str(error.value)
     with pytest.raises(ConfigError, match="--metrics needs held-out data"):
         settings(metrics=True, eval_fraction=0)
+    with pytest.raises(ConfigError) as error:
+        settings(task=task, eval_fraction=0, patience=7, eval_answers=7, batch_size=3, batch_tokens=90)
+    for message in (
+        "--patience 7 needs held-out data",
+        "--eval-answers needs held-out data",
+        "--batch-tokens and --batch-size both say how large a batch is",
+    ):
+        assert message in str(error.value)
     # Defaults, and what says that nothing is to be done.
+    TrainConfig(model="m", data=Path("d"), out=Path("o"), eval_fraction=0, batch_tokens=90, patience=0, eval_answers=0)
     settings(task=task, eval_answers=0, eval_steps=0, eval_data="e.jsonl")
     settings(patience=0, eval_steps=0)
 

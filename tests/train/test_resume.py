@@ -4,6 +4,7 @@ import json
 import os
 import random
 import shutil
+import signal
 import sys
 from contextlib import suppress
 from pathlib import Path
@@ -16,9 +17,10 @@ from conftest import tiny
 from rankwise import LoraConfig, TrainConfig, inject_, trainable_parameters
 from rankwise.data.examples import TextExample
 from rankwise.engine.language import LanguageEngine
-from rankwise.errors import ConfigError, StorageError
+from rankwise.errors import ConfigError, RankwiseError, StorageError
 from rankwise.train.checkpoints import damage
-from rankwise.train.loop import Training
+from rankwise.train.interrupt import first_interrupt
+from rankwise.train.loop import Step, Training
 from rankwise.train.progress import Reporter
 from rankwise.train.random_state import random_state, set_random_state
 from rankwise.train.run import run_training
@@ -97,7 +99,9 @@ def run(engine, tmp_path, monkeypatch):
         without_times = [{**line, "seconds": None} for line in metrics]
         return (config.out / "adapter/adapter_model.safetensors").read_bytes(), without_times, said
 
-    return train
+    yield train
+    for parameter, value in zip(trainable_parameters(engine.model), start, strict=True):
+        parameter.data, parameter.grad = value, None
 
 
 def test_a_crash_before_any_change_on_disk_is_resumed_to_the_same_bytes(run, tmp_path):
@@ -154,6 +158,72 @@ def test_every_changed_byte_of_a_checkpoint_is_found(run, tmp_path):
     assert damage(checkpoint) is None
 
 
+def test_what_others_put_into_a_checkpoint_is_no_damage(run, tmp_path):
+    whole = run("whole")[:2]
+    for checkpoint in (tmp_path / "whole/checkpoints").iterdir():
+        (checkpoint / ".DS_Store").write_text("x")
+        (checkpoint / ".ipynb_checkpoints").mkdir()
+    *result, said = run("whole", resume=True)
+    assert result == list(whole)
+    assert said[0] == "resuming after step 3 of 3"
+
+
+def test_a_damaged_checkpoint_gets_another_name_and_the_last_two_whole_ones_are_kept(run, tmp_path):
+    run()
+    for _ in range(2):
+        (tmp_path / "run/checkpoints/step-000003/state.json").write_text("{}")
+        assert "now called step-000003.damaged" in run(resume=True)[2][0]
+    names = sorted(path.name for path in (tmp_path / "run/checkpoints").iterdir())
+    assert names == ["step-000002", "step-000003", "step-000003.damaged"]
+
+
+def test_a_checkpoint_that_cannot_be_read_is_left_as_it_is(run, tmp_path, monkeypatch):
+    run()
+    checkpoint = tmp_path / "run/checkpoints/step-000003"
+    before = sorted(checkpoint.iterdir())
+
+    def refused(*_, **__):
+        raise PermissionError(13, "Permission denied", str(checkpoint))
+
+    with monkeypatch.context() as patch:
+        patch.setattr("rankwise.train.checkpoints._sha256", refused)
+        with pytest.raises(StorageError, match=r"cannot read .*step-000003: Permission denied.*train --resume"):
+            run(resume=True)
+    assert sorted(checkpoint.iterdir()) == before
+
+
+@pytest.mark.parametrize("eval_steps", [0, 1])
+def test_an_adapter_that_went_astray_is_not_kept_and_the_best_one_is_written(run, tmp_path, monkeypatch, eval_steps):
+    move = Training.move
+
+    def astray(self, loss):
+        step = move(self, loss)
+        if self.done == 2:
+            with torch.no_grad():
+                for parameter in self.parameters:
+                    parameter.fill_(3e38)
+        return step
+
+    monkeypatch.setattr(Training, "move", astray)
+    with pytest.raises(RankwiseError, match=r"not finite .*newest checkpoint, .*step-000001") as error:
+        run(eval_steps=eval_steps)
+    assert [path.name for path in (tmp_path / "run/checkpoints").iterdir()] == ["step-000001"]
+    assert ("The adapter of step 1, with the lowest" in str(error.value)) == bool(eval_steps)
+    if eval_steps:
+        best, first = (
+            (tmp_path / "run" / folder / "adapter_model.safetensors").read_bytes()
+            for folder in ("adapter", "checkpoints/step-000001")
+        )
+        assert best == first
+
+
+def test_the_step_before_a_batch_that_alone_is_bad_is_kept(run, tmp_path, monkeypatch):
+    move = Training.move
+    monkeypatch.setattr(Training, "move", lambda self, loss: move(self, loss * torch.inf if self.done == 2 else loss))
+    with pytest.raises(RankwiseError, match="step-000002"):
+        run(eval_steps=0, save_steps=9)
+
+
 def test_a_run_that_stopped_early_is_resumed_to_the_same_end(run, tmp_path):
     settings = {"max_steps": 12, "eval_steps": 1, "patience": 1, "lr": 0.9}
     whole = run("whole", **settings)
@@ -185,6 +255,30 @@ def test_random_generators_go_on_where_they_were():
     assert draw() != first
     set_random_state(state)
     assert draw() == first
+
+
+@pytest.mark.parametrize("device", ["/dev/full", "a pipe without a reader"])
+def test_what_cannot_be_said_does_not_end_a_run(device, monkeypatch):
+    reading, writing = os.pipe()
+    os.close(reading)
+    with open(writing if device != "/dev/full" else device, "w") as nobody, monkeypatch.context() as patch:
+        patch.setattr(sys, "stderr", nobody)
+        reporter = Reporter()
+        with reporter.stage("loading"), reporter.training(1) as view, first_interrupt(reporter.say) as interrupt:
+            view.step(Step(1, 1, 1.0, 1.0, 1.0, 1, 1.0))
+            signal.raise_signal(signal.SIGTERM)
+    assert interrupt.signal == "SIGTERM"
+
+
+def test_an_interrupt_is_noted_and_the_next_one_not_whatever_becomes_of_saying_so():
+    def say(text):
+        raise RuntimeError("reentrant call")
+
+    with first_interrupt(say) as interrupt:
+        signal.raise_signal(signal.SIGINT)
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+    assert interrupt.signal == "SIGINT"
 
 
 def test_two_runs_in_one_folder_are_refused_and_the_first_goes_on(tmp_path):

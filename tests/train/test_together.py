@@ -41,7 +41,7 @@ def labelled(count, seed):
 
 
 def settings(**changes):
-    plain = {"batch_size": 3, "lr": 0.02, "seed": 3}
+    plain = {"batch_size": 8 if "batch_tokens" in changes else 3, "lr": 0.02, "seed": 3}
     return TrainConfig(model="m", data=(Path("d"),), out=Path("o"), **{**plain, **changes})
 
 
