@@ -122,6 +122,8 @@ def _finetune(config: TrainConfig, run: RunFolder, reporter: Reporter) -> dict[s
             before, after = _evaluate_both(engine, tokenizer, data, config, reporter)
     except KeyboardInterrupt:
         interrupted, before = True, None
+        if not shrunk:
+            run.take_full_adapter_back()
     result = {
         **_evaluation_fields(before, after),
         "trainable_parameters": report.trainable_parameters,

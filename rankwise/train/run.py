@@ -26,7 +26,7 @@ class Outcome:
 
     steps: list[Step]
     interrupted: bool
-    """The user ended it before its last step."""
+    """The user ended it before its last step, or asked for its end during that."""
     signal: str | None
     """SIGINT or SIGTERM, if one was the reason."""
     stopped_early: bool
@@ -99,8 +99,9 @@ def run_training(
 def _outcome(steps: list[Step], training: Training, watch: Watch, complete: bool, signal: str | None) -> Outcome:
     return Outcome(
         steps,
-        interrupted=not complete,
-        signal=None if complete else signal,
+        # A signal during the last step leaves what comes after it undone.
+        interrupted=not complete or signal is not None,
+        signal=signal,
         stopped_early=complete and training.done < len(training.plan),
         adapter_step=watch.best_step if complete and watch.best else training.done,
     )

@@ -157,6 +157,12 @@ class RunFolder:
         shutil.rmtree(self.full_adapter, ignore_errors=True)  # Of a run that was killed after this, and resumed.
         self.adapter.replace(self.full_adapter)
 
+    def take_full_adapter_back(self) -> None:
+        """Undo `keep_full_adapter`, where something ended the writing of the smaller one."""
+        if self.full_adapter.is_dir():
+            shutil.rmtree(self.adapter, ignore_errors=True)
+            self.full_adapter.replace(self.adapter)
+
     def save_checkpoint(self, training: Training, watch: Watch, steps: Sequence[Step]) -> None:
         """Write checkpoints/step-…/: an adapter folder, with the state of the run and its metrics so far beside it."""
 

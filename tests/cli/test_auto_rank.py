@@ -14,6 +14,7 @@ from rankwise.data.rows import Row
 from rankwise.errors import DataError
 from rankwise.rank.shrink import split_held_out
 from rankwise.train.config import FIXED_RANK, ROWS_TO_CHOOSE
+from rankwise.train.run_folder import RunFolder
 
 
 def train(folder, model, rows, *options):
@@ -69,6 +70,23 @@ def test_a_run_that_was_killed_between_its_two_adapters_ends_with_the_same_bytes
     shutil.rmtree(run / "adapter")
     assert main(["train", "--resume", str(run)]) == 0
     assert [(run / name).read_bytes() for name in names] == before
+
+
+def test_a_run_that_is_interrupted_between_its_two_adapters_has_the_one_that_trained(cut_run, tmp_path, monkeypatch):
+    run = tmp_path / "run"
+    shutil.copytree(cut_run, run)
+    (run / "result.json").unlink()
+    keep = RunFolder.keep_full_adapter
+
+    def interrupted(self):
+        keep(self)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(RunFolder, "keep_full_adapter", interrupted)
+    assert main(["train", "--resume", str(run)]) == 130
+    assert set(ranks(run / "adapter").values()) == {32}
+    assert not (run / "adapter-full").exists()
+    assert result_of(run)["interrupted"]
 
 
 @pytest.mark.parametrize(

@@ -19,6 +19,7 @@ from transformers import AutoModelForCausalLM
 
 from rankwise import load_adapter_
 from rankwise.cli.main import main
+from rankwise.train.progress import TrainingView
 
 ROWS = (ROOT / "examples/text_to_sql/train.jsonl").read_text().splitlines()[:20]
 STEPS = 24
@@ -215,4 +216,19 @@ def test_a_run_goes_on_when_nobody_reads_what_it_says(options, whole, tmp_path, 
     assert json.loads((run / "result.json").read_text())["interrupted"] == interrupted
     if interrupted:
         assert main(["train", "--resume", str(run)]) == 0
+    assert outcome(run) == whole
+
+
+def test_a_signal_during_the_last_step_leaves_what_comes_after_it_to_the_resumed_run(
+    options, whole, tmp_path, monkeypatch
+):
+    run = tmp_path / "run"
+    with monkeypatch.context() as patch:
+        last = lambda _, step: step.number == step.of and signal.raise_signal(signal.SIGTERM)  # noqa: E731
+        patch.setattr(TrainingView, "step", last)
+        assert main(["train", *options, "--out", str(run)]) == 143
+    result = json.loads((run / "result.json").read_text())
+    assert (result["interrupted"], result["signal"], result["steps"]) == (True, "SIGTERM", STEPS)
+    assert result["eval_loss_after"] is None
+    assert main(["train", "--resume", str(run)]) == 0
     assert outcome(run) == whole
