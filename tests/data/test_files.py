@@ -108,6 +108,22 @@ def test_a_json_file_of_one_row_is_that_row(tmp_path, row):
     assert fields(read_rows(tmp_path / "data.json", "causal_lm")) == [row]
 
 
+def test_a_row_with_lists_of_its_own_is_one_row_of_a_json_file_and_other_lists_of_objects_are_the_rows(tmp_path):
+    rows = [{**dict.fromkeys(shape.needed, "x"), "more": [{"a": 1}]} for shape in SHAPES]
+    rows += [
+        {"question": "a", "answer": "b", "ids": [1, 2]},
+        {"anchor": "a", "positive": "b", "negative": ["c"]},
+        {"prompt": TALK_OF_TWO[:1], "completion": TALK_OF_TWO[1:]},
+    ]
+    for row in rows:
+        (tmp_path / "data.json").write_text(json.dumps(row))
+        assert [record.fields for record in read_file(tmp_path / "data.json") if isinstance(record, Row)] == [row]
+    (tmp_path / "data.json").write_text(json.dumps({"splits": ["train"], "prompt": "shared", "data": [*ROWS, 3]}))
+    *records, problem = read_file(tmp_path / "data.json")
+    assert fields(records) == ROWS
+    assert "row 4: a row must be an object, found int" in str(problem)
+
+
 def test_a_table_names_the_line_on_which_a_bad_row_begins(tmp_path):
     lines = ["prompt,completion", '"a\nb\nc",d', "too,many,cells", "", '"e\nf",', "g,h", "bad \xff,x", "i,j", '"open']
     (tmp_path / "data.csv").write_bytes("\r\n".join(lines).encode("latin-1"))
