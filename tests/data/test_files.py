@@ -438,6 +438,28 @@ def test_the_shape_is_that_of_most_rows_and_not_of_the_first(tmp_path):
     assert [problem.place for problem in scan.problems] == [f"{tmp_path / 'data.jsonl'}:1"]
 
 
+def test_fields_of_nulls_make_no_shape_unless_the_row_has_no_other(tmp_path):
+    rows = [{"prompt": None, "completion": None, "messages": TALK}] * 2
+    scan = scan_rows(write(tmp_path / "a.jsonl", *rows), "causal_lm")
+    assert (scan.problems, fields(scan.rows)) == ([], [{"messages": TALK}] * 2)
+    scan = scan_rows(write(tmp_path / "b.jsonl", {"q": "a", "text": "b", "label": None}), "causal_lm")
+    assert fields(scan.rows) == [{"text": "b"}]
+    layout = Layout(None, {"completion": "a"})
+    [problem] = scan_rows(write(tmp_path / "c.jsonl", {"prompt": "a", "a": None}), "causal_lm", layout).problems
+    assert problem.text == "completion must be a string, found null"
+
+
+def test_blanks_around_a_label_make_no_other_label(tmp_path):
+    path = write(tmp_path / "a.jsonl", {"text": "a", "label": " x"}, {"text": "b", "label": "x\n"})
+    assert {row.fields["label"] for row in read_rows(path, "seq_cls")} == {"x"}
+    path = write(tmp_path / "b.jsonl", {"text": "a", "labels": ["x ", 1]}, {"text": "b", "labels": ["x", " x"]})
+    scan = scan_rows(path, "seq_cls")
+    assert fields(scan.rows) == [{"text": "a", "labels": ["x", "1"]}]
+    assert "labels holds 'x' twice" in str(scan.problems[0])
+    path = write(tmp_path / "c.jsonl", {"tokens": ["a", "b"], "tags": [" O", "B-x "]})
+    assert fields(read_rows(path, "token_cls")) == [{"tokens": ["a", "b"], "tags": ["O", "B-x"]}]
+
+
 def test_what_a_row_holds_beside_its_shape_is_said(tmp_path):
     row = {"instruction": "a", "input": "", "output": "b", "text": "a b", "id": 7}
     summary = scan_rows(write(tmp_path / "data.jsonl", row), "causal_lm").summary()
