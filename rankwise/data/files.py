@@ -224,12 +224,29 @@ def _holds_one_object_a_line(path: Path) -> bool:
         return False
 
 
-_LISTS_OF_A_ROW = {"messages", "conversations", "tokens", "labels"}
-"""Fields of a row that are lists."""
+_ROWS = (
+    *({name} for name in ("messages", "conversations", "tokens", "labels", "text")),
+    {"prompt", "completion"},
+    {"instruction", "output"},
+    {"anchor", "positive"},
+)
+"""Fields by which an object is a row itself, whatever lists it holds."""
+
+
+def _lists_of_rows(value: Any) -> list[list[Any]]:
+    """A JSON list, or the lists of objects in a JSON object; an object without any, or that is a row itself, is one."""
+    if not isinstance(value, dict):
+        return [value] if isinstance(value, list) else []
+    lists = [entry for entry in value.values() if isinstance(entry, list)]
+    of_objects = [entry for entry in lists if any(isinstance(inner, dict) for inner in entry)]
+    if any(names <= value.keys() for names in _ROWS):
+        return [[value]]
+    # A table by columns is no row.
+    return of_objects or (lists if len(lists) == len(value) > 1 else [[value]])
 
 
 def _json(path: Path) -> Records:
-    """The rows of a JSON list, or of the only list in a JSON object; an object that is a row by itself is one row."""
+    """The rows of a JSON list, or of the only list of objects in a JSON object; or the object as the only row."""
     with opened(path) as file:
         raw = file.read()
     try:
@@ -241,11 +258,7 @@ def _json(path: Path) -> Records:
         raise DataError(f"{path}:{error.lineno}: not JSON: {error.msg} at column {error.colno}") from None
     except (ValueError, RecursionError) as error:
         raise DataError(f"{path}: not JSON: {error}") from None
-    lists = [value] if isinstance(value, list) else []
-    if isinstance(value, dict):
-        lists = [entry for entry in value.values() if isinstance(entry, list)]
-        if not lists or value.keys() & _LISTS_OF_A_ROW:
-            lists = [[value]]
+    lists = _lists_of_rows(value)
     if len(lists) != 1:
         found = f"an object with {len(lists)} lists" if isinstance(value, dict) else type(value).__name__
         raise DataError(f"{path} must hold a list of rows, or an object with one list; found {found}")

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from rankwise.data.files import Problem, Row
-from rankwise.data.shapes import ASKING, Found, Layout, detect, standard_fields, standard_prompt
+from rankwise.data.shapes import ASKING, Found, Layout, detect, standard_fields, standard_prompt, telling_names
 from rankwise.data.sources import check_unweighted, read_sources
 from rankwise.data.stored import Chosen, Stored
 from rankwise.errors import DataError, listing
@@ -61,7 +61,7 @@ def scan_rows(data: Data, task: str, layout: Layout | None = None) -> Scan:
     kinds: dict[Path, Counter[tuple[str, ...]]] = {}
     for record in records:
         if isinstance(record, Row):
-            kinds.setdefault(record.file, Counter())[tuple(record.fields)] += 1
+            kinds.setdefault(record.file, Counter())[telling_names(record.fields, task, layout)] += 1
     found = detect(sum(kinds.values(), Counter()), task, layout)
     shapes = dict.fromkeys(kinds, found.shape)
     if task in ASKING and not layout.format:
@@ -249,7 +249,9 @@ def _linked(rows: Sequence[Row]) -> "array[int]":
     for key, row in zip(keys, rows, strict=True):
         for earlier in map(_hash, question_keys(row)[:-1]):
             if earlier in present and lead(earlier) != lead(key):
-                leader[lead(key)] = lead(earlier)
+                # The smallest key of all leads, in whatever order the rows come.
+                smaller, larger = sorted((lead(earlier), lead(key)))
+                leader[larger] = smaller
     return array("Q", map(lead, keys)) if leader else keys
 
 

@@ -158,7 +158,7 @@ def _text(fields: Fields, faults: Faults) -> dict[str, Any]:
 
 
 def _text_label(fields: Fields, faults: Faults) -> dict[str, Any]:
-    label = fields["label"]
+    label = fields["label"].strip() if isinstance(fields["label"], str) else fields["label"]
     if not _is_label(label):
         faults.append(f"label must be a string or a whole number, found {label!r:.80}")
     return {**_text(fields, faults), "label": label}
@@ -208,7 +208,7 @@ def _label_list(name: str, value: Any, faults: Faults) -> list[str]:
     for number, label in enumerate(labels):
         if not _is_label(label):
             faults.append(f"{name}[{number}] must be a string or a whole number, found {label!r:.80}")
-    return [str(label) for label in labels]
+    return [str(label).strip() for label in labels]
 
 
 def _is_label(value: Any) -> bool:
@@ -286,6 +286,18 @@ def detect(kinds: Mapping[tuple[str, ...], int], task: str, layout: Layout) -> F
 def _fits(shape: Shape, names: Sequence[str], layout: Layout) -> bool:
     plain = shape.name != "text" or not {"label", "labels"} & set(names) or layout.format == "text"
     return plain and all(name in names for name in shape.needed)
+
+
+def telling_names(fields: Fields, task: str, layout: Layout) -> tuple[str, ...]:
+    """The fields that tell a row's shape: without those that are null, as a table of several shapes has them, if the
+    others are a shape."""
+    named = layout.columns.values()
+    filled = tuple(name for name, own in fields.items() if own is not None or name in named)
+    if len(filled) == len(fields):
+        return filled
+    renamed = tuple(layout.rename(dict.fromkeys(filled)))
+    fits = any(_fits(shape, renamed, layout) for shape in SHAPES if shape.task == task)
+    return filled if fits else tuple(fields)
 
 
 def standard_fields(fields: Fields, shape: Shape | None, task: str) -> tuple[dict[str, Any], list[str]]:

@@ -108,6 +108,22 @@ def test_a_json_file_of_one_row_is_that_row(tmp_path, row):
     assert fields(read_rows(tmp_path / "data.json", "causal_lm")) == [row]
 
 
+def test_a_row_with_lists_of_its_own_is_one_row_of_a_json_file_and_other_lists_of_objects_are_the_rows(tmp_path):
+    rows = [{**dict.fromkeys(shape.needed, "x"), "more": [{"a": 1}]} for shape in SHAPES]
+    rows += [
+        {"question": "a", "answer": "b", "ids": [1, 2]},
+        {"anchor": "a", "positive": "b", "negative": ["c"]},
+        {"prompt": TALK_OF_TWO[:1], "completion": TALK_OF_TWO[1:]},
+    ]
+    for row in rows:
+        (tmp_path / "data.json").write_text(json.dumps(row))
+        assert [record.fields for record in read_file(tmp_path / "data.json") if isinstance(record, Row)] == [row]
+    (tmp_path / "data.json").write_text(json.dumps({"splits": ["train"], "prompt": "shared", "data": [*ROWS, 3]}))
+    *records, problem = read_file(tmp_path / "data.json")
+    assert fields(records) == ROWS
+    assert "row 4: a row must be an object, found int" in str(problem)
+
+
 def test_a_table_names_the_line_on_which_a_bad_row_begins(tmp_path):
     lines = ["prompt,completion", '"a\nb\nc",d', "too,many,cells", "", '"e\nf",', "g,h", "bad \xff,x", "i,j", '"open']
     (tmp_path / "data.csv").write_bytes("\r\n".join(lines).encode("latin-1"))
@@ -420,6 +436,28 @@ def test_the_shape_is_that_of_most_rows_and_not_of_the_first(tmp_path):
     assert scan.found.shape is not None
     assert scan.found.shape.name == "prompt/completion"
     assert [problem.place for problem in scan.problems] == [f"{tmp_path / 'data.jsonl'}:1"]
+
+
+def test_fields_of_nulls_make_no_shape_unless_the_row_has_no_other(tmp_path):
+    rows = [{"prompt": None, "completion": None, "messages": TALK}] * 2
+    scan = scan_rows(write(tmp_path / "a.jsonl", *rows), "causal_lm")
+    assert (scan.problems, fields(scan.rows)) == ([], [{"messages": TALK}] * 2)
+    scan = scan_rows(write(tmp_path / "b.jsonl", {"q": "a", "text": "b", "label": None}), "causal_lm")
+    assert fields(scan.rows) == [{"text": "b"}]
+    layout = Layout(None, {"completion": "a"})
+    [problem] = scan_rows(write(tmp_path / "c.jsonl", {"prompt": "a", "a": None}), "causal_lm", layout).problems
+    assert problem.text == "completion must be a string, found null"
+
+
+def test_blanks_around_a_label_make_no_other_label(tmp_path):
+    path = write(tmp_path / "a.jsonl", {"text": "a", "label": " x"}, {"text": "b", "label": "x\n"})
+    assert {row.fields["label"] for row in read_rows(path, "seq_cls")} == {"x"}
+    path = write(tmp_path / "b.jsonl", {"text": "a", "labels": ["x ", 1]}, {"text": "b", "labels": ["x", " x"]})
+    scan = scan_rows(path, "seq_cls")
+    assert fields(scan.rows) == [{"text": "a", "labels": ["x", "1"]}]
+    assert "labels holds 'x' twice" in str(scan.problems[0])
+    path = write(tmp_path / "c.jsonl", {"tokens": ["a", "b"], "tags": [" O", "B-x "]})
+    assert fields(read_rows(path, "token_cls")) == [{"tokens": ["a", "b"], "tags": ["O", "B-x"]}]
 
 
 def test_what_a_row_holds_beside_its_shape_is_said(tmp_path):

@@ -1,4 +1,5 @@
 import json
+import random
 
 import pytest
 from conftest import ROOT
@@ -132,6 +133,21 @@ def test_training_rows_that_ask_what_is_held_out_are_left_out(train, held_out, l
     paths = write(tmp_path / "train.jsonl", train, talk("other", "z")), write(tmp_path / "test.jsonl", held_out)
     division = divide(*paths, "causal_lm", Layout())
     assert [row.line for row in division.left_out] == [1] * left_out
+
+
+def test_a_split_of_conversations_that_go_on_does_not_depend_on_their_order(tmp_path):
+    talk = [{"role": role, "content": f"{role} {step}"} for step in range(4) for role in ("user", "assistant")]
+    rows = [
+        {"messages": [{"role": "user", "content": str(n)}, {"role": "assistant", "content": "x"}, *talk[: 2 * steps]]}
+        for n in range(30)
+        for steps in range(4)
+    ]
+    splits = []
+    for seed in range(5):
+        random.Random(seed).shuffle(rows)
+        sides = split_rows(read_rows(write(tmp_path / "data.jsonl", *rows), "causal_lm"), 0.3, seed=0)
+        splits.append([{json.dumps(row.fields) for row in side} for side in sides])
+    assert all(split == splits[0] for split in splits)
 
 
 def test_prompts_need_no_completion(tmp_path):
