@@ -13,7 +13,7 @@ from contextlib import contextmanager
 
 import pytest
 import yaml
-from conftest import ROOT
+from conftest import ROOT, with_options
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
@@ -205,7 +205,8 @@ def test_ctrl_c_leaves_a_usable_adapter(inputs, options, whole, tmp_path, signal
 @pytest.mark.parametrize("interrupted", [True, False])
 def test_a_run_goes_on_when_nobody_reads_what_it_says(options, whole, tmp_path, interrupted):
     run = tmp_path / "run"
-    command = [sys.executable, "-m", "rankwise", "train", *options, "--out", run, "--save-steps", "1000"]
+    rarely = with_options(options, "--save-steps", "1000")
+    command = [sys.executable, "-m", "rankwise", "train", *rarely, "--out", run]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=ROOT) as process:
         assert process.stdout is not None
         assert any(line.startswith("step 4/") for line in process.stdout)

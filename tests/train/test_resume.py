@@ -270,6 +270,15 @@ def test_what_cannot_be_said_does_not_end_a_run(device, monkeypatch):
     assert interrupt.signal == "SIGTERM"
 
 
+@pytest.fixture
+def interrupts():
+    """SIGINT raises KeyboardInterrupt, also where the tests run in the background of a shell, which ignores it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("interrupts")
 def test_an_interrupt_is_noted_and_the_next_one_not_whatever_becomes_of_saying_so():
     def say(text):
         raise RuntimeError("reentrant call")
