@@ -170,7 +170,7 @@ class TrainConfig:
             object.__setattr__(self, name, value)
         problems = [*wrong, *self._problems()]
         if problems:
-            raise ConfigError("these settings cannot be:\n" + listing(problems))
+            raise ConfigError("invalid settings:\n" + listing(problems))
 
     def _problems(self):
         if self.needs_data and not self.data:
