@@ -85,7 +85,8 @@ def _generate(
     answers, done = [""] * len(prompts), 0
     filler, encodes = pad_id(tokenizer), model.config.is_encoder_decoder
     # Of a decoder's positions, the prompt takes its own; the answer's last token is not read.
-    rooms = [longest_input(model) - (0 if encodes else len(prompt.ids) - 1) for prompt in prompts]
+    positions = longest_input(model)
+    rooms = [positions - (0 if encodes else len(prompt.ids) - 1) for prompt in prompts]
     for batch, most in _batches(prompts, [min(max_new_tokens, room) for room in rooms], batch_size):
         # A decoder goes on where its prompt ends; an encoder's positions begin with its first token.
         ids, mask = pad([prompts[index].ids for index in batch], filler, model.device, left=not encodes)

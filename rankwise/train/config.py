@@ -196,22 +196,26 @@ class TrainConfig:
         for name, most in {"max_steps": MOST_STEPS, "seed": MOST_SEED}.items():
             if (getattr(self, name) or 0) > most:
                 yield f"--{name.replace('_', '-')} can be at most {most:,}, found {getattr(self, name):,}"
-        if self.eval_steps and not self.eval_data and not self.eval_fraction:
-            yield "--eval-steps needs held-out data; give --eval-data, or an --eval-fraction above 0"
         if self.eval_data and self.eval_fraction != "auto":
             yield "--eval-data and --eval-fraction both say what is held out; give one of them"
-        if self.patience not in (0, type(self).patience) and self.eval_steps == 0:
+        # A value that is the default need not have been given.
+        waits = self.patience not in (0, type(self).patience)
+        answers = self.eval_answers not in (0, type(self).eval_answers)
+        needing = {
+            "eval-steps": self.eval_steps,
+            f"patience {self.patience}": waits,
+            "eval-answers": answers,
+            "metrics": self.metrics,
+        }
+        if not self.eval_data and not self.eval_fraction:
+            for option in (option for option, asked in needing.items() if asked):
+                yield f"--{option} needs held-out data; give --eval-data, or an --eval-fraction above 0"
+        if waits and self.eval_steps == 0:
             yield f"--patience {self.patience} waits for held-out losses, which --eval-steps 0 never measures; give one"
-        if self.patience not in (0, type(self).patience) and not self.eval_data and not self.eval_fraction:
-            yield f"--patience {self.patience} needs held-out data; give --eval-data, or an --eval-fraction above 0"
-        if self.eval_answers not in (0, type(self).eval_answers) and not self.eval_data and not self.eval_fraction:
-            yield "--eval-answers needs held-out data; give --eval-data, or an --eval-fraction above 0"
         if self.batch_tokens is not None and self.batch_size != type(self).batch_size:
             yield "--batch-tokens and --batch-size both say how large a batch is; give one of them"
-        if self.eval_answers not in (0, type(self).eval_answers) and self.task not in ASKING:
+        if answers and self.task not in ASKING:
             yield f"--eval-answers needs --task {' or '.join(ASKING)}; other tasks have no answers"
-        if self.metrics and not self.eval_data and not self.eval_fraction:
-            yield "--metrics needs held-out data; give --eval-data, or an --eval-fraction above 0"
         if self.metrics and self.task not in ASKING:
             yield f"--metrics needs --task {' or '.join(ASKING)}; what other tasks measure is always measured"
         if self.metrics and not self.eval_answers:

@@ -223,10 +223,13 @@ def test_a_run_goes_on_when_nobody_reads_what_it_says(options, whole, tmp_path, 
 def test_a_signal_during_the_last_step_leaves_what_comes_after_it_to_the_resumed_run(
     options, whole, tmp_path, monkeypatch
 ):
+    def terminate_at_the_last(_view, step):
+        if step.number == step.of:
+            signal.raise_signal(signal.SIGTERM)
+
     run = tmp_path / "run"
     with monkeypatch.context() as patch:
-        last = lambda _, step: step.number == step.of and signal.raise_signal(signal.SIGTERM)  # noqa: E731
-        patch.setattr(TrainingView, "step", last)
+        patch.setattr(TrainingView, "step", terminate_at_the_last)
         assert main(["train", *options, "--out", str(run)]) == 143
     result = json.loads((run / "result.json").read_text())
     assert (result["interrupted"], result["signal"], result["steps"]) == (True, "SIGTERM", STEPS)
