@@ -1,10 +1,11 @@
 """Do `rankwise plan`'s peak memory and time come true?
 
-Twelve short runs through the real training path, each in a fresh process and without evaluation: SmolLM2-135M and
-MiniLM, three shapes of data each, ranks 4 and 32. The machine is measured anew first. For each run it prints what was
-predicted, what was measured, and predicted / measured.
+Twelve runs of 7 to 40 seconds through the real training path, each in a fresh process and without evaluation:
+SmolLM2-135M and MiniLM, three shapes of data each, ranks 4 and 32. Before each the machine is measured anew, as a
+shared one's speed may change by a quarter within minutes; --repeats takes all of them several times, in turns. For each
+run it prints what was predicted, what was measured, and predicted / measured, then each ratio's median and spread.
 
-    python benchmarks/plan_accuracy.py [--only NAME ...] [--ranks 4 32] [--processor-time]
+    python benchmarks/plan_accuracy.py [--only NAME ...] [--ranks 4 32] [--repeats 1] [--processor-time]
 
 --processor-time counts, for the prediction and for the runs, the time that the process itself computes, on one thread:
 for a machine that does other work meanwhile. The last line is JSON.
@@ -14,6 +15,7 @@ import argparse
 import json
 import os
 import platform
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -37,12 +39,12 @@ class Case:
 
 
 CASES = (
-    Case("short questions", "smollm2-135m", "causal_lm", 8, 3),
-    Case("text to SQL", "smollm2-135m", "causal_lm", 4, 3),
-    Case("conversations", "smollm2-135m", "causal_lm", 1, 3),
-    Case("sentences", "minilm-l6", "seq_cls", 32, 8),
-    Case("few sentences", "minilm-l6", "seq_cls", 8, 20),
-    Case("paragraphs", "minilm-l6", "seq_cls", 8, 6),
+    Case("short questions", "smollm2-135m", "causal_lm", 8, 12),
+    Case("text to SQL", "smollm2-135m", "causal_lm", 4, 12),
+    Case("conversations", "smollm2-135m", "causal_lm", 1, 12),
+    Case("sentences", "minilm-l6", "seq_cls", 32, 32),
+    Case("few sentences", "minilm-l6", "seq_cls", 8, 80),
+    Case("paragraphs", "minilm-l6", "seq_cls", 8, 24),
 )
 
 
@@ -91,7 +93,7 @@ def in_a_process(what: list[str], processor_time: bool) -> None:
 
 
 def run(case: Case, r: int, processor_time: bool, scratch: Path) -> dict[str, Any]:
-    """Train, and compare what was predicted with what was measured."""
+    """Measure the machine, train, and compare what was predicted with what was measured."""
     data, out = scratch / f"{case.name}.jsonl".replace(" ", "-"), scratch / f"{case.name}-{r}".replace(" ", "-")
     data.write_text("".join(json.dumps(row) + "\n" for row in rows_of(case.name)), encoding="utf-8")
     options = {
@@ -104,6 +106,7 @@ def run(case: Case, r: int, processor_time: bool, scratch: Path) -> dict[str, An
         "--max-steps": case.steps,
         "--eval-fraction": 0,
     }
+    in_a_process(["calibrate"], processor_time)
     in_a_process(["train", *(str(part) for pair in options.items() for part in pair)], processor_time)
     result = json.loads((out / "result.json").read_text(encoding="utf-8"))
     figures: dict[str, Any] = {"case": case.name, "model": case.model, "r": r}
@@ -117,6 +120,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--only", nargs="+", metavar="NAME", help=", ".join(case.name for case in CASES))
     parser.add_argument("--ranks", nargs="+", type=int, default=[4, 32])
+    parser.add_argument("--repeats", type=int, default=1)
     parser.add_argument("--processor-time", action="store_true")
     parser.add_argument("--child", nargs=argparse.REMAINDER, help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -124,12 +128,13 @@ def main() -> None:
     if options.child:
         child(options.child, options.processor_time)
         return
-    in_a_process(["calibrate"], options.processor_time)
+    chosen = [case for case in CASES if not options.only or case.name in options.only]
+    kinds = [(case, r) for case in chosen for r in options.ranks]
     runs: list[dict[str, Any]] = []
     print(f"{'case':<16} {'model':<13} {'r':>3} {'memory, GB':>20} {'ratio':>6} {'time, s':>17} {'ratio':>6}")
     with tempfile.TemporaryDirectory() as scratch:
-        for case in CASES:
-            for r in options.ranks if not options.only or case.name in options.only else ():
+        for _ in range(options.repeats):
+            for case, r in kinds:
                 figures = run(case, r, options.processor_time, Path(scratch))
                 runs.append(figures)
                 memory, seconds = figures["peak_memory_bytes"], figures["seconds"]
@@ -143,14 +148,18 @@ def main() -> None:
 
 
 def summary(runs: list[dict[str, Any]], processor_time: bool) -> dict[str, Any]:
-    """All runs, and the ratio that is farthest from 1 for memory and for time."""
-    farthest = {
-        name: max((figures[name]["ratio"] for figures in runs), key=lambda ratio: abs(ratio - 1))
-        for name in ("peak_memory_bytes", "seconds")
-    }
+    """All runs, and for each kind of them the median of predicted / measured; printed too, with the spread."""
+    ratios: dict[str, dict[str, float]] = {}
+    for name in ("peak_memory_bytes", "seconds"):
+        by_kind: dict[str, list[float]] = {}
+        for figures in runs:
+            by_kind.setdefault(f"{figures['case']}, r = {figures['r']}", []).append(figures[name]["ratio"])
+        ratios[name] = {kind: statistics.median(found) for kind, found in by_kind.items()}
+        for kind, found in by_kind.items():
+            print(f"{name:<18} {kind:<24} {ratios[name][kind]:.2f} ({min(found):.2f} to {max(found):.2f})")
     machine = f"{platform.machine()}, {os.cpu_count()} cores"
     clock = "processor time, 1 thread" if processor_time else "wall time"
-    return {"machine": machine, "clock": clock, "farthest_ratio": farthest, "runs": runs}
+    return {"machine": machine, "clock": clock, "median_ratios": ratios, "runs": runs}
 
 
 if __name__ == "__main__":

@@ -211,27 +211,27 @@ def _slots(
 ) -> dict[str, Tensor]:
     """Every tensor of an adapter by its name in the file; `stored` as in `format.named_tensors`."""
     slots: dict[str, Tensor] = {}
-    depths = format.depths(wrappers, adapter)
+    path = format.paths(wrappers, adapter)
     for name, layer in wrappers:
         if adapter in layer.adapters():
-            slots |= format.named_tensors(format.path(name, depths), layer, adapter, stored)
+            slots |= format.named_tensors(path(name), layer, adapter, stored)
     biases = [bias for bias in injection(model).biases if bias.adapter == adapter]
     if biases:
         modules = {module: name for name, module in named_base_modules(model)}
         for bias in biases:
             # As the path of a module below, so that wrappers around the bias's own module count too.
             name = f"{modules[bias.module]}.bias".removeprefix(".")
-            slots[format.path(name, depths)] = bias.trained
+            slots[path(name)] = bias.trained
     return slots
 
 
 def _separate_groups(wrappers: Sequence[tuple[str, Wrapper]], adapter: str, tensors: dict[str, Tensor]) -> list[str]:
     """Bring the A of convolutions with groups into the form in which they train; returns what is wrong with them."""
-    problems, depths = [], format.depths(wrappers, adapter)
+    problems, path = [], format.paths(wrappers, adapter)
     for name, layer in wrappers:
         if not isinstance(layer, LoraConv) or layer.groups == 1 or adapter not in layer.shares:
             continue
-        key = f"{format.path(name, depths)}.lora_A.weight"
+        key = f"{path(name)}.lora_A.weight"
         if key in tensors:
             try:
                 tensors[key] = layer.take_stored(layer.update(adapter), tensors[key])

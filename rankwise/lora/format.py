@@ -1,8 +1,9 @@
 """PEFT's adapter folder (0.21): names of files, tensors and settings, translated to and from ours."""
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import fields
+from functools import cache
 from typing import Any
 
 from torch import Tensor
@@ -61,7 +62,7 @@ _STARTS_FROM_WEIGHT = ("pissa", "olora")
 def named_tensors(name: str, layer: Wrapper, adapter: str, stored: bool = False) -> dict[str, Tensor]:
     """What is on disk for one layer: names in the file (without PREFIX) → the adapter's tensors, or views of them.
 
-    `name` is the layer's in the file (`path`). `stored`: A and B as they go to the file, and not as they train.
+    `name` is the layer's in the file (`paths`). `stored`: A and B as they go to the file, and not as they train.
     """
     if isinstance(layer, LoraLayer):
         return _of_update(name, layer, layer.update(adapter), stored)
@@ -93,15 +94,19 @@ def _of_update(name: str, layer: LoraLayer, update: Update, stored: bool) -> dic
     return tensors
 
 
-def depths(wrappers: Iterable[tuple[str, Wrapper]], adapter: str) -> dict[str, int]:
-    """How many wrappers PEFT has around each module: one for the module and one for each of its adapted parameters."""
-    return {name: sum(adapter in part.shares for _, part in layer.lora_layers()) for name, layer in wrappers}
+def paths(wrappers: Iterable[tuple[str, Wrapper]], adapter: str) -> Callable[[str], str]:
+    """Gives the name in the file of a module, which PEFT reaches through the wrappers around those above it.
 
+    There is one wrapper for an adapted module, and one for each of its adapted parameters.
+    """
+    around = {name: sum(adapter in part.shares for _, part in layer.lora_layers()) for name, layer in wrappers}
 
-def path(name: str, depths: Mapping[str, int]) -> str:
-    """The name in the file of a module, which PEFT reaches through the wrappers around those above it."""
-    above, dot, own = name.rpartition(".")
-    return path(above, depths) + ".base_layer" * depths.get(above, 0) + dot + own if above else name
+    @cache
+    def path(name: str) -> str:
+        above, dot, own = name.rpartition(".")
+        return path(above) + ".base_layer" * around.get(above, 0) + dot + own if above else name
+
+    return path
 
 
 def module_of(name: str) -> str:

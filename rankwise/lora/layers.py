@@ -39,8 +39,7 @@ class Wrapper(nn.Module):
     def __init__(self, base: BaseLayer) -> None:
         super().__init__()
         self.base = base
-        self.shares = nn.ModuleDict()
-        """What each adapter trains here."""
+        self._modules["shares"] = nn.ModuleDict()
         self.active: dict[str, float] = {}
         """The adapters at work that have a share here, and the weight of each in the sum."""
         if not base.training:
@@ -53,6 +52,13 @@ class Wrapper(nn.Module):
             if name in ("base", "shares", "active"):
                 raise
             return getattr(self.chosen(), name)
+
+    @property
+    def shares(self) -> nn.ModuleDict:
+        """What each adapter trains here."""
+        # Past nn.Module's search for attributes, which costs as much as a quarter of a token's product.
+        modules: Any = self._modules
+        return modules["shares"]
 
     def chosen(self) -> nn.Module:
         """The module that this one stands for."""

@@ -44,7 +44,7 @@ class LoraLinear(LoraLayer):
         A, B = update.factors(x.dtype)
         change = F.linear(F.linear(update.drop(x) if update.dropout else x, A), B)
         base: Any = self._modules["base"]
-        if type(base) is nn.Linear and not does_more_than_its_class(base):
+        if type(base) is nn.Linear and not has_own_forward(base):
             # Past the call of a module, which for one token takes as long as a product.
             own: Any = base._parameters
             return F.linear(x, own["weight"], own["bias"]).add_(change, alpha=update.scale)
@@ -106,9 +106,8 @@ class LoraLinear(LoraLayer):
         if len(active) != 1 or self.merged or self.by_row is not None or self.parts is not None:
             return None
         [(adapter, weight)] = active.items()
-        # Past nn.Module's search for attributes, which costs as much as a quarter of a token's product.
-        shares: Any = self._modules["shares"]
-        update = shares._modules[adapter]
+        shares: Any = self.shares._modules
+        update = shares[adapter]
         return update if weight == 1 and update.is_plain else None
 
     def _frozen_matrix(self, x: Tensor) -> tuple[Tensor, Tensor | None] | None:
@@ -129,18 +128,17 @@ class LoraLinear(LoraLayer):
 
 
 def does_more_than_its_class(base: nn.Module) -> bool:
-    """Whether a call of a layer, or its gradient, does more than its class says.
+    """Whether a call of a layer, or its gradient, does more than its class says."""
+    return has_own_forward(base) or base.__dict__["_backward_hooks"] or base.__dict__["_backward_pre_hooks"]
+
+
+def has_own_forward(base: nn.Module) -> bool:
+    """Whether a call of a layer does more than its class says.
 
     Some libraries give a layer another forward, which moves its weight to where the input is.
     """
     own = base.__dict__  # A look-up here takes half as long as one of an attribute.
-    return (
-        own["_forward_hooks"]
-        or own["_forward_pre_hooks"]
-        or own["_backward_hooks"]
-        or own["_backward_pre_hooks"]
-        or "forward" in own
-    )
+    return own["_forward_hooks"] or own["_forward_pre_hooks"] or "forward" in own
 
 
 def nested_like(nested: Tensor, padded: Tensor) -> Tensor:
