@@ -27,7 +27,7 @@ from rankwise.lora.merge import refuse_dora_beside_merged
 from rankwise.lora.parts import Parts
 from rankwise.lora.places import merged_adapters, named_base_modules, named_lora_layers, named_wrappers
 from rankwise.lora.rows import ByRow
-from rankwise.lora.trained import TokenRows, TrainedCopy, biases_off_in
+from rankwise.lora.trained import TokenRows, TrainedCopy, biases_off_in, show_biases
 
 
 def adapter_names(model: nn.Module) -> list[str]:
@@ -111,9 +111,7 @@ def delete_adapter_(model: nn.Module, adapter: str) -> None:
     if len(injected.configs) == 1:
         eject_(model)
         return
-    for bias in injected.biases:
-        if bias.adapter == adapter:
-            bias.show(())
+    show_biases(model, injected.biases, active)
     injected.biases = [bias for bias in injected.biases if bias.adapter != adapter]
     for _, layer in named_wrappers(model):
         layer.remove(adapter)

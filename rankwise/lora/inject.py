@@ -44,6 +44,7 @@ from rankwise.lora.trained import (
     TrainedBias,
     TrainedCopy,
     biases_off_in,
+    show_biases,
     tied_to,
 )
 from rankwise.lora.weight_reads import weight_is_read
@@ -279,8 +280,7 @@ def eject_(model: nn.Module) -> nn.Module:
     check_outside_blocks(model)
     for _, layer in named_lora_layers(model):
         layer.unmerge()
-    for bias in injected.biases:  # After the layers, which put back what a merge had replaced.
-        bias.show(())
+    show_biases(model, injected.biases, ())  # After the layers, which put back what a merge had replaced.
     replace_(model, {layer: layer.base for _, layer in named_wrappers(model)})
     delattr(model, ATTRIBUTE)
     for name, parameter in uncompiled(model).named_parameters():
@@ -307,15 +307,13 @@ def adapters_off(model: nn.Module) -> Iterator[None]:
 def biases_off(model: nn.Module) -> Iterator[None]:
     """Let the model use its own biases while the block lasts, also if the block raises."""
     injected = getattr(model, ATTRIBUTE, None) or Injection({})
-    for bias in injected.biases:
-        bias.show(())
+    show_biases(model, injected.biases, ())
     injected.blocks += 1
     try:
         yield
     finally:
         injected.blocks -= 1
-        for bias in injected.biases:
-            bias.show(() if injected.blocks else injected.active)
+        show_biases(model, injected.biases, () if injected.blocks else injected.active)
 
 
 def drop_idle_(model: nn.Module) -> None:
@@ -338,9 +336,8 @@ def injection(model: nn.Module) -> Injection:
 def set_active(model: nn.Module, active: dict[str, float]) -> None:
     """Let these adapters, each with its weight, work in every layer where they have a share."""
     injected = injection(model)
+    show_biases(model, injected.biases, active)
     injected.active = dict(active)
-    for bias in injected.biases:
-        bias.show(active)
     for _, layer in named_wrappers(model):
         layer.activate(active)
     let_train(model)

@@ -254,6 +254,21 @@ class TrainedBias:
             self.show(adapters)
 
 
+def show_biases(model: nn.Module, biases: Iterable[TrainedBias], adapters: Container[str]) -> None:
+    """Let the model use the copies of these adapters, and elsewhere its own biases.
+
+    Raises ConfigError for a change under FSDP2, which puts back what it has sharded.
+    """
+    changed = [bias for bias in biases if bias.shown != (bias.adapter in adapters)]
+    if changed and any(hasattr(module, "_get_fsdp_state") for module in model.modules()):
+        raise ConfigError(
+            f"the adapter {changed[0].adapter!r} trains biases, and under FSDP2 those cannot be switched on or off; "
+            'take an adapter without (bias="none"), or load its file into a model that is not sharded'
+        )
+    for bias in changed:
+        bias.show(adapters)
+
+
 @contextmanager
 def biases_off_in(module: nn.Module, biases: Iterable[TrainedBias]) -> Iterator[None]:
     """Let a module hold the base's own biases while the block lasts, also where an adapter trains copies of them."""

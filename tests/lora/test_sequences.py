@@ -157,6 +157,18 @@ def test_a_bias_trains_and_is_saved_under_fsdp(alone, tmp_path):
     )
 
 
+def test_a_bias_that_fsdp_holds_cannot_be_switched(alone):
+    model = adapted({}, {"bias": "lora_only"})
+    fully_shard(model)
+    randomise_adapter(model)
+    before = model(X)
+    with pytest.raises(ConfigError, match="under FSDP2 those cannot be switched"), adapters_off(model):
+        pass
+    with pytest.raises(ConfigError, match="under FSDP2 those cannot be switched"):
+        activate_(model, "a")
+    assert torch.equal(model(X), before)
+
+
 def test_a_compiled_model_is_the_model(tmp_path):
     model = Model()
     compiled = torch.compile(model, backend="eager")
