@@ -74,7 +74,7 @@ class Inputs:
         """A damaged input; the file or folder to load."""
         if kind == "adapter":
             return self._adapter(draw)
-        path = self.folder / f"input.{kind}"
+        path = self.folder / ("config.json" if kind == "config" else f"input.{kind}")
         path.write_bytes(self._bytes(kind, draw))
         return path
 
@@ -259,23 +259,26 @@ def loader(kind: str) -> Callable[[Path], None]:
 
 def _plan(path: Path) -> None:
     from rankwise.cli.main import main as rankwise
+    from rankwise.errors import ModelError
 
-    for task in ("causal_lm", "seq_cls"):
-        code = rankwise(["plan", "--model", str(path), "--no-time", "--task", task])
-        if code not in (0, 2):
-            raise AssertionError(f"rankwise plan ended with {code}")
+    tasks = ("causal_lm", "seq_cls", "embedding")
+    codes = [rankwise(["plan", "--model", str(path), "--no-time", "--task", task]) for task in tasks]
+    if set(codes) == {2}:
+        raise ModelError("refused for each task")
+    assert set(codes) <= {0, 2}, f"rankwise plan ended with {codes}"
 
 
 def _load_settings(path: Path) -> None:
     from rankwise.cli.arguments import parse
+    from rankwise.errors import ConfigError
     from rankwise.train.config import TrainConfig
 
     try:
         parse(TrainConfig, ["--config", str(path)], "train").as_yaml()
     except SystemExit as end:
-        # How a wrong value ends after its message.
         if end.code != 2:
             raise
+        raise ConfigError("a wrong value, and its message is out") from None
 
 
 def _load_adapter(path: Path) -> None:

@@ -15,7 +15,7 @@ from rankwise.plan.plan import make_plan
 from rankwise.plan.report import plan_text
 from rankwise.plan.settings import PUBLISHED
 from rankwise.plan.shape import ModelShape
-from rankwise.plan.workload import Batch, even_batch
+from rankwise.plan.workload import Batch, unshared_batch
 from rankwise.train.batches import planned_steps
 from rankwise.train.config import TrainConfig
 
@@ -36,7 +36,7 @@ class PlanConfig(TrainConfig):
     rows: int | None = None
     """Rows to train on, where there is no --data."""
     tokens_per_row: int | None = None
-    """Tokens of each of them."""
+    """Tokens of each of them; of its two texts together (embedding)."""
     trained_per_row: int | None = None
     """How many of them the loss counts (causal_lm, token_cls); without it, all but the first."""
     labels: int = 2
@@ -144,17 +144,20 @@ def _work(config: PlanConfig, shape: ModelShape, examples: list[Any]) -> tuple[l
     tokens = config.tokens_per_row
     if config.rows is None or tokens is None:
         return [], 0
-    if tokens > shape.positions:
+    # The two texts of a pair go through the model as two rows.
+    texts = [tokens // 2, tokens - tokens // 2] if config.task == "embedding" else [tokens]
+    most = len(texts) * shape.positions
+    if tokens > most:
         raise ConfigError(
-            f"{config.model} has positions for rows of at most {shape.positions:,} tokens (max_position_embeddings), "
-            f"found --tokens-per-row {tokens}; give at most {shape.positions}, to which train cuts longer rows with "
+            f"{config.model} has positions for rows of at most {most:,} tokens (max_position_embeddings), "
+            f"found --tokens-per-row {tokens}; give at most {most}, to which train cuts longer rows with "
             "--long-rows cut, or choose another model"
         )
     row = TextExample((0,) * tokens, (True,) * tokens, place="--tokens-per-row")
     steps = planned_steps([row] * config.rows, config)
-    counted = 1 if config.task == "seq_cls" else config.trained_per_row or tokens - 1
+    counted = 1 if shape.of_texts else config.trained_per_row or tokens - 1
     sizes = [len(batch) for step in steps.places for batch in step]
-    return [even_batch(size, tokens, counted, packs) for size in sizes], len(steps)
+    return [unshared_batch(texts * size, size * counted, packs) for size in sizes], len(steps)
 
 
 def _machine(config: PlanConfig) -> Machine | None:

@@ -15,7 +15,7 @@ from rankwise.plan.shape import Block, Linear, ModelShape
 
 Attention = Literal["packed", "padded", "scores"]
 ENCODERS = ("bert", "roberta", "xlm-roberta", "camembert", "distilbert")
-PLANNED = ("causal_lm", "seq_cls", "token_cls")
+PLANNED = ("causal_lm", "seq_cls", "token_cls", "embedding")
 """The tasks whose cost a plan knows."""
 TAGGERS = {
     **dict.fromkeys(("llama", "mistral", "ministral", "qwen2", "qwen3", "smollm3", "gemma", "phi3"), "score"),
@@ -41,7 +41,9 @@ def read_shape(source: Path | str, task: str, labels: int = 2) -> ModelShape:
             f"known: {', '.join(known)}"
         )
     if kind in ENCODERS and task == "causal_lm":
-        raise ModelError(f"a {kind} model is no causal language model; plan it with --task seq_cls or token_cls")
+        raise ModelError(
+            f"a {kind} model is no causal language model; plan it with --task seq_cls, token_cls or embedding"
+        )
     if task == "token_cls" and kind not in (*ENCODERS, *TAGGERS):
         raise ModelError(
             f"transformers has no token classifier for {kind}; it has for {', '.join((*ENCODERS, *TAGGERS))}"
@@ -51,11 +53,33 @@ def read_shape(source: Path | str, task: str, labels: int = 2) -> ModelShape:
     else:
         shape = _encoder(settings, kind, task, labels) if kind in ENCODERS else _FAMILIES[kind](settings, kind)
     settings.check()
+    if task == "embedding":
+        return _embedding(shape)
     if kind in ENCODERS or task == "causal_lm":
         return shape
     of_texts = task == "seq_cls"
     head = Linear("score" if of_texts else TAGGERS[kind], labels, shape.head.k, not of_texts, "final")
     return replace(shape, head=head, head_is_tied=False, of_texts=of_texts)
+
+
+def _embedding(shape: ModelShape) -> ModelShape:
+    """The body of a model, without a head and with the names that it has by itself."""
+
+    def own(name: str) -> str:
+        return name.partition(".")[2]
+
+    # An encoder's pooler is there, but embeddings do not pass it.
+    poolers = [linear for linear in shape.outside if linear.reads == "first token" and shape.model_type != "distilbert"]
+    outside = tuple(replace(linear, name=own(linear.name)) for linear in shape.outside if linear.reads != "first token")
+    return replace(
+        shape,
+        path=own(shape.path),
+        other=shape.other + sum(linear.parameters for linear in poolers),
+        head=Linear("", 0, shape.width, False, "final"),
+        head_is_tied=True,
+        outside=outside,
+        of_texts=True,
+    )
 
 
 def _decoder(
@@ -249,7 +273,7 @@ def _opt(s: Settings, kind: str) -> ModelShape:
 
 
 def _encoder(s: Settings, kind: str, task: str, labels: int) -> ModelShape:
-    distil, bert, of_texts = kind == "distilbert", kind == "bert", task == "seq_cls"
+    distil, bert, of_texts = kind == "distilbert", kind == "bert", task in ("seq_cls", "embedding")
     roberta = not distil and not bert
     d, heads = s.number("hidden_size", "dim"), s.number("num_attention_heads", "n_heads")
     f = s.number("intermediate_size", "hidden_dim")

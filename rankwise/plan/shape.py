@@ -71,12 +71,12 @@ class ModelShape:
     positions: int
     """Most tokens of a row."""
     head: Linear
-    """The output head of a language model, or the last layer of a classifier."""
+    """The output head of a language model, or the last layer of a classifier; without outputs for embeddings."""
     head_is_tied: bool
     outside: tuple[Linear, ...] = ()
     """Linear layers outside of the blocks and before the head, with whole names; they run once a text, not a token."""
     of_texts: bool = False
-    """Whether the head runs once a text, not at tokens."""
+    """Whether the head, or the loss, takes a text as a whole."""
 
     def linears(self) -> Iterator[Linear]:
         """Every linear layer but the head, with whole names."""
@@ -131,7 +131,9 @@ class ModelShape:
         if lora.target_modules == ALL_LINEAR:
             chosen = [linear for linear in free if min(linear.d, linear.k) > 1]
         else:
-            chosen = _matching(lora, free if self.head in in_full else [*free, self.head], self.model_type)
+            chosen = _matching(
+                lora, free if self.head in in_full or not self.head.d else [*free, self.head], self.model_type
+            )
         chosen = self._in_layers(chosen, lora)
         matrices = tuple(AdaptedMatrix(m.name, m.d, m.k, lora.rank_of(m.name)) for m in chosen)
         too_high = [f"{m.name} is {m.d} × {m.k}, and r = {m.r} is larger" for m in matrices if m.r > min(m.d, m.k)]

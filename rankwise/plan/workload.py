@@ -42,8 +42,8 @@ def padded_batch(lengths: list[int], counted: int) -> Batch:
     return Batch(rows, sum(lengths), rows * longest, counted, ((rows, longest, longest),), longest)
 
 
-def even_batch(rows: int, tokens: int, counted: int, packs: bool) -> Batch:
-    """`rows` rows of `tokens` tokens each, of which the loss counts `counted`; nothing is shared."""
+def unshared_batch(lengths: list[int], counted: int, packs: bool) -> Batch:
+    """Rows of these lengths that share nothing, packed or padded."""
     if packs:
-        return packed_batch(rows * tokens, rows * counted, (tokens,) * rows, (None,) * rows, rows)
-    return padded_batch([tokens] * rows, rows * counted)
+        return packed_batch(sum(lengths), counted, tuple(lengths), (None,) * len(lengths), len(lengths))
+    return padded_batch(lengths, counted)

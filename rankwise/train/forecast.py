@@ -6,7 +6,9 @@ from typing import Any
 
 import torch
 
-from rankwise.engine.batch import stream_of
+from rankwise.data.pairs import PairExample
+from rankwise.engine.batch import pack_whole, stream_of
+from rankwise.engine.contrast import Contrast
 from rankwise.errors import RankwiseError
 from rankwise.lora.config import LoraConfig
 from rankwise.models import local_path
@@ -42,12 +44,14 @@ def counted_batches(plan: Sequence[Sequence[Sequence[Any]]], packs: bool) -> lis
 
 
 def _counted(examples: Sequence[Any], packs: bool) -> Batch:
-    lengths = [len(example.ids) for example in examples]
+    of_pairs = isinstance(examples[0], PairExample)
+    texts = Contrast.of(examples).texts if of_pairs else [example.ids for example in examples]
+    lengths, counted = [len(text) for text in texts], sum(example.counted for example in examples)
     if not packs:
-        return padded_batch(lengths, sum(example.counted for example in examples))
-    stream = stream_of(examples, torch.device("cpu"))
-    packing = stream.packing
-    return packed_batch(sum(lengths), len(stream.targets), packing.lengths, packing.before, len(examples))
+        return padded_batch(lengths, counted)
+    device = torch.device("cpu")
+    packing = (pack_whole(texts, [()] * len(texts), (), device) if of_pairs else stream_of(examples, device)).packing
+    return packed_batch(sum(lengths), counted, packing.lengths, packing.before, len(texts))
 
 
 def forecast(plan: Plan[Any], config: TrainConfig, lora: LoraConfig, labels: int, packs: bool) -> Forecast:

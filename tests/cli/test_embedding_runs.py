@@ -146,7 +146,6 @@ def test_negatives_and_own_names_of_columns_train(tmp_path):
         (["train", "--label-smoothing", "0.1"], "--label-smoothing does not go with --task embedding"),
         (["train", "--metrics"], "--metrics needs --task causal_lm or seq2seq_lm"),
         (["train", "--train-on", "all"], "--train-on all needs --task causal_lm"),
-        (["plan"], "a plan does not know what --task embedding costs"),
         (["rank", "predict"], "try rank nested"),
     ],
 )
@@ -156,6 +155,28 @@ def test_what_does_not_go_with_embeddings_is_refused(options, message, tmp_path,
         main([*options, *model, "--out", str(tmp_path / "out")])
     assert end.value.code == 2
     assert message in " ".join(capsys.readouterr().err.replace("│", "").split())
+
+
+@pytest.mark.parametrize("model", ["minilm-l6", "smollm2-135m"])
+def test_a_plan_counts_what_the_run_trains(model, tmp_path, capsys):
+    data = ["--model", model, "--task", "embedding", "--data", some_of("train.jsonl", 8, tmp_path), "--r", "2"]
+    options = [*data, "--batch-size", "4", "--max-steps", "2", "--eval-fraction", "0"]
+    assert main(["plan", *options, "--no-time", "--json"]) == 0
+    plan = json.loads(capsys.readouterr().out)
+    assert main(["train", *options, "--out", str(tmp_path / "run")]) == 0
+    result = json.loads((tmp_path / "run/result.json").read_text())
+    steps = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
+    assert plan["useful_tokens"] == sum(step["tokens"] for step in steps)
+    assert plan["adapter"]["trained"] == result["trainable_parameters"]
+    assert plan["adapter"]["file_bytes"] == (tmp_path / "run/adapter/adapter_model.safetensors").stat().st_size
+    assert result["predicted_peak_memory_bytes"] > 1e8
+
+
+def test_a_plan_takes_pairs_without_data(capsys):
+    rows = ["--rows", "6", "--batch-size", "3", "--tokens-per-row", "20", "--no-time", "--json"]
+    assert main(["plan", "--model", "roberta-base", "--task", "embedding", "--epochs", "1", "--r", "8", *rows]) == 0
+    plan = json.loads(capsys.readouterr().out)
+    assert (plan["steps"], plan["useful_tokens"], plan["counted"]) == (2, 120, 6)
 
 
 def test_a_single_row_is_refused_and_a_single_held_out_row_is_measured(tiny_llama_folder, tmp_path, capsys):

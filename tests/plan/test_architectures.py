@@ -1,7 +1,7 @@
 """A plan's matrices, totals and kept tensors against what inject_ and autograd say of real (small, random) models."""
 
 from collections import Counter
-from dataclasses import fields
+from dataclasses import fields, replace
 from itertools import product
 
 import pytest
@@ -12,6 +12,8 @@ from transformers import AutoConfig
 import rankwise
 from rankwise.data.examples import TextExample
 from rankwise.data.labelled import LabelExample, TagExample
+from rankwise.data.pairs import PairExample
+from rankwise.data.shapes import TASK_TYPES
 from rankwise.engine.elementwise import elementwise_by_hand
 from rankwise.engine.tasks import engine_for
 from rankwise.lora.config import LoraConfig
@@ -80,8 +82,19 @@ TAGGERS_OF += [
         (kind, name.replace("LMHeadModel", "ForCausalLM"), "") for kind, name, _ in CAUSAL if kind in TAGGERS
     )
 ]
+BODIES = [
+    (
+        kind,
+        name.replace("ForSequenceClassification", "Model").replace("LMHead", "").replace("ForCausalLM", "Model"),
+        other,
+    )
+    for kind, name, other in (*ENCODERS, *CAUSAL)
+    if kind != "gemma3_text"
+]
+BODIES.append(("gemma3_text", "Gemma3TextModel", {}))
 PLAIN = [("causal_lm", *entry) for entry in CAUSAL] + [("seq_cls", *entry) for entry in ENCODERS]
 PLAIN += [("token_cls", *entry) for entry in TAGGERS_OF]
+PLAIN += [("embedding", *entry) for entry in BODIES]
 ALL = PLAIN + [("seq_cls", *entry) for entry in DECODERS_AS_CLASSIFIERS]
 ARGUMENTS = ("task", "kind", "class_name", "other")
 
@@ -104,7 +117,12 @@ def build(kind, class_name, other, layers, folder):
 
 
 def lora_for(task, **settings):
-    return LoraConfig(r=3, task_type=task.upper(), **settings)
+    return LoraConfig(r=3, task_type=TASK_TYPES[task], **settings)
+
+
+def without_pooler(lora, model):
+    """Of a body by itself, which embeds texts and does not pass its pooler."""
+    return replace(lora, exclude_modules=["pooler.dense"]) if hasattr(model, "pooler") else lora
 
 
 def kinds(report):
@@ -116,7 +134,7 @@ def kinds(report):
 def test_matrices_and_parameters_are_those_that_inject_reports(task, kind, class_name, other, tmp_path):
     model = build(kind, class_name, other, 2, tmp_path)
     planned = read_shape(tmp_path, task).adapted(lora_for(task))
-    found = rankwise.inject_(model, lora_for(task))
+    found = rankwise.inject_(model, without_pooler(lora_for(task), model))
     assert kinds(planned) == kinds(found)
     assert {m.name for m in planned.matrices} == {m.name for m in found.matrices}
     assert planned.total_parameters == found.total_parameters
@@ -149,11 +167,13 @@ def test_magnitudes_are_those_that_inject_reports(dora, tmp_path):
 def kept_numbers(task, kind, class_name, other, layers, folder, lora):
     """(numbers that autograd keeps for a batch, the batch's tokens as the engine runs them, whether it packs)."""
     model = build(kind, class_name, other, layers, folder)
-    rankwise.inject_(model, lora)
+    rankwise.inject_(model, without_pooler(lora, model))
     generator = torch.Generator().manual_seed(0)
     rows = [tuple(torch.randint(4, 90, (length,), generator=generator).tolist()) for length in (20, 28)]
     if task == "seq_cls":
         examples = [LabelExample(row, 0, "") for row in rows]
+    elif task == "embedding":
+        examples = [PairExample(*rows, (), "")]
     elif task == "token_cls":
         examples = [TagExample(row, (1, 4, 9), (0, 1, 0), "") for row in rows]
     else:

@@ -28,7 +28,7 @@ from rankwise.plan.flops import lora_flops
 from rankwise.plan.memory import base_bytes
 from rankwise.plan.memory_options import MemoryOptions
 from rankwise.plan.plan import adapter_file_bytes
-from rankwise.plan.workload import even_batch
+from rankwise.plan.workload import unshared_batch
 from rankwise.train.batches import planned_steps
 from rankwise.train.config import TrainConfig
 from rankwise.train.forecast import counted_batches
@@ -177,9 +177,9 @@ def test_packed_batches_count_what_the_stream_holds():
 
 
 @pytest.mark.parametrize("packs", [True, False])
-def test_an_even_batch_counts_as_rows_of_that_length_do(packs):
+def test_rows_of_one_length_count_as_such_rows_do(packs):
     rows = counted_batches(planned_steps(texts((32,) * 10), settings(max_steps=None)), packs)
-    assert rows == [even_batch(size, 32, 4, packs) for size in (4, 4, 2)]
+    assert rows == [unshared_batch([32] * size, 4 * size, packs) for size in (4, 4, 2)]
 
 
 @pytest.mark.parametrize(
