@@ -20,10 +20,12 @@ class Result(Protocol):
         ...
 
 
-def leave_result(config: TrainConfig, largest: int, measure: "Callable[[PairedRuns, Reporter], Result]") -> int:
+def leave_result(
+    config: TrainConfig, largest: int, measure: "Callable[[PairedRuns, Reporter], Result]", least_rows: int = 1
+) -> int:
     """Measure by runs with ranks up to `largest`; the result goes to the file --out and to standard output.
 
-    Raises ConfigError, before anything is loaded, if the file exists.
+    Raises ConfigError, before anything is loaded, if the file exists; and for fewer held-out rows than `least_rows`.
     """
     if config.out.exists():
         raise ConfigError(f"--out {config.out} exists already; choose another file, or remove it first")
@@ -33,7 +35,7 @@ def leave_result(config: TrainConfig, largest: int, measure: "Callable[[PairedRu
 
     reporter = Reporter()
     with reporter.stage(f"loading {config.model}"):
-        runs = PairedRuns(config, largest)
+        runs = PairedRuns(config, largest, least_rows=least_rows)
     found = measure(runs, reporter)
     atomic.write_text(config.out, json.dumps(found.as_dict() | {"settings": config.as_dict()}, indent=2) + "\n")
     print(found)

@@ -36,6 +36,7 @@ class PredictConfig(RankConfig):
 
 def main(options: list[str]) -> int:
     config = parse(PredictConfig, options, "rank predict")
+    # It looks at training rows alone.
     return leave_result(
-        config, config.directions, lambda runs, reporter: runs.prediction(reporter, config.signal_batches)
+        config, config.directions, lambda runs, reporter: runs.prediction(reporter, config.signal_batches), least_rows=0
     )
