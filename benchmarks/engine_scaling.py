@@ -6,9 +6,10 @@ that they share nothing; every token is trained.
 - time: steps of 256 to 16,384 tokens in rows of 128, at most 4,096 of them in one pass, and the slope of log time
   against log tokens (1: linear); then 4,096 tokens in rows of 128 to 4,096, where attention alone grows;
 - memory: the most that a process held while it trained, and that less what it held once the model was loaded, for LoRA
-  with each means of saving memory and for full fine-tuning (AdamW) in the same engine, 8 rows of --length tokens.
+  with each means of saving memory and for full fine-tuning (AdamW) in the same engine, 8 rows of --length tokens;
+  with --large on random weights in Qwen2.5 0.5B's shape (2 GB of disk, deleted afterwards, and 12 GB of memory).
 
-    python benchmarks/engine_scaling.py [--only time | memory] [--repeats 3] [--length 128]
+    python benchmarks/engine_scaling.py [--only time | memory] [--repeats 3] [--length 128] [--large]
 
 The last line is JSON.
 """
@@ -21,6 +22,7 @@ import random
 import statistics
 import subprocess
 import sys
+import tempfile
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -29,6 +31,15 @@ MODEL, RANK, ALPHA, RATE = "smollm2-135m", 8, 32, 1e-4
 MOST_IN_A_PASS = 4096
 TOTALS = (256, 512, 1024, 2048, 4096, 8192, 16384)
 LENGTHS = (128, 256, 512, 1024, 2048, 4096)
+LARGE: dict[str, Any] = {
+    "vocab_size": 151936,
+    "hidden_size": 896,
+    "intermediate_size": 4864,
+    "num_hidden_layers": 24,
+    "num_attention_heads": 14,
+    "num_key_value_heads": 2,
+    "tie_word_embeddings": True,
+}
 MEMORY: dict[str, dict[str, Any]] = {
     "LoRA": {},
     "LoRA, recomputed": {"recompute": True},
@@ -37,6 +48,15 @@ MEMORY: dict[str, dict[str, Any]] = {
     "full": {"full": True},
     "full, recomputed": {"full": True, "recompute": True},
 }
+
+
+def make_large(folder: str) -> None:
+    """Random weights in Qwen2.5 0.5B's shape."""
+    import torch
+    from transformers import Qwen2Config, Qwen2ForCausalLM
+
+    torch.manual_seed(0)
+    Qwen2ForCausalLM(Qwen2Config(**LARGE)).save_pretrained(folder)
 
 
 def run(settings: dict[str, Any]) -> dict[str, float]:
@@ -49,7 +69,7 @@ def run(settings: dict[str, Any]) -> dict[str, float]:
     from rankwise.train.loop import Training
     from rankwise.train.peak_memory import forget_peak_memory, peak_memory_bytes
 
-    model = load_model(MODEL, "causal_lm", base_dtype=settings.get("base_dtype", "fp32"))
+    model = load_model(settings.get("model", MODEL), "causal_lm", base_dtype=settings.get("base_dtype", "fp32"))
     parameters = list(model.requires_grad_(True).parameters()) if settings.get("full") else None
     if parameters is None:
         inject_(model, LoraConfig(task_type="CAUSAL_LM", r=RANK, lora_alpha=ALPHA))
@@ -121,12 +141,12 @@ def times(repeats: int) -> dict[str, Any]:
     return {"slope": found_slope, "seconds": {f"{rows}x{length}": value for (rows, length), value in median.items()}}
 
 
-def memory(repeats: int, length: int) -> dict[str, Any]:
+def memory(repeats: int, length: int, model: str) -> dict[str, Any]:
     """Peaks of LoRA and of full fine-tuning."""
     runs: dict[str, list[dict[str, float]]] = {name: [] for name in MEMORY}
     for _ in range(repeats):
         for name, settings in MEMORY.items():
-            runs[name].append(in_own_process({"rows": 8, "length": length, "steps": 4} | settings))
+            runs[name].append(in_own_process({"model": model, "rows": 8, "length": length, "steps": 3} | settings))
     median = {
         name: {key: statistics.median(run[key] for run in found) for key in found[0]} for name, found in runs.items()
     }
@@ -146,9 +166,14 @@ def main() -> None:
     parser.add_argument("--only", choices=["time", "memory"])
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--length", type=int, default=128, help="tokens of a row where memory is measured")
+    parser.add_argument("--large", action="store_true", help="measure the memory of a model of 0.5 billion parameters")
+    parser.add_argument("--make", help=argparse.SUPPRESS)
     parser.add_argument("--run", type=json.loads, help=argparse.SUPPRESS)
     options = parser.parse_args()
     os.environ["HF_HUB_OFFLINE"] = "1"
+    if options.make:
+        make_large(options.make)
+        return
     if options.run:
         print(json.dumps(run(options.run)))
         return
@@ -157,7 +182,10 @@ def main() -> None:
     if options.only != "memory":
         result["time"] = times(options.repeats)
     if options.only != "time":
-        result["memory"] = memory(options.repeats, options.length)
+        with tempfile.TemporaryDirectory() as folder:
+            if options.large:
+                subprocess.run([sys.executable, __file__, "--make", folder], check=True, capture_output=True)
+            result["memory"] = memory(options.repeats, options.length, folder if options.large else MODEL)
     print(json.dumps(result))
 
 
