@@ -23,6 +23,8 @@ def main(options: list[str]) -> int:
     config = parse(MergeConfig, options, "merge")
     if config.out.exists():
         raise ConfigError(f"--out {config.out} exists already; choose another folder, or remove it first")
+    from rankwise.data.shapes import ASKING
+    from rankwise.engine.generate import end_tokens
     from rankwise.lora.merge import merge_and_remove_
     from rankwise.models.adapted import load_adapted
     from rankwise.models.load import save_merged
@@ -33,6 +35,9 @@ def main(options: list[str]) -> int:
     with reporter.stage("loading"):
         adapted = load_adapted(config.model, config.adapter)
     report = merge_and_remove_(adapted.model)
+    if adapted.task in ASKING:
+        # Other programs look here for what ends an answer; the end of a turn that was trained need not be among it.
+        adapted.model.generation_config.eos_token_id = end_tokens(adapted.model, adapted.tokenizer)
     copied = pooling_files(adapted.model) if adapted.task == "embedding" else None
     save_merged(adapted.model, adapted.tokenizer, config.out, copied)
     print(f"{config.out}: {report.lost_share:.2%} of the changed entries were lost to rounding")

@@ -348,9 +348,11 @@ def divide(
     scan = scan_rows(data, task, layout)
     if eval_data:
         check_unweighted(_entries(eval_data))
+        # Held-out rows may be of another file's shape, as files of --data may.
+        layout = replace(layout or Layout(), may_lack_columns=True)
         if scan.found.shape and scan.found.shape.task != "causal_lm":
             # A classifier's loss and scores need what it was trained on: one label, several, or tags.
-            layout = replace(layout or Layout(), format=scan.found.shape.name)
+            layout = replace(layout, format=scan.found.shape.name)
         held_out = scan_rows(eval_data, task, layout)
         train, left_out = without_overlap(scan.rows, held_out.rows)
         if left_out and not train:

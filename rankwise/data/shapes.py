@@ -59,6 +59,8 @@ class Layout:
     format: Format | None = None
     columns: Mapping[str, str] = field(default_factory=dict)
     """Standard name → the data's name of it."""
+    may_lack_columns: bool = False
+    """Whether none of the rows need have a column of such a name."""
 
     @classmethod
     def parse(cls, format: Format | None, columns: Sequence[str]) -> "Layout":
@@ -76,8 +78,8 @@ class Layout:
         return cls(format, renamed)
 
     def rename(self, fields: Fields) -> Fields:
-        """The row with its columns under their standard names."""
-        if not self.columns:
+        """The row with its columns under their standard names; one of another file may have none of the columns."""
+        if not any(column in fields for column in self.columns.values()):
             return fields
         named = {*self.columns, *self.columns.values()}
         rest = {name: own for name, own in fields.items() if name not in named}
@@ -262,7 +264,7 @@ def detect(kinds: Mapping[tuple[str, ...], int], task: str, layout: Layout) -> F
     """
     columns = dict.fromkeys(name for names in kinds for name in names)
     lacking = [f"{column!r}{nearest(column, columns)}" for column in layout.columns.values() if column not in columns]
-    if lacking:
+    if lacking and not layout.may_lack_columns:
         raise DataError(f"--columns names columns that no row has: {', '.join(lacking)}")
     renamed = Counter({tuple(layout.rename(dict.fromkeys(names))): count for names, count in kinds.items()})
     shapes = [shape for shape in SHAPES if shape.task == task]

@@ -86,6 +86,20 @@ def question(fields: Mapping[str, Any], tokenizer: Tokenizer) -> Transcript:
     return Transcript(text, (), special=False)
 
 
+def end_of_turn(tokenizer: Tokenizer) -> str:
+    """What the chat template writes after an answer; "" without a template, and for one that refuses a short one."""
+    words = "Rome"
+    turns = [*QUESTION, {"role": "assistant", "content": words}]
+    if not tokenizer.chat_template:
+        return ""
+    try:
+        whole = _render(turns, None, tokenizer)
+        start, end = _turn(turns, 1, whole, 0, None, tokenizer)
+    except DataError:
+        return ""
+    return whole[start:end].rpartition(words)[2].strip()
+
+
 def asks(fields: Mapping[str, Any]) -> bool:
     """Whether anything stands before a row's last answer."""
     return "messages" not in fields or bool(_before_answer(fields["messages"]))
@@ -105,14 +119,15 @@ def _conversation(
     whole = _render(messages, tools, tokenizer)
     _check_instructions(messages, tools, whole, tokenizer)
     turns = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
+    silent = [index for index in turns if not messages[index].get("weight", 1)]
     if train_on != "all":
-        turns = [index for index in turns if messages[index].get("weight", 1)]
+        turns = [index for index in turns if index not in silent]
     text, answers, done = "", [], 0
     for index in turns if train_on == "completion" else turns[-1:]:
         start, end = _turn(messages, index, whole, done, tools, tokenizer)
         answer = whole[start:end]
         _check_answer(messages[index], index, answer)
-        if _lacks_end(messages[index], answer, tokenizer):
+        if index not in silent and _lacks_end(messages[index], answer, tokenizer):
             answer += tokenizer.eos_token
         text += whole[done:start]
         answers.append((len(text), len(text) + len(answer)))
@@ -121,7 +136,10 @@ def _conversation(
     if train_on != "all":
         return Transcript(text, tuple(answers), special=False)
     text += whole[done:].rstrip()
-    return Transcript(text, ((0, len(text)),), special=False)
+    untrained = [_turn(messages, index, whole, 0, tools, tokenizer) for index in silent]
+    edges = [0, *(edge for span in untrained for edge in span), len(text)]
+    stretches = [(start, end) for start, end in zip(edges[::2], edges[1::2], strict=True) if start < end]
+    return Transcript(text, tuple(stretches), special=False)
 
 
 def _turn(
@@ -249,8 +267,7 @@ def squeezed(text: str) -> str:
 def _lacks_end(message: Message, answer: str, tokenizer: Tokenizer) -> bool:
     if message.get("tool_calls"):
         # What a call looks like is the template's affair, so an ordinary turn tells whether it writes ends.
-        probe = [*QUESTION, {"role": "assistant", "content": "b"}]
-        return _render(probe, None, tokenizer).rstrip().endswith("b")
+        return not end_of_turn(tokenizer)
     return squeezed(answer).endswith(squeezed(message["content"]))
 
 

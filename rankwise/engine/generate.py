@@ -2,14 +2,14 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from itertools import groupby
+from itertools import groupby, takewhile
 from typing import Any
 
 import torch
 from transformers import StoppingCriteria, StoppingCriteriaList
 
 from rankwise.data.examples import Prompt
-from rankwise.data.transcripts import squeezed
+from rankwise.data.transcripts import end_of_turn, squeezed
 from rankwise.engine.batch import pad
 from rankwise.errors import DataError, listing
 from rankwise.lora.merge import merge_, unmerge_
@@ -83,14 +83,15 @@ def _generate(
     references: Sequence[str] | None,
 ) -> list[str]:
     answers, done = [""] * len(prompts), 0
-    filler, encodes = pad_id(tokenizer), model.config.is_encoder_decoder
+    filler, encodes, ends = pad_id(tokenizer), model.config.is_encoder_decoder, end_tokens(model, tokenizer)
     # Of a decoder's positions, the prompt takes its own; the answer's last token is not read.
     positions = longest_input(model)
     rooms = [positions - (0 if encodes else len(prompt.ids) - 1) for prompt in prompts]
     for batch, most in _batches(prompts, [min(max_new_tokens, room) for room in rooms], batch_size):
         # A decoder goes on where its prompt ends; an encoder's positions begin with its first token.
         ids, mask = pad([prompts[index].ids for index in batch], filler, model.device, left=not encodes)
-        first = 0 if encodes else ids.shape[1]
+        # A decoder beside an encoder begins with a token of its own, which may be that of the end.
+        first = 1 if encodes else ids.shape[1]
         astray = [Astray(tokenizer, first, [references[index] for index in batch])] if references else []
         with torch.no_grad():
             output = model.generate(
@@ -103,11 +104,13 @@ def _generate(
                 top_p=None,
                 top_k=None,
                 pad_token_id=filler,
-                eos_token_id=_end_tokens(model, tokenizer),
+                eos_token_id=ends,
                 stopping_criteria=StoppingCriteriaList(astray),
                 **(_PLAIN if encodes else {}),
             )
-        texts = tokenizer.batch_decode(output[:, first:], skip_special_tokens=True)
+        # Some tokenizers do not call the end of a turn special, and would write it.
+        said = [list(takewhile(lambda token: token not in ends, row)) for row in output[:, first:].tolist()]
+        texts = tokenizer.batch_decode(said, skip_special_tokens=True)
         for index, text in zip(batch, texts, strict=True):
             answers[index] = text
         done += len(batch)
@@ -142,7 +145,11 @@ class Astray(StoppingCriteria):
         return torch.tensor(self._ended, device=input_ids.device)
 
 
-def _end_tokens(model: Any, tokenizer: Any) -> list[int]:
+def end_tokens(model: Any, tokenizer: Any) -> list[int]:
+    """The tokens after which an answer is over: the model's own, the end of text, and what training taught as the end
+    of a turn, where the chat template writes one token there (ChatML's `<|im_end|>`, which need not be the others)."""
     own = model.generation_config.eos_token_id
     ends = [] if own is None else [own] if isinstance(own, int) else list(own)
-    return list(dict.fromkeys([*ends, tokenizer.eos_token_id]))
+    written = end_of_turn(tokenizer)
+    ids = tokenizer(written, add_special_tokens=False).input_ids if written else []
+    return list(dict.fromkeys([*ends, tokenizer.eos_token_id, *(ids if len(ids) == 1 else ())]))

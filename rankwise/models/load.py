@@ -173,7 +173,15 @@ def save_merged(model: Any, tokenizer: Any, folder: Path, copied: Mapping[str, P
 
     `copied`: other files of the base model that belong into it, by their names there.
     If merging gave a tied embedding and head different values, the copy is saved with both.
+    Raises ModelError for weights that the model's own class has no place for, as whoever loads the folder drops them.
     """
+    with torch.device("meta"), quiet():
+        known = type(model)(model.config).state_dict().keys()
+    if homeless := sorted(model.state_dict().keys() - known):
+        raise ModelError(
+            f"{type(model).__name__} has no place for {len(homeless)} of the merged weights, as biases of layers that "
+            f"have none in the base: {', '.join(homeless[:3])}, …; use the adapter unmerged"
+        )
     head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
     tied = getattr(model.config, "tie_word_embeddings", False)
     if tied and head is not None and head.weight is not embedding.weight:

@@ -12,7 +12,7 @@ from rankwise.data.examples import asked, tokenise
 from rankwise.data.files import Row
 from rankwise.data.shapes import SHAPES, standard_fields
 from rankwise.data.tasks import examples_for
-from rankwise.data.transcripts import on_day
+from rankwise.data.transcripts import end_of_turn, on_day, transcript
 from rankwise.errors import DataError
 
 TEMPLATES = Path(__file__).parent / "chat_templates"
@@ -379,6 +379,19 @@ def test_turns_of_weight_0_are_not_trained(speaking):
     assert trained_turns(example, tokenizer) == [f"Say it once{END}", f"x{END}"]
 
 
+@pytest.mark.parametrize("index", [1, 3])
+def test_all_but_turns_of_weight_0_is_trained(index, speaking):
+    tokenizer = speaking("chatml")
+    talk = [user("a"), assistant("one"), user("b"), assistant("two")]
+    whole = transcript({"messages": talk}, tokenizer, "all").text
+    silent = [{**turn, "weight": 0} if place == index else turn for place, turn in enumerate(talk)]
+    script = transcript({"messages": silent}, tokenizer, "all")
+    assert script.text == whole
+    trained = "|".join(whole[start:end] for start, end in script.answers)
+    # What stands after the last turn is nothing to train.
+    assert trained == re.sub(rf"{talk[index]['content']}<\|im_end\|>", "|", whole).removesuffix("|")
+
+
 def test_the_last_turn_alone_is_not_trained_if_its_weight_is_0(speaking):
     tokenizer = speaking("chatml")
     rows = [row([user("a"), assistant("b"), user("c"), {**assistant("d"), "weight": 0}])]
@@ -411,3 +424,13 @@ def test_all_trains_every_token(speaking):
     [answers] = examples_for("causal_lm", [row(TALK)], tokenizer, [], 1000, "error")
     assert all(all_of_it.trained)
     assert tokenizer.decode(all_of_it.ids) == tokenizer.decode(answers.ids)
+
+
+@pytest.mark.parametrize("name", TURNS)
+def test_the_end_of_a_turn_is_what_is_trained_there(name, speaking):
+    speaker = speaking(name)
+    end = end_of_turn(speaker)
+    assert bool(end) == (name != "glm-4.6")
+    whole = transcript({"messages": [user("hi"), assistant("hello")]}, speaker)
+    [(start, stop)] = whole.answers
+    assert whole.text[start:stop].endswith(f"hello{end or speaker.eos_token}")

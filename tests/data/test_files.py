@@ -489,6 +489,26 @@ def test_a_format_and_columns_win_over_what_is_found(tmp_path):
         read_rows(path, "seq_cls", Layout.parse("text", []))
 
 
+def test_columns_need_not_be_in_every_file(tmp_path):
+    """Not in another file of --data, whose own names count, and not in --eval-data."""
+    layout = Layout.parse(None, ["prompt=question", "completion=answer"])
+    own = write(tmp_path / "own.jsonl", {"question": "a", "answer": "b"})
+    plain = write(tmp_path / "plain.jsonl", {"prompt": "c", "completion": "d"})
+    talk = write(
+        tmp_path / "talk.jsonl", {"messages": [{"role": "user", "content": "f"}, {"role": "assistant", "content": "e"}]}
+    )
+    assert fields(read_rows([own, plain], "causal_lm", layout)) == [
+        {"prompt": "a", "completion": "b"},
+        {"prompt": "c", "completion": "d"},
+    ]
+    for other in (plain, talk):
+        division = divide(own, other, "causal_lm", layout)
+        assert not division.problems
+        assert len(division.held_out) == 1
+    with pytest.raises(DataError, match="--columns names columns that no row has: 'question'"):
+        divide(plain, own, "causal_lm", layout)
+
+
 def test_rows_that_ask_what_an_evaluation_row_asks_are_left_out_of_training(tmp_path):
     train = write(tmp_path / "train.jsonl", {"prompt": "a  b\n", "completion": "1"}, *ROWS)
     test = write(tmp_path / "test.jsonl", {"prompt": "a b", "completion": "2"}, {"prompt": "new", "completion": "3"})

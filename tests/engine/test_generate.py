@@ -1,11 +1,12 @@
 """Answers that end early, where only matches count, match as often as whole ones."""
 
 import json
+import shutil
 
 import pytest
 import torch
 from conftest import ROOT, TOKENS
-from transformers import GPT2Config, GPT2LMHeadModel
+from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
 from rankwise.data.examples import Prompt, user_prompt
 from rankwise.engine.generate import Astray, generate
@@ -74,9 +75,10 @@ class Letters:
     """A tokenizer that writes ids as words, and ends nothing."""
 
     eos_token_id = pad_token_id = 95
+    chat_template = None
 
     def batch_decode(self, rows, skip_special_tokens=False):
-        return [" ".join(map(str, row.tolist())) for row in rows]
+        return [" ".join(map(str, row)) for row in rows]
 
 
 def test_an_answer_ends_where_the_models_positions_do_and_shorter_prompts_have_theirs_in_full():
@@ -91,3 +93,17 @@ def test_an_answer_ends_where_the_models_positions_do_and_shorter_prompts_have_t
     assert together == alone
     with pytest.raises(DataError, match=r"1 prompts are longer than 16 tokens[\s\S]*\n  - d.jsonl:3: 17 tokens"):
         generate(model, Letters(), [*prompts, Prompt((1,) * 17, None, "d.jsonl:3")], 8)
+
+
+def test_an_answer_ends_where_its_training_ended_whatever_the_model_calls_its_end(smollm2, tokenizer, tmp_path):
+    """A ChatML model whose end of text is another token, as that of many base models."""
+    shutil.copytree(smollm2, tmp_path / "model")
+    for name in ("config.json", "generation_config.json", "tokenizer_config.json"):
+        path = tmp_path / "model" / name
+        changed = {"eos_token": "<|endoftext|>"} if name == "tokenizer_config.json" else {"eos_token_id": 0}
+        path.write_text(json.dumps({**json.loads(path.read_text()), **changed}))
+    other = AutoTokenizer.from_pretrained(tmp_path / "model")
+    assert other.eos_token != tokenizer.eos_token
+    model = load_model(str(tmp_path / "model"), "causal_lm").eval()
+    question = "What is the capital of Italy? One word."
+    assert generate(model, other, [user_prompt(question, other)], 24) == ["The capital of Italy is Rome."]

@@ -132,10 +132,10 @@ def test_the_reason_for_padding_and_the_heads_share_are_said():
 class Numbers:
     """A tokenizer whose text is the tokens' numbers."""
 
-    pad_token_id, eos_token_id = 0, 1
+    pad_token_id, eos_token_id, chat_template = 0, 1, None
 
     def batch_decode(self, ids, skip_special_tokens):
-        return [" ".join(str(token) for token in row if token > 2) for row in ids.tolist()]
+        return [" ".join(str(token) for token in row if token > 2) for row in ids]
 
 
 @pytest.mark.parametrize("family", MODELS)

@@ -168,3 +168,13 @@ def test_a_merged_folder_computes_the_same_in_plain_transformers(targets, tokeni
     save_merged(model, tokenizer, tmp_path / "merged")
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "merged").eval()
     torch.testing.assert_close(loaded(ids).logits, adapted, rtol=1e-5, atol=1e-5)
+
+
+def test_a_merge_that_the_models_class_has_no_place_for_is_refused(tokenizer, tmp_path):
+    model = tiny("llama")
+    inject_(model, LoraConfig(target_modules=["q_proj"], lora_bias=True))
+    randomise_adapter(model)
+    merge_and_remove_(model)
+    with pytest.raises(ModelError, match=r"no place for 2 of the merged weights.*layers\.0\.self_attn\.q_proj\.bias"):
+        save_merged(model, tokenizer, tmp_path / "merged")
+    assert not (tmp_path / "merged").exists()
