@@ -4,7 +4,7 @@ import errno
 import os
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from rankwise.errors import StorageError
@@ -14,6 +14,8 @@ ADVICE = {
     errno.EDQUOT: "free some space",
     errno.EFBIG: "raise the limit on a file's size (ulimit -f)",
     errno.EACCES: "choose a place that you may write to",
+    errno.ENOTDIR: "choose a place that lies in a folder",
+    errno.EEXIST: "choose a place that lies in a folder",
     errno.EROFS: "choose a place that you may write to",
 }
 """What helps against an operating system's error."""
@@ -40,7 +42,8 @@ def replacing(path: Path, to_disk: bool = True) -> Iterator[Path]:
         if temporary.is_dir():
             shutil.rmtree(temporary, ignore_errors=True)
         else:
-            temporary.unlink(missing_ok=True)
+            with suppress(NotADirectoryError):
+                temporary.unlink(missing_ok=True)
 
 
 def reach_the_disk(path: Path) -> None:

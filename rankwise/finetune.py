@@ -93,6 +93,8 @@ def _finetune(config: TrainConfig, run: RunFolder, reporter: Reporter) -> dict[s
     with reporter.stage("tokenising"):
         tokenizer = on_day(load_tokenizer(config.model), run.day)
         data = _tokenise(config, train_rows, held_out_rows, tokenizer, labels, reporter.say)
+    if config.metrics:
+        text_metrics.check_answerable(data.questions)
     # A plan that cannot be is found before anything is loaded, measured or written.
     plan = planned_steps(data.train, config)
     torch.manual_seed(config.seed)

@@ -69,11 +69,17 @@ def main(options: list[str]) -> int:
         adapted = load_adapted(config.model, config.adapter, config.task, config.base_dtype)
     if config.metrics and adapted.task not in ASKING:
         raise ConfigError("--metrics is for answers; what other tasks measure is always measured")
+    if config.eval_answers and adapted.task not in ASKING:
+        raise ConfigError("--eval-answers is for tasks that answer; this adapter's task has no answers")
+    if config.train_on != "completion" and adapted.task != "causal_lm":
+        raise ConfigError(f"--train-on {config.train_on} needs --task causal_lm; leave it out")
     rows, tokenizer = read_rows(config.data, adapted.task, layout), adapted.tokenizer
     length = min(config.max_length, longest_input(adapted.model))
     examples = examples_for(adapted.task, rows, tokenizer, adapted.labels, length, config.long_rows, config.train_on)
     most = config.eval_answers if adapted.task in ASKING else 0
     questions = questions_of(examples, rows, tokenizer, length, most, reporter.say)
+    if config.metrics:
+        text_metrics.check_answerable(questions)
     engine = engine_for(adapted.task, adapted.model, pad_id(tokenizer), examples)
     with reporter.stage("evaluating") as stage:
         measured = evaluate(engine, tokenizer, examples, questions, stage.update, config.metrics)

@@ -29,8 +29,8 @@ class GenerateConfig:
     """What the model does; without it, what the adapter's configuration says, and causal_lm for a base model."""
     base_dtype: Literal["fp32", "bf16"] = "fp32"
     """How the base model's weights are kept, as in training."""
-    use: Literal["adapter", "base", "both"] = "adapter"
-    """Which of them answers; without --adapter the base model does."""
+    use: Literal["adapter", "base", "both"] | None = None
+    """Which of them answers; without it the adapter, or the base model where there is no --adapter."""
     max_new_tokens: int = 256
     """Longest answer, in tokens."""
     first: int | None = None
@@ -41,22 +41,24 @@ def main(options: list[str]) -> int:
     config = parse(GenerateConfig, options, "generate")
     if (config.prompt is None) == (config.data is None):
         raise ConfigError("give either --prompt TEXT or --data FILE.jsonl")
-    if config.columns and config.data is None:
-        raise ConfigError("--columns goes with --data")
+    if config.data is None and (config.columns or config.first is not None):
+        raise ConfigError(f"{'--columns' if config.columns else '--first'} goes with --data")
     layout = Layout.parse(None, config.columns)
     if config.max_new_tokens < 1:
         raise ConfigError(f"--max-new-tokens must be at least 1, found {config.max_new_tokens}")
     if config.first is not None and config.first < 1:
         raise ConfigError(f"--first must be at least 1, found {config.first}")
-    if config.adapter is None and config.use == "both":
-        raise ConfigError("--use both needs an --adapter to stand beside the base model")
+    if config.adapter is None and config.use in ("adapter", "both"):
+        raise ConfigError(f"--use {config.use} needs an --adapter")
     from rankwise.data.examples import prompts_of, user_prompt
     from rankwise.data.rows import read_prompts
+    from rankwise.data.sources import check_unweighted
     from rankwise.engine.generate import generate
     from rankwise.lora.inject import adapters_off
     from rankwise.models.adapted import load_adapted
     from rankwise.train.progress import Reporter
 
+    check_unweighted([config.data] if config.data else [])
     rows = read_prompts(config.data, layout)[: config.first] if config.data else []
     reporter = Reporter()
     with reporter.stage("loading"):
@@ -66,7 +68,7 @@ def main(options: list[str]) -> int:
         raise ConfigError(f"this adapter {does} texts and cannot answer prompts; measure it with rankwise eval")
     model, tokenizer = adapted.model, adapted.tokenizer
     questions = prompts_of(rows, tokenizer) or [user_prompt(config.prompt or "", tokenizer)]
-    sides = ["base"] if config.adapter is None else ["base", "adapter"] if config.use == "both" else [config.use]
+    sides = ["base", "adapter"] if config.use == "both" else [config.use or ("adapter" if config.adapter else "base")]
     answers = {}
     for side in sides:
         with reporter.stage(f"answering ({side})"), adapters_off(model) if side == "base" else nullcontext():

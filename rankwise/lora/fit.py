@@ -18,6 +18,20 @@ def configured_as(name: str, modules: dict[str, nn.Module]) -> str:
     return parent if isinstance(modules.get(parent), nn.MultiheadAttention) else name
 
 
+def check_ours(config: LoraConfig, modules: Mapping[str, nn.Module]) -> None:
+    """Raise ConfigError for another library's configuration, and for a model that carries its adapters."""
+    if not isinstance(config, LoraConfig):
+        found = f"{type(config).__module__}.{type(config).__name__}"
+        raise ConfigError(
+            f"the configuration must be a rankwise.LoraConfig, found {found}; the fields have PEFT's names"
+        )
+    if wrapped := [name for name, module in modules.items() if type(module).__module__.startswith("peft.")]:
+        raise ConfigError(
+            f"PEFT has put adapters into this model ({wrapped[0] or 'around it'}); take them out (PeftModel.unload), "
+            "or save them and load their folder with rankwise.load_adapter_"
+        )
+
+
 def check_merged(
     model: nn.Module,
     config: LoraConfig,

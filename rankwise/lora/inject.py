@@ -9,18 +9,9 @@ import torch
 from torch import nn
 
 from rankwise.errors import ConfigError
+from rankwise.lora import fit
 from rankwise.lora.base_weight import dimensions
 from rankwise.lora.config import LoraConfig
-from rankwise.lora.fit import (
-    check_biases_of_B,
-    check_merged,
-    check_nesting,
-    check_patterns,
-    check_ranks,
-    configured_as,
-    largest_rank,
-    refuse_change_of_merged_biases,
-)
 from rankwise.lora.kinds import layer_kind
 from rankwise.lora.layers import LoraLayer, Wrapper
 from rankwise.lora.parameters import ParametersWrapper, parameter_dimensions
@@ -78,7 +69,11 @@ def check_free(model: nn.Module, adapter: str) -> None:
             f"this model already carries an adapter named {adapter!r}; choose another name, or take it out first: "
             "rankwise.delete_adapter_ (one adapter) or rankwise.eject_ (all)"
         )
-    if not adapter.replace("-", "_").isidentifier() or hasattr(nn.ModuleDict(), adapter):
+    if (
+        not isinstance(adapter, str)
+        or not adapter.replace("-", "_").isidentifier()
+        or hasattr(nn.ModuleDict(), adapter)
+    ):
         raise ConfigError(f"{adapter!r} cannot name an adapter; take letters, digits, - and _, and no attribute's name")
 
 
@@ -93,30 +88,32 @@ class _Plan(NamedTuple):
 
 
 def _plan(model: nn.Module, config: LoraConfig, in_file: int | None = None) -> _Plan:
+    modules = dict(named_base_modules(model))
+    fit.check_ours(config, modules)
     present = getattr(model, ATTRIBUTE, None)
     if present is not None and config.bias != "none" and present.biases:
         raise ConfigError(f'bias="{config.bias}": only one adapter can train biases, and one here already does')
-    modules = dict(named_base_modules(model))
     from_file = in_file is not None
     heads = select_heads(modules, config, type(model).__name__, from_file)
     names = select_targets(model, modules, config, heads, from_file)
     tokens = select_tokens(model, modules, config, taken={*names, *heads})
     parameters = select_parameters(modules, config, type(model).__name__, heads)
     matrices = tuple(
-        AdaptedMatrix(name, *dimensions(modules[name]), config.rank_of(configured_as(name, modules))) for name in names
+        AdaptedMatrix(name, *dimensions(modules[name]), config.rank_of(fit.configured_as(name, modules)))
+        for name in names
     )
     for name, parameter in parameters:
         count, d, k = parameter_dimensions(modules[name], parameter)
         full_name = f"{name}.{parameter}"
         matrices += (AdaptedMatrix(full_name, d, k, config.rank_of(full_name), count),)
-    check_nesting(model, [*names, *tokens, *(name for name, _ in parameters)], heads)
+    fit.check_nesting(model, [*names, *tokens, *(name for name, _ in parameters)], heads)
     if present is not None and (merged := merged_adapters(model)):
-        check_merged(model, config, [*heads, *tokens], merged, present.biases)
-        refuse_change_of_merged_biases(model, present.biases, merged)
-    check_biases_of_B(names, modules, config)
+        fit.check_merged(model, config, [*heads, *tokens], merged, present.biases)
+        fit.refuse_change_of_merged_biases(model, present.biases, merged)
+    fit.check_biases_of_B(names, modules, config)
     if not from_file:
-        check_patterns([configured_as(matrix.name, modules) for matrix in matrices], config)
-    check_ranks(matrices, modules, in_file)
+        fit.check_patterns([fit.configured_as(matrix.name, modules) for matrix in matrices], config)
+    fit.check_ranks(matrices, modules, in_file)
     counts = {name: sum(p.numel() for p in modules[name].parameters()) for name in heads}
     # Parameters of adapters that are already there do not count as the base's.
     base = {id(p): p.numel() for module in modules.values() for p in module.parameters(recurse=False)}
@@ -162,7 +159,7 @@ def largest_ranks(model: nn.Module, config: LoraConfig) -> dict[str, int]:
     """
     check_free(model, DEFAULT_ADAPTER)
     plan = _plan(model, replace(config, r=1, rank_pattern={}))
-    return {configured_as(m.name, plan.modules): largest_rank(m, plan.modules) for m in plan.report.matrices}
+    return {fit.configured_as(m.name, plan.modules): fit.largest_rank(m, plan.modules) for m in plan.report.matrices}
 
 
 def inject_(
@@ -214,7 +211,7 @@ def _put_in(
             grown[matrix.name] = layer
             if isinstance(modules[matrix.name.rpartition(".")[0]], nn.MultiheadAttention):
                 layer.inside_attention = True
-            layer.add(adapter, config, configured_as(matrix.name, modules), generator, draw)
+            layer.add(adapter, config, fit.configured_as(matrix.name, modules), generator, draw)
         for name in report.heads:
             grown[name] = layer = _wrapper(name, modules, wrappers, TrainedCopy)
             with biases_off_in(modules[name], getattr(getattr(model, ATTRIBUTE, None), "biases", ())):

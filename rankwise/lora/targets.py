@@ -85,6 +85,8 @@ def select_targets(
         problems += unmatched
     if config.exclude_modules:
         left_out = set(_matching("exclude_modules", config.exclude_modules, free, [] if from_file else problems))
+        if chosen and not from_file and left_out.issuperset(chosen):
+            problems.append("exclude_modules leaves out every module that target_modules names")
         chosen = [name for name in chosen if name not in left_out]
     chosen = _in_layers(chosen, config, problems)
     problems += [

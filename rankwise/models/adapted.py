@@ -12,6 +12,7 @@ from rankwise.errors import ConfigError
 from rankwise.lora.checkpoint import load_adapter_, read_adapter
 from rankwise.lora.config import TaskType
 from rankwise.models.load import load_model, load_tokenizer
+from rankwise.models.locate import config_file
 
 LABELS_FILE = "labels.json"
 
@@ -36,10 +37,10 @@ def load_adapted(base: str | None, adapter: Path | None, task: str | None = None
     if adapter is None:
         if base is None:
             raise ConfigError("give a base model with --model, an adapter with --adapter, or both")
-        if task in LABELLED:
-            raise ConfigError(f"--task {task} needs an --adapter, which holds the names of the labels")
         task = task or "causal_lm"
-        return Adapted(load_model(base, task, base_dtype=base_dtype), load_tokenizer(base), task, [])
+        labels, problem_type = own_labels(base) if task in LABELLED else ([], None)
+        model = load_model(base, task, labels, problem_type, base_dtype)
+        return Adapted(model, load_tokenizer(base), task, labels)
     folder = adapter_folder(adapter)
     config = read_adapter(folder).config
     base = base or config.base_model_name_or_path
@@ -64,6 +65,21 @@ def label_names(model: Any) -> list[str]:
     """A classifier's labels, in the order of its outputs."""
     names = model.config.id2label
     return [names[number] for number in range(len(names))]
+
+
+def own_labels(base: str) -> tuple[list[str], str | None]:
+    """(the labels' names in a classifier's config.json, how many a text may have); as a merged adapter leaves it.
+
+    Raises ConfigError if no names stand there, as in a model that is no classifier, or one without its training.
+    """
+    settings = json.loads(config_file(base).read_text(encoding="utf-8"))
+    names = settings.get("id2label") or {}
+    labels = [str(names.get(str(number))) for number in range(len(names))]
+    if not labels or labels == [f"LABEL_{number}" for number in range(len(labels))]:
+        raise ConfigError(
+            f"{base} names no labels in its config.json (id2label); give an --adapter, which has them, or a classifier"
+        )
+    return labels, settings.get("problem_type")
 
 
 def write_labels(model: Any, task: str, adapter: Path) -> None:

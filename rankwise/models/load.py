@@ -65,6 +65,8 @@ def load_model(
         try:
             model, loading = kind.from_pretrained(folder, **source, output_loading_info=True)
         except Exception as error:
+            if other := _other_tasks(folder, kind):
+                raise ModelError(f"{name} cannot be loaded for {task}; give --task {' or '.join(other)}") from error
             raise ModelError(f"{name} cannot be loaded for {task}: {error}") from error
     missing = sorted(loading["missing_keys"])
     if task == "embedding":
@@ -166,6 +168,19 @@ def _base_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
         for key in own.keys() - module._non_persistent_buffers_set:
             tensors[f"{name}.{key}"] = own[key]
     return tensors
+
+
+def _other_tasks(folder: Path, kind: Any) -> list[str]:
+    """The tasks for which transformers has a class of a model of this type, if it has none of this kind."""
+    import transformers
+
+    try:
+        settings = type(transformers.AutoConfig.from_pretrained(folder, local_files_only=True))
+    except (OSError, ValueError):
+        return []
+    if settings in kind._model_mapping:
+        return []
+    return [task for task, auto in _AUTO_CLASSES.items() if settings in getattr(transformers, auto)._model_mapping]
 
 
 def save_merged(model: Any, tokenizer: Any, folder: Path, copied: Mapping[str, Path] | None = None) -> None:

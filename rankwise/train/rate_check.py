@@ -7,7 +7,7 @@ from math import ceil, inf, isfinite
 from typing import Any
 
 from rankwise.engine.engine import Engine
-from rankwise.errors import RankwiseError
+from rankwise.errors import ConfigError, RankwiseError
 from rankwise.lora.inject import trainable_parameters
 from rankwise.train.batches import planned_steps
 from rankwise.train.config import TrainConfig
@@ -33,10 +33,15 @@ def best_rate(
     That is the loss on held-out rows (of no more tokens than the check trains on), or, where there are none, the mean
     training loss of the last third of the check. Each rate gets its whole warm-up and fall within the check.
     The adapter and the random states are afterwards what they were before, bit for bit.
-    Raises RankwiseError if no rate gives a finite loss.
+    Raises RankwiseError if no rate gives a finite loss, ConfigError for a run too short to tell them apart.
     """
     total = len(planned_steps(examples, config))
     steps = min(total, max(MIN_CHECK_STEPS, ceil(CHECK_SHARE * total)))
+    if steps == 1 and not held_out:
+        raise ConfigError(
+            "--lr auto compares what steps have done, and a run of a single step without held-out rows shows none of "
+            "it; give --lr a number, or more steps"
+        )
     rates = [default_rate(total) * multiple for multiple in (1 / 3, 1, 3)]
     parameters = trainable_parameters(engine.model)
     start, random_start = [parameter.detach().clone() for parameter in parameters], random_state()

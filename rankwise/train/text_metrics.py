@@ -7,7 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from rankwise.errors import MissingDependency
+from rankwise.data.examples import Prompt
+from rankwise.errors import ConfigError, MissingDependency
 from rankwise.train.metrics import RESAMPLES, Estimate, mean
 
 ROUGE = ("rouge1", "rouge2", "rougeL")
@@ -20,6 +21,15 @@ def check_installed() -> None:
         raise MissingDependency(
             f"--metrics needs {' and '.join(missing).replace('_', '-')}, which is not installed: "
             "pip install 'rankwise[metrics]'"
+        )
+
+
+def check_answerable(questions: Sequence[Prompt]) -> None:
+    """Raise ConfigError if none of the held-out prompts has a reference answer to measure others by."""
+    if all(question.answer is None for question in questions):
+        raise ConfigError(
+            "--metrics measures answers, and no held-out row asks anything that fits (plain text has no prompt, and "
+            "--max-length may cut prompts off); leave it out"
         )
 
 

@@ -80,8 +80,8 @@ def test_the_report_shows_held_out_rows_with_their_labels(run):
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_peft_and_transformers_read_adapter_and_merged_model_alike(run, minilm, tmp_path):
-    task, folder, _ = run
+def test_peft_and_transformers_read_adapter_and_merged_model_alike(run, minilm, tmp_path, capsys):
+    task, folder, test = run
     labels, problem_type = read_labels(folder / "adapter")
     kind = AutoModelForTokenClassification if task == "token_cls" else AutoModelForSequenceClassification
     batch = AutoTokenizer.from_pretrained(minilm)(
@@ -100,6 +100,16 @@ def test_peft_and_transformers_read_adapter_and_merged_model_alike(run, minilm, 
         torch.testing.assert_close(merged(**batch).logits, expected, rtol=1e-4, atol=1e-4)
     assert [merged.config.id2label[number] for number in range(len(labels))] == labels
     assert merged.config.problem_type == (None if task == "token_cls" else SEVERAL_LABELS)
+    capsys.readouterr()
+    assert main(["eval", "--model", str(tmp_path / "merged"), "--task", task, "--data", str(test)]) == 0
+    after = json.loads((folder / "result.json").read_text())["eval_loss_after"]
+    assert json.loads(capsys.readouterr().out)["loss"] == pytest.approx(after, rel=1e-4)
+
+
+def test_a_base_without_labels_names_what_has_them(run, capsys):
+    task, _, test = run
+    assert main(["eval", "--model", "minilm-l6", "--task", task, "--data", str(test)]) == 2
+    assert "names no labels in its config.json (id2label); give an --adapter" in capsys.readouterr().err
 
 
 def test_a_file_of_another_shape_is_refused(run, tmp_path, capsys):

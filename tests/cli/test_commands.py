@@ -7,7 +7,13 @@ import pytest
 import torch
 import yaml
 from conftest import ROOT, with_options
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    T5Config,
+    T5ForConditionalGeneration,
+)
 
 from rankwise import load_adapter_, read_adapter
 from rankwise.cli.main import main
@@ -172,11 +178,14 @@ def test_a_wrong_setting_is_one_clear_message_and_exit_code_2(train, capsys, opt
     [
         ("eval --model m --data d --max-length -5", "--max-length must be at least 2, found -5"),
         ("generate --model m --prompt a --columns prompt=q", "--columns goes with --data"),
+        ("generate --model m --prompt a --first 3", "--first goes with --data"),
+        ("generate --model m --prompt a --use adapter", "--use adapter needs an --adapter"),
+        ("generate --model m --data f:2", "leave it out of held-out data"),
         ("generate --model m --data f --first -22", "--first must be at least 1, found -22"),
         ("generate --model m --data f --first 0", "--first must be at least 1, found 0"),
     ],
 )
-def test_a_number_that_cannot_be_is_refused_before_anything_is_loaded(command, message, capsys):
+def test_a_setting_that_cannot_be_is_refused_before_anything_is_loaded(command, message, capsys):
     assert main(command.split()) == 2
     assert message in capsys.readouterr().err
 
@@ -352,6 +361,18 @@ def test_an_encoder_is_refused_as_a_language_model(sql, tmp_path, capsys):
     assert "it belongs to another kind of model" in capsys.readouterr().err
     with pytest.raises(ModelError, match="minilm-l6 is no causal language model"):
         load_model("minilm-l6", "causal_lm")
+
+
+def test_a_model_of_another_task_names_that_task(tmp_path, sql, tokenizer, capsys):
+    T5ForConditionalGeneration(T5Config(d_model=16, d_kv=4, d_ff=16, num_layers=1, num_heads=2)).save_pretrained(
+        tmp_path
+    )
+    tokenizer.save_pretrained(tmp_path)
+    assert main(["train", "--model", str(tmp_path), "--data", sql, "--out", str(tmp_path / "run")]) == 2
+    error = capsys.readouterr().err
+    assert "cannot be loaded for causal_lm; give --task seq_cls or" in error
+    assert "seq2seq_lm" in error
+    assert len(error.splitlines()[-1]) < 400
 
 
 def test_an_unknown_command_names_the_nearest(capsys):

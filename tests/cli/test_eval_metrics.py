@@ -59,6 +59,19 @@ def test_metrics_without_answers_are_refused(options, message, tmp_path, capsys)
     assert message in " ".join(capsys.readouterr().err.replace("│", "").split())
 
 
+def test_metrics_of_rows_that_ask_nothing_are_refused(tiny_llama_folder, tmp_path, capsys):
+    data = tmp_path / "texts.txt"
+    data.write_text("one text\n\nanother one\n" * 10)
+    common = ["--model", str(tiny_llama_folder), "--data", str(data), "--metrics"]
+    train = ["train", *common, "--eval-data", str(data), "--max-steps", "1", "--out", str(tmp_path / "run")]
+    other = tmp_path / "others.txt"
+    other.write_text("a third text\n")
+    train[train.index("--eval-data") + 1] = str(other)
+    for command in (["eval", *common], train):
+        assert main(command) == 2
+        assert "no held-out row asks anything that fits" in capsys.readouterr().err
+
+
 def test_a_missing_package_stops_train_and_eval_before_anything_is_loaded(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(text_metrics, "find_spec", lambda name: None)
     common = ["--model", "nowhere", "--data", "nowhere.jsonl", "--metrics"]

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from rankwise import LoraConfig, TrainConfig, eject_, inject_, load_adapter_, merge_, read_adapter, save_adapter
-from rankwise.errors import CheckpointError, ConfigError
+from rankwise.errors import CheckpointError, ConfigError, StorageError
 from rankwise.finetune import finetune
 from rankwise.models.adapted import read_labels
 from rankwise.models.load import load_model, load_tokenizer
@@ -265,9 +265,16 @@ def test_an_embedding_of_another_base_is_refused(tmp_path):
         load_adapter_(tiny("llama-tied"), tmp_path)
 
 
-def test_a_full_disk_leaves_the_adapter_that_was_there(folder, monkeypatch):
-    from rankwise.errors import StorageError
+def test_a_place_that_lies_in_no_folder_is_told(tmp_path):
+    model = tiny("llama")
+    inject_(model, LoraConfig(r=2))
+    (tmp_path / "file").touch()
+    for place in ("file", "file/sub"):
+        with pytest.raises(StorageError, match="choose a place that lies in a folder"):
+            save_adapter(model, tmp_path / place)
 
+
+def test_a_full_disk_leaves_the_adapter_that_was_there(folder, monkeypatch):
     before = {path.name: path.read_bytes() for path in folder.iterdir()}
     model = tiny("llama")
     inject_(model, LoraConfig(r=4, target_modules=["q_proj", "v_proj"]))

@@ -281,6 +281,26 @@ def test_an_orthogonal_start_says_what_must_be_even():
         )
 
 
+def test_what_is_pefts_is_told_apart():
+    model = tiny("llama")
+    config = peft.LoraConfig(r=2, target_modules=["q_proj"])
+    with pytest.raises(ConfigError, match=r"must be a rankwise\.LoraConfig, found peft\.tuners"):
+        inject_(model, config)
+    for adapter in (3, None):
+        with pytest.raises(ConfigError, match=f"{adapter} cannot name an adapter"):
+            inject_(model, LoraConfig(), adapter=adapter)
+    theirs = peft.get_peft_model(model, config)
+    for wrapped in (theirs, model):
+        with pytest.raises(ConfigError, match="PEFT has put adapters into this model"):
+            inject_(wrapped, LoraConfig(r=2))
+
+
+def test_leaving_out_all_that_is_named_is_an_error():
+    settings = {"target_modules": ["q_proj"], "exclude_modules": ["q_proj"]}
+    with pytest.raises(TargetError, match="exclude_modules leaves out every module that target_modules names"):
+        inject_(tiny("llama"), LoraConfig(r=2, **settings))
+
+
 def test_a_second_injection_is_refused():
     model = tiny("llama")
     inject_(model, LoraConfig())

@@ -73,6 +73,11 @@ def test_the_check_fails_only_if_no_rate_gives_a_finite_loss():
         best_rate(run, EXAMPLES, [], settings(lr="auto"))
 
 
+def test_a_single_step_without_held_out_rows_shows_no_difference():
+    with pytest.raises(ConfigError, match="a run of a single step without held-out rows"):
+        best_rate(engine(), EXAMPLES, [], settings(lr="auto", max_steps=1))
+
+
 def test_evaluations_without_held_out_data_are_refused():
     with pytest.raises(ConfigError, match="--eval-steps needs held-out data"):
         settings(eval_steps=5, eval_fraction=0)
