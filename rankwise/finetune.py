@@ -93,8 +93,6 @@ def _finetune(config: TrainConfig, run: RunFolder, reporter: Reporter) -> dict[s
     with reporter.stage("tokenising"):
         tokenizer = on_day(load_tokenizer(config.model), run.day)
         data = _tokenise(config, train_rows, held_out_rows, tokenizer, labels, reporter.say)
-    if config.metrics:
-        text_metrics.check_answerable(data.questions)
     # A plan that cannot be is found before anything is loaded, measured or written.
     plan = planned_steps(data.train, config)
     torch.manual_seed(config.seed)
@@ -247,6 +245,8 @@ def _tokenise(
     kept = examples_of(held_out)
     most = config.eval_answers if config.task in ASKING else 0
     questions = questions_of(kept, held_out, tokenizer, length, most, say)
+    if config.metrics:
+        text_metrics.check_answerable(questions)
     sha256 = data_sha256(tokenizer, train, held_out)
     return Dataset(examples, first, held_out, kept, questions, sha256, examples_of)
 
