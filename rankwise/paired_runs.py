@@ -36,7 +36,7 @@ from rankwise.rank.crossed import Array
 from rankwise.rank.nested import Nested, nested
 from rankwise.rank.predict import Prediction, predict
 from rankwise.rank.runs import Key, RunResult
-from rankwise.rank.shrink import shrink_, split_held_out
+from rankwise.rank.shrink import shrink_, split_examples
 from rankwise.rank.start import freeze_updates_, inject_nested_
 from rankwise.rank.sweep import BASE, FULL
 from rankwise.train.batches import planned_steps
@@ -225,8 +225,8 @@ class PairedRuns:
         engine = self.engine(self.config.seed)
         load_adapter_(engine.model, adapter)
         try:
-            rows = split_held_out(self.held_out_rows, self.config.seed, ROWS_OF_CUT)
-            return shrink_(engine, rows.map(self.examples), margin).ranks_after
+            held_out = split_examples(self.held_out_rows, self.held_out, self.config.seed, ROWS_OF_CUT)
+            return shrink_(engine, held_out, margin).ranks_after
         except (ConfigError, DataError):
             return None
         finally:

@@ -57,17 +57,17 @@ def main(options: list[str]) -> int:
     from rankwise.lora.checkpoint import save_adapter
     from rankwise.models.adapted import load_adapted, write_labels
     from rankwise.models.load import longest_input, pad_id
-    from rankwise.rank.shrink import shrink_, split_held_out
+    from rankwise.rank.shrink import shrink_, split_examples
     from rankwise.train.progress import Reporter
 
     check_unweighted(config.data)
     reporter = Reporter()
     with reporter.stage("loading"):
         adapted = load_adapted(config.model, config.adapter, config.task)
-    rows = split_held_out(read_rows(config.data, adapted.task, layout), config.seed)
+    rows = read_rows(config.data, adapted.task, layout)
     length = min(config.max_length, longest_input(adapted.model))
     how = adapted.tokenizer, adapted.labels, length, config.long_rows, config.train_on
-    held_out = rows.map(lambda part: examples_for(adapted.task, part, *how))
+    held_out = split_examples(rows, examples_for(adapted.task, rows, *how), config.seed)
     engine = engine_for(adapted.task, adapted.model, pad_id(adapted.tokenizer), held_out.choice)
     with reporter.stage("shrinking") as stage:
         report = shrink_(engine, held_out, config.delta, config.reader, on_progress=stage.update)
