@@ -4,6 +4,7 @@ import json
 import math
 import shutil
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,7 +13,7 @@ import tyro
 
 from rankwise.cli.arguments import parse
 from rankwise.cli.rank_config import RankConfig
-from rankwise.errors import nearest
+from rankwise.errors import CheckpointError, nearest
 
 if TYPE_CHECKING:
     from rankwise.paired_runs import PairedRuns
@@ -100,11 +101,10 @@ def _is_positive(text: str) -> bool:
 
 def main(options: list[str]) -> int:
     config = parse(SweepConfig, options, "rank sweep")
-    from rankwise import atomic
     from rankwise.paired_runs import PairedRuns
     from rankwise.rank.crossed import LEAST_EXAMPLES
-    from rankwise.rank.page import page, picture
-    from rankwise.rank.report import as_dict, table
+    from rankwise.rank.illustrate import Illustrations
+    from rankwise.rank.report import table
     from rankwise.rank.runs import check_folder
     from rankwise.rank.verdict import notes, verdict
     from rankwise.train.progress import Reporter
@@ -117,15 +117,25 @@ def main(options: list[str]) -> int:
         runs = PairedRuns(config, max(config.rank_list), adapters, LEAST_EXAMPLES)
         settings["base_sha256"] = runs.base_sha256()
     found = _swept(config, runs, settings, reporter.say)
+    print(table(found), verdict(found), *(f"- {note}" for note in notes(found)), sep="\n\n", end="\n\n")
+    # Before anything is looked into that decides nothing, so that whatever happens there costs no result.
+    _write(config, found, Illustrations())
     with reporter.stage("looking into the adapters"):
-        illustrations = _illustrations(found, runs)
+        illustrations = _illustrations(found, runs, reporter.say)
+    _write(config, found, illustrations)
+    print(f"page: {config.out / 'sweep.html'}")
+    return 0
+
+
+def _write(config: SweepConfig, found: "Sweep", illustrations: "Illustrations") -> None:
+    from rankwise import atomic
+    from rankwise.rank.page import page, picture
+    from rankwise.rank.report import as_dict
+
     content = as_dict(found) | {"illustrations": asdict(illustrations)}
     atomic.write_text(config.out / "sweep.html", page(found, config.as_dict(), illustrations))
     atomic.write_text(config.out / "sweep.svg", picture(found))
     atomic.write_text(config.out / "sweep.json", json.dumps(content, allow_nan=False) + "\n")
-    print(table(found), verdict(found), *(f"- {note}" for note in notes(found)), sep="\n\n", end="\n\n")
-    print(f"page: {config.out / 'sweep.html'}")
-    return 0
 
 
 def _swept(config: SweepConfig, runs: "PairedRuns", settings: dict[str, Any], say: Callable[[str], None]) -> "Sweep":
@@ -147,7 +157,7 @@ def _swept(config: SweepConfig, runs: "PairedRuns", settings: dict[str, Any], sa
     return sweep_setting(SettingRuns(runs, name, read), name, values.split(","), seeds, check_rates=check, **same)
 
 
-def _illustrations(found: "Sweep", runs: "PairedRuns") -> "Illustrations":
+def _illustrations(found: "Sweep", runs: "PairedRuns", say: Callable[[str], None]) -> "Illustrations":
     """Of the adapters that were kept; those of rates that only the check tried are removed."""
     from rankwise.rank.illustrate import Illustrations, adapter_name, illustrate, unused_adapters
     from rankwise.rank.verdict import answers
@@ -161,8 +171,9 @@ def _illustrations(found: "Sweep", runs: "PairedRuns") -> "Illustrations":
     largest = folder / adapter_name(found, found.comparisons.reference, found.seeds[0])
     cut_to = None
     if answers(found) and largest.is_dir():
-        cut_to = runs.cut_ranks(largest, found.comparisons.margin)
-    return illustrate(found, folder, cut_to)
+        with suppress(CheckpointError):  # `illustrate` reads it too, and says what is wrong with it.
+            cut_to = runs.cut_ranks(largest, found.comparisons.margin)
+    return illustrate(found, folder, cut_to, say)
 
 
 def _settings(config: SweepConfig) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from xml.etree import ElementTree
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, tiny, with_options
+from conftest import ROOT, sweep_two_ranks, tiny, with_options
 from transformers import AutoModelForCausalLM, AutoTokenizer, BertConfig, BertModel
 
 from rankwise import LoraConfig, eject_, inject_, paired_runs, read_adapter
@@ -493,6 +493,24 @@ def test_a_sweep_is_not_resumed_on_another_base(tiny_llama_folder, sql, tmp_path
     model.save_pretrained(base)
     assert main([*options, "--seeds", "3"]) == 2
     assert "the base model's weights (SHA-256): " in capsys.readouterr().err
+
+
+def test_a_damaged_kept_adapter_costs_its_illustration_and_no_result(tiny_llama_folder, sql, tmp_path, capsys):
+    out = tmp_path / "sweep"
+    options = ["--model", str(tiny_llama_folder), *sql, "--max-steps", "1", "--lr", "0.02"]
+    sweep_two_ranks(options, out)
+    whole = json.loads((out / "sweep.json").read_text())
+    for name, maps, similarities in (("rank1-seed0-rate1", 1, 1), ("rank2-seed0-rate1", 0, 0)):
+        (out / f"adapters/{name}/adapter_model.safetensors").write_bytes(b"torn")
+        (out / "sweep.json").unlink()
+        sweep_two_ranks(options, out)
+        assert f"the adapter in {out}/adapters/{name} cannot be used" in capsys.readouterr().err
+        found = json.loads((out / "sweep.json").read_text())
+        assert (len(found["illustrations"]["maps"]), len(found["illustrations"]["similarities"])) == (
+            maps,
+            similarities,
+        )
+        assert found["differences"] == whole["differences"]
 
 
 def test_only_adapters_that_the_rate_check_made_are_removed():
