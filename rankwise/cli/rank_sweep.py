@@ -158,22 +158,40 @@ def _swept(config: SweepConfig, runs: "PairedRuns", settings: dict[str, Any], sa
 
 
 def _illustrations(found: "Sweep", runs: "PairedRuns", say: Callable[[str], None]) -> "Illustrations":
-    """Of the adapters that were kept; those of rates that only the check tried are removed."""
-    from rankwise.rank.illustrate import Illustrations, adapter_name, illustrate, unused_adapters
+    """Of the adapters that are kept."""
+    from rankwise.rank.illustrate import Illustrations, adapter_name, illustrate
     from rankwise.rank.verdict import answers
 
     folder = runs.adapters
-    if folder is None or not folder.is_dir():
+    if folder is None:
         return Illustrations()
-    for name in unused_adapters(found):
-        if (folder / name).is_dir() and not (folder / name).is_symlink():
-            shutil.rmtree(folder / name)
+    _keep_chosen(found, runs, folder, say)
     largest = folder / adapter_name(found, found.comparisons.reference, found.seeds[0])
     cut_to = None
     if answers(found) and largest.is_dir():
         with suppress(CheckpointError):  # `illustrate` reads it too, and says what is wrong with it.
             cut_to = runs.cut_ranks(largest, found.comparisons.margin)
     return illustrate(found, folder, cut_to, say)
+
+
+def _keep_chosen(found: "Sweep", runs: "PairedRuns", folder: Path, say: Callable[[str], None]) -> None:
+    """Leave the adapters of the chosen learning rates in `folder`.
+
+    Those of other rates are removed. A missing one is trained again: its run may have been done without adapters being
+    kept, or at a rate that another δ did not choose.
+    """
+    from rankwise.paired_runs import KEPT_SEEDS
+    from rankwise.rank.illustrate import kept_runs
+
+    kept = {key.name: key for key in kept_runs(found, KEPT_SEEDS)}
+    for run in (folder.parent / "runs").glob("*.npz"):
+        adapter = folder / run.stem
+        if run.stem not in kept and adapter.is_dir() and not adapter.is_symlink():
+            shutil.rmtree(adapter)
+    for name, key in kept.items():
+        if not (folder / name).is_dir():
+            say(f"{folder / name} is not there; its run is done again for it")
+            runs(key.rank, key.seed, key.factor)
 
 
 def _settings(config: SweepConfig) -> dict[str, Any]:

@@ -26,10 +26,9 @@ def adapter_name(sweep: Sweep, rank: int, seed: int) -> str:
     return Key(rank, seed, sweep.factors[rank]).name
 
 
-def unused_adapters(sweep: Sweep) -> set[str]:
-    """The folders of adapters that only the check of the learning rate trained."""
-    tried = {Key(check.rank, sweep.seeds[0], factor) for check in sweep.rate_checks for factor in check.losses}
-    return {key.name for key in tried if key.factor != sweep.factors[key.rank]}
+def kept_runs(sweep: Sweep, seeds: int) -> list[Key]:
+    """The runs whose adapters are kept: of every rank the first `seeds` seeds, at the learning rate that was chosen."""
+    return [Key(rank, seed, sweep.factors[rank]) for rank in sweep.losses if rank > 0 for seed in sweep.seeds[:seeds]]
 
 
 def illustrate(

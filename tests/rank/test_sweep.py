@@ -21,7 +21,7 @@ from rankwise.lora.inject import DEFAULT_ADAPTER
 from rankwise.lora.places import named_lora_layers
 from rankwise.models.load import load_model
 from rankwise.paired_runs import PairedRuns
-from rankwise.rank.illustrate import Illustrations, illustrate, unused_adapters
+from rankwise.rank.illustrate import Illustrations, illustrate, kept_runs
 from rankwise.rank.page import HEIGHT, LEFT, WIDTH, page
 from rankwise.rank.report import as_dict, table
 from rankwise.rank.runs import Key, RunResult
@@ -513,9 +513,36 @@ def test_a_damaged_kept_adapter_costs_its_illustration_and_no_result(tiny_llama_
         assert found["differences"] == whole["differences"]
 
 
-def test_only_adapters_that_the_rate_check_made_are_removed():
-    found = sweep(made_up()[0], [1, 2, 4], range(2))
-    assert unused_adapters(found) == {f"rank{rank}-seed0-rate{rate}" for rank in (1, 2, 4) for rate in ("0.333", "3")}
+def test_adapters_of_two_seeds_are_kept_at_the_chosen_rate():
+    found = sweep(made_up(best_rate=3.0)[0], [1, 2, 4], range(3), with_full=True)
+    assert found.factors[4] == 3
+    assert {key.name for key in kept_runs(found, 2)} == {
+        f"rank{rank}-seed{seed}-rate3" for rank in (1, 2, 4) for seed in (0, 1)
+    }
+
+
+def test_a_sweep_that_goes_on_has_the_adapters_of_the_rates_that_are_chosen_now(tiny_llama_folder, sql, tmp_path):
+    out = tmp_path / "sweep"
+    options = ["rank", "sweep", "--model", str(tiny_llama_folder), *sql, "--max-steps", "2", "--lr", "0.003"]
+    options += ["--ranks", "1,2", "--seeds", "2", "--out", str(out)]
+
+    def adapters():
+        return {path.name for path in (out / "adapters").glob("*")}
+
+    def chosen():
+        factors = json.loads((out / "sweep.json").read_text())["rate_factors"]
+        return {f"rank{rank}-seed{seed}-rate{factors[str(rank)]:.3g}" for rank in (1, 2) for seed in (0, 1)}
+
+    assert main([*options, "--no-keep-adapters"]) == 0
+    assert not adapters()
+    assert main(options) == 0
+    first = chosen()
+    assert adapters() == first
+    # So large a margin takes the given rate.
+    assert main([*options, "--delta", "9"]) == 0
+    assert adapters() == chosen() != first
+    assert main(options) == 0
+    assert adapters() == first
 
 
 @pytest.fixture(scope="module")
