@@ -50,6 +50,8 @@ def main(options: list[str]) -> int:
     _check(config)
     layout = Layout.parse(config.format, config.columns)
     from rankwise import atomic
+
+    atomic.check_place(config.out)
     from rankwise.data.rows import read_rows
     from rankwise.data.sources import check_unweighted
     from rankwise.data.tasks import examples_for
@@ -71,11 +73,11 @@ def main(options: list[str]) -> int:
     engine = engine_for(adapted.task, adapted.model, pad_id(adapted.tokenizer), held_out.choice)
     with reporter.stage("shrinking") as stage:
         report = shrink_(engine, held_out, config.delta, config.reader, on_progress=stage.update)
+    print(report)
     with atomic.replacing(config.out) as temporary:
         save_adapter(adapted.model, temporary)
         write_labels(adapted.model, adapted.task, temporary)
         atomic.write_text(temporary / "shrink.json", json.dumps(asdict(report), indent=2) + "\n")
-    print(report)
     print(f"adapter: {config.out}")
     return 0
 

@@ -206,6 +206,11 @@ def test_the_command_prints_a_loss_for_every_rank_and_keeps_the_result(tiny_llam
     assert "errs high" in capsys.readouterr().out
     assert main(["rank", "nested", *options]) == 2
     assert "exists already" in capsys.readouterr().err
+    for command in ("nested", "predict"):
+        assert main(["rank", command, *options[:-1], str(out / "below_a_file.json")]) == 2
+        told = capsys.readouterr()
+        assert f"cannot write {out}/below_a_file.json: {out}: Not a directory" in told.err
+        assert "loading" not in told.err
     out.unlink()
     assert main(["rank", "nested", *options, "--use-dora", "--init-lora-weights", "pissa"]) == 2
     assert "leave out --init-lora-weights and --use-dora" in capsys.readouterr().err
