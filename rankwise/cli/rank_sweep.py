@@ -6,6 +6,7 @@ import shutil
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import asdict, dataclass
+from datetime import date
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -105,7 +106,7 @@ def main(options: list[str]) -> int:
     from rankwise.rank.crossed import LEAST_EXAMPLES
     from rankwise.rank.illustrate import Illustrations
     from rankwise.rank.report import table
-    from rankwise.rank.runs import check_folder
+    from rankwise.rank.runs import DAY, check_folder
     from rankwise.rank.verdict import notes, verdict
     from rankwise.train.progress import Reporter
 
@@ -114,7 +115,7 @@ def main(options: list[str]) -> int:
     check_folder(config.out, settings, partly=True)  # Before a model is loaded, whose weights are one more setting.
     adapters = config.out / "adapters" if config.keep_adapters and config.over is None else None
     with reporter.stage(f"loading {config.model}"):
-        runs = PairedRuns(config, max(config.rank_list), adapters, LEAST_EXAMPLES)
+        runs = PairedRuns(config, max(config.rank_list), adapters, LEAST_EXAMPLES, settings[DAY])
         settings["base_sha256"] = runs.base_sha256()
     found = _swept(config, runs, settings, reporter.say)
     print(table(found), verdict(found), *(f"- {note}" for note in notes(found)), sep="\n\n", end="\n\n")
@@ -196,11 +197,12 @@ def _keep_chosen(found: "Sweep", runs: "PairedRuns", folder: Path, say: Callable
 
 def _settings(config: SweepConfig) -> dict[str, Any]:
     """What decides the result of a single run, but for the base's weights: all settings but the number of seeds and
-    the margin, and the data."""
+    the margin, the data, and the day that a chat template may write."""
     from rankwise.paired_runs import rows_sha256
+    from rankwise.rank.runs import DAY, day_of
 
     settings = config.as_dict()
     unimportant = ("out", "seeds", "delta", "check_rates", "with_full", "keep_adapters", "at_once", "r")
     for name in unimportant:
         del settings[name]
-    return settings | {"rows_sha256": rows_sha256(config)}
+    return settings | {"rows_sha256": rows_sha256(config), DAY: day_of(config.out) or date.today().isoformat()}

@@ -4,6 +4,7 @@ import json
 import re
 import shutil
 from dataclasses import replace
+from datetime import date, datetime
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -495,6 +496,32 @@ def test_a_sweep_is_not_resumed_on_another_base(tiny_llama_folder, sql, tmp_path
     assert "the base model's weights (SHA-256): " in capsys.readouterr().err
 
 
+def test_a_sweep_that_goes_on_trains_what_the_day_it_began_on_gave(tiny_llama_folder, sql, tmp_path, monkeypatch):
+    class NextYear(date):
+        @classmethod
+        def today(cls):
+            return cls(2032, 1, 31)
+
+    model, out = tmp_path / "model", tmp_path / "sweep"
+    shutil.copytree(tiny_llama_folder, model)
+    (model / "chat_template.jinja").write_text(
+        "{{ strftime_now('%d %B %Y') }}{% for m in messages %}{{ m['content'] + eos_token }}{% endfor %}"
+    )
+    options = ["--model", str(model), *sql, "--max-steps", "1", "--lr", "0.02"]
+    sweep_two_ranks(options, out)
+    began = json.loads((out / "settings.json").read_text())["day"]
+    assert began == date.today().isoformat()
+    before = held_out_losses(out)
+    (out / "runs/rank2-seed0-rate1.npz").unlink()
+    monkeypatch.setattr("rankwise.cli.rank_sweep.date", NextYear)
+    monkeypatch.setattr("rankwise.paired_runs.date", NextYear)
+    monkeypatch.setattr("transformers.utils.chat_template_utils.datetime", _at_new_year())
+    sweep_two_ranks(options, out)
+    assert json.loads((out / "settings.json").read_text())["day"] == began
+    for name, losses in held_out_losses(out).items():
+        np.testing.assert_allclose(losses, before[name], rtol=1e-5, err_msg=name)
+
+
 def test_a_damaged_kept_adapter_costs_its_illustration_and_no_result(tiny_llama_folder, sql, tmp_path, capsys):
     out = tmp_path / "sweep"
     options = ["--model", str(tiny_llama_folder), *sql, "--max-steps", "1", "--lr", "0.02"]
@@ -557,6 +584,15 @@ def tiny_bert_folder(tmp_path_factory, minilm):
     BertModel(config).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
+
+
+def _at_new_year():
+    class Then(datetime):
+        @classmethod
+        def now(cls, tz=None):
+            return cls(2032, 1, 31, tzinfo=tz)
+
+    return Then
 
 
 def held_out_losses(out):
