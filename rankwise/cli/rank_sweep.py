@@ -15,6 +15,7 @@ import tyro
 from rankwise.cli.arguments import parse
 from rankwise.cli.rank_config import RankConfig
 from rankwise.errors import CheckpointError, nearest
+from rankwise.train.config import MOST_SEED
 
 if TYPE_CHECKING:
     from rankwise.paired_runs import PairedRuns
@@ -69,6 +70,8 @@ class SweepConfig(RankConfig):
             yield from self._problems_of_over(*self.over.partition("=")[::2])
         if self.seeds < 2:
             yield f"--seeds must be at least 2 (one says nothing on how much seeds differ), found {self.seeds}"
+        if self.seed <= MOST_SEED < self.seed + self.seeds - 1:
+            yield f"the last seed, --seed + --seeds - 1, can be at most {MOST_SEED:,}"
         if self.at_once is not None and self.at_once < 1:
             yield f"--at-once must be at least 1, found {self.at_once}"
         if self.delta is not None and not 0 < self.delta < math.inf:

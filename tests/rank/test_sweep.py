@@ -693,5 +693,8 @@ def test_settings_that_cannot_be_are_all_named_on_the_command_line(tmp_path, cap
         main(["rank", "sweep", *options, "--delta", "-1"])
     message = capsys.readouterr().err
     assert all(word in message for word in ("--ranks", "--seeds", "--delta"))
+    with pytest.raises(SystemExit, match="2"):
+        main(["rank", "sweep", *with_options(options, "--ranks", "1,2", "--seeds", "2"), "--seed", str(2**64 - 1)])
+    assert "the last seed, --seed + --seeds - 1, can be at most" in capsys.readouterr().err
     assert main(["rank", "sweeep"]) == 2
     assert "nearest: 'sweep'" in capsys.readouterr().err
