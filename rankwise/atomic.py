@@ -6,6 +6,7 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from tempfile import TemporaryFile
 
 from rankwise.errors import StorageError
 
@@ -44,6 +45,17 @@ def replacing(path: Path, to_disk: bool = True) -> Iterator[Path]:
         else:
             with suppress(NotADirectoryError):
                 temporary.unlink(missing_ok=True)
+
+
+def check_place(path: Path) -> None:
+    """Raise StorageError now if nothing can be written to `path` later, so that no work is done for nothing."""
+    above = next(folder for folder in path.absolute().parents if folder.exists())
+    try:
+        with TemporaryFile(dir=above):
+            pass
+    except OSError as error:
+        reason = StorageError(f"cannot write {path}: {above}: {error.strerror}; choose another place")
+        raise storage_error(path, error) or reason from None
 
 
 def reach_the_disk(path: Path) -> None:

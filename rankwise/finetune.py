@@ -27,7 +27,7 @@ from rankwise.lora.start import FROM_DATA, start_from_data_
 from rankwise.models.load import base_sha256, load_model, load_tokenizer, longest_input_of, pad_id
 from rankwise.models.pooling import unread_layers
 from rankwise.rank.inspect import inspect_adapter
-from rankwise.rank.shrink import ShrinkReport, shrink_, split_held_out
+from rankwise.rank.shrink import ShrinkReport, different_left, shrink_, split_examples
 from rankwise.train import text_metrics, trackers
 from rankwise.train.batches import ROWS_AT_FIRST, Plan, planned_steps
 from rankwise.train.config import TrainConfig
@@ -66,8 +66,8 @@ class Dataset:
     questions: list[Prompt]
     """Held-out prompts to answer, for exact match."""
     sha256: str
-    examples_of: Callable[[Sequence[Row]], list[Any]]
-    """Makes such examples of other rows. Raises DataError."""
+    choosing: int
+    """Held-out rows that ask different things, of those that became examples: so many can choose ranks."""
 
 
 def finetune(config: TrainConfig, reporter: Reporter | None = None, resume: bool = False) -> dict[str, Any]:
@@ -98,7 +98,7 @@ def _finetune(config: TrainConfig, run: RunFolder, reporter: Reporter) -> dict[s
     torch.manual_seed(config.seed)
     with reporter.stage(f"loading {config.model}"):
         model = load_model(config.model, config.task, labels, problem_type(train_rows), config.base_dtype)
-    lora, rank_rule = _ranks_that_fit(model, config, len(held_out_rows))
+    lora, rank_rule = _ranks_that_fit(model, config, data.choosing)
     report = inject_(model, lora)
     engine = engine_for(config.task, model, pad_id(tokenizer), data.train)
     reporter.say(report.summary())
@@ -113,7 +113,7 @@ def _finetune(config: TrainConfig, run: RunFolder, reporter: Reporter) -> dict[s
     return_freed_memory()  # What training needed at its height is not to lie beside what evaluation needs.
     steps, interrupted = outcome.steps, outcome.interrupted
     run.save_adapter(model)
-    shrunk, uncut_because = None, config.why_rank_is_fixed(len(held_out_rows))
+    shrunk, uncut_because = None, config.why_rank_is_fixed(data.choosing)
     before = after = None
     try:
         if not interrupted:
@@ -248,7 +248,7 @@ def _tokenise(
     if config.metrics:
         text_metrics.check_answerable(questions)
     sha256 = data_sha256(tokenizer, train, held_out)
-    return Dataset(examples, first, held_out, kept, questions, sha256, examples_of)
+    return Dataset(examples, first, held_out, kept, questions, sha256, different_left(held_out, kept))
 
 
 def _shrink(
@@ -259,8 +259,7 @@ def _shrink(
     Where they show none, the adapter stays as it is; then the reason is returned and no report.
     """
     try:
-        parts = split_held_out(data.held_out_rows, config.seed, ROWS_OF_CUT)
-        held_out = parts.map(data.examples_of)
+        held_out = split_examples(data.held_out_rows, data.held_out, config.seed, ROWS_OF_CUT)
         with reporter.stage("shrinking") as stage:
             report = shrink_(engine, held_out, on_progress=stage.update, share=SHARE_OF_CUT)
     except (ConfigError, DataError) as error:

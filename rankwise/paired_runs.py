@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from datetime import date
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -17,6 +18,7 @@ from torch import nn
 from rankwise.data.labelled import problem_type
 from rankwise.data.rows import Row
 from rankwise.data.tasks import examples_for
+from rankwise.data.transcripts import on_day
 from rankwise.engine.engine import Engine
 from rankwise.engine.held_out import per_example
 from rankwise.engine.tasks import engine_for
@@ -36,7 +38,7 @@ from rankwise.rank.crossed import Array
 from rankwise.rank.nested import Nested, nested
 from rankwise.rank.predict import Prediction, predict
 from rankwise.rank.runs import Key, RunResult
-from rankwise.rank.shrink import shrink_, split_held_out
+from rankwise.rank.shrink import shrink_, split_examples
 from rankwise.rank.start import freeze_updates_, inject_nested_
 from rankwise.rank.sweep import BASE, FULL
 from rankwise.train.batches import planned_steps
@@ -73,8 +75,16 @@ class Cost:
 class PairedRuns:
     """run(rank, seed, factor) for rankwise.rank.sweep, by the settings of `rankwise train`."""
 
-    def __init__(self, config: TrainConfig, largest: int, adapters: Path | None = None, least_rows: int = 1) -> None:
-        """`largest`: the rank from whose start all others begin. `adapters`: where those of two seeds are kept.
+    def __init__(
+        self,
+        config: TrainConfig,
+        largest: int,
+        adapters: Path | None = None,
+        least_rows: int = 1,
+        day: str | None = None,
+    ) -> None:
+        """`largest`: the rank from whose start all others begin. `adapters`: where those of two seeds are kept. `day`:
+        what a chat template writes that asks for today's date; None: today.
 
         Raises ConfigError, also for fewer held-out rows than `least_rows`, DataError or ModelError."""
         self.config = config
@@ -91,7 +101,7 @@ class PairedRuns:
                 f"ranks are compared on at least {least_rows} held-out rows, found {len(held_out)}; give more in "
                 "--eval-data, or a larger --eval-fraction"
             )
-        self._tokenizer = load_tokenizer(config.model)
+        self._tokenizer = on_day(load_tokenizer(config.model), day or date.today().isoformat())
         self.labels = labels_of(train)
         self._problem_type = problem_type(train)
         self._loaded: tuple[int, Engine[Any]] | None = None
@@ -225,8 +235,8 @@ class PairedRuns:
         engine = self.engine(self.config.seed)
         load_adapter_(engine.model, adapter)
         try:
-            rows = split_held_out(self.held_out_rows, self.config.seed, ROWS_OF_CUT)
-            return shrink_(engine, rows.map(self.examples), margin).ranks_after
+            held_out = split_examples(self.held_out_rows, self.held_out, self.config.seed, ROWS_OF_CUT)
+            return shrink_(engine, held_out, margin).ranks_after
         except (ConfigError, DataError):
             return None
         finally:

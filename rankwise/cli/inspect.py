@@ -40,6 +40,7 @@ def main(options: list[str]) -> int:
         with reporter.stage("loading"):
             model = load_adapted(config.model, folder).model
         with reporter.stage("comparing with the base weights") as stage:
-            found = beside_base(inspect_adapter(folder, type(model).__name__), model, DEFAULT_ADAPTER, stage.update)
+            found = inspect_adapter(folder, type(model).__name__, model)
+            found = beside_base(found, model, DEFAULT_ADAPTER, stage.update)
     print(json.dumps(asdict(found), indent=2) if config.json else found)
     return 0

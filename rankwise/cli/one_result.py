@@ -25,11 +25,14 @@ def leave_result(
 ) -> int:
     """Measure by runs with ranks up to `largest`; the result goes to the file --out and to standard output.
 
-    Raises ConfigError, before anything is loaded, if the file exists; and for fewer held-out rows than `least_rows`.
+    Raises ConfigError, before anything is loaded, if the file exists, StorageError if it cannot be written; and
+    ConfigError for fewer held-out rows than `least_rows`.
     """
     if config.out.exists():
         raise ConfigError(f"--out {config.out} exists already; choose another file, or remove it first")
     from rankwise import atomic
+
+    atomic.check_place(config.out)
     from rankwise.paired_runs import PairedRuns
     from rankwise.train.progress import Reporter
 
@@ -37,6 +40,6 @@ def leave_result(
     with reporter.stage(f"loading {config.model}"):
         runs = PairedRuns(config, largest, least_rows=least_rows)
     found = measure(runs, reporter)
-    atomic.write_text(config.out, json.dumps(found.as_dict() | {"settings": config.as_dict()}, indent=2) + "\n")
     print(found)
+    atomic.write_text(config.out, json.dumps(found.as_dict() | {"settings": config.as_dict()}, indent=2) + "\n")
     return 0

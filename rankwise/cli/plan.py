@@ -113,10 +113,11 @@ def _source(model: str) -> Path | str:
 
 
 def _examples(config: PlanConfig) -> tuple[list[Any], int, int]:
-    """The rows that would train, tokenised; the number of labels, and of held-out rows."""
+    """The rows that would train, tokenised; the number of labels, and of held-out rows that can choose ranks."""
     from rankwise.data.tasks import examples_for
     from rankwise.finetune import labels_of, read_data
     from rankwise.models.load import load_tokenizer
+    from rankwise.rank.shrink import different_left
 
     rows, held_out = read_data(config)
     labels = labels_of(rows)
@@ -126,8 +127,9 @@ def _examples(config: PlanConfig) -> tuple[list[Any], int, int]:
     tokenizer = load_tokenizer(source)
     limit = read_shape(_source(source), config.task, len(labels)).positions
     length = min(config.max_length, limit)
-    examples = examples_for(config.task, rows, tokenizer, labels, length, config.long_rows, config.train_on)
-    return examples, len(labels), len(held_out)
+    how = tokenizer, labels, length, config.long_rows, config.train_on
+    choosing = different_left(held_out, examples_for(config.task, held_out, *how))
+    return examples_for(config.task, rows, *how), len(labels), choosing
 
 
 def _work(config: PlanConfig, shape: ModelShape, examples: list[Any]) -> tuple[list[Batch], int]:

@@ -1,11 +1,14 @@
 """`rankwise rank nested`"""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Literal
 
 from rankwise.cli.arguments import parse
 from rankwise.cli.one_result import leave_result
 from rankwise.cli.rank_config import RankConfig
+
+USUAL_RANK = 16
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -15,10 +18,12 @@ class NestedConfig(RankConfig):
 
     out: Path
     """File for the result, JSON; it must not exist yet."""
-    r: int = 16
-    """The largest rank."""
+    r: int | Literal["auto"] = USUAL_RANK
+    """The largest rank. auto, which stands in the run.yaml of a training, is 16."""
 
 
 def main(options: list[str]) -> int:
     config = parse(NestedConfig, options, "rank nested")
-    return leave_result(config, config.r, lambda runs, reporter: runs.nested_run(reporter))
+    largest = USUAL_RANK if config.r == "auto" else config.r
+    config = replace(config, r=largest)
+    return leave_result(config, largest, lambda runs, reporter: runs.nested_run(reporter))

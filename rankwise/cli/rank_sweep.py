@@ -4,7 +4,9 @@ import json
 import math
 import shutil
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import asdict, dataclass
+from datetime import date
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,7 +14,8 @@ import tyro
 
 from rankwise.cli.arguments import parse
 from rankwise.cli.rank_config import RankConfig
-from rankwise.errors import nearest
+from rankwise.errors import CheckpointError, nearest
+from rankwise.train.config import MOST_SEED
 
 if TYPE_CHECKING:
     from rankwise.paired_runs import PairedRuns
@@ -67,6 +70,8 @@ class SweepConfig(RankConfig):
             yield from self._problems_of_over(*self.over.partition("=")[::2])
         if self.seeds < 2:
             yield f"--seeds must be at least 2 (one says nothing on how much seeds differ), found {self.seeds}"
+        if self.seed <= MOST_SEED < self.seed + self.seeds - 1:
+            yield f"the last seed, --seed + --seeds - 1, can be at most {MOST_SEED:,}"
         if self.at_once is not None and self.at_once < 1:
             yield f"--at-once must be at least 1, found {self.at_once}"
         if self.delta is not None and not 0 < self.delta < math.inf:
@@ -100,12 +105,11 @@ def _is_positive(text: str) -> bool:
 
 def main(options: list[str]) -> int:
     config = parse(SweepConfig, options, "rank sweep")
-    from rankwise import atomic
     from rankwise.paired_runs import PairedRuns
     from rankwise.rank.crossed import LEAST_EXAMPLES
-    from rankwise.rank.page import page, picture
-    from rankwise.rank.report import as_dict, table
-    from rankwise.rank.runs import check_folder
+    from rankwise.rank.illustrate import Illustrations
+    from rankwise.rank.report import table
+    from rankwise.rank.runs import DAY, check_folder
     from rankwise.rank.verdict import notes, verdict
     from rankwise.train.progress import Reporter
 
@@ -114,18 +118,28 @@ def main(options: list[str]) -> int:
     check_folder(config.out, settings, partly=True)  # Before a model is loaded, whose weights are one more setting.
     adapters = config.out / "adapters" if config.keep_adapters and config.over is None else None
     with reporter.stage(f"loading {config.model}"):
-        runs = PairedRuns(config, max(config.rank_list), adapters, LEAST_EXAMPLES)
+        runs = PairedRuns(config, max(config.rank_list), adapters, LEAST_EXAMPLES, settings[DAY])
         settings["base_sha256"] = runs.base_sha256()
     found = _swept(config, runs, settings, reporter.say)
+    print(table(found), verdict(found), *(f"- {note}" for note in notes(found)), sep="\n\n", end="\n\n")
+    # Before anything is looked into that decides nothing, so that whatever happens there costs no result.
+    _write(config, found, Illustrations())
     with reporter.stage("looking into the adapters"):
-        illustrations = _illustrations(found, runs)
+        illustrations = _illustrations(found, runs, reporter.say)
+    _write(config, found, illustrations)
+    print(f"page: {config.out / 'sweep.html'}")
+    return 0
+
+
+def _write(config: SweepConfig, found: "Sweep", illustrations: "Illustrations") -> None:
+    from rankwise import atomic
+    from rankwise.rank.page import page, picture
+    from rankwise.rank.report import as_dict
+
     content = as_dict(found) | {"illustrations": asdict(illustrations)}
     atomic.write_text(config.out / "sweep.html", page(found, config.as_dict(), illustrations))
     atomic.write_text(config.out / "sweep.svg", picture(found))
     atomic.write_text(config.out / "sweep.json", json.dumps(content, allow_nan=False) + "\n")
-    print(table(found), verdict(found), *(f"- {note}" for note in notes(found)), sep="\n\n", end="\n\n")
-    print(f"page: {config.out / 'sweep.html'}")
-    return 0
 
 
 def _swept(config: SweepConfig, runs: "PairedRuns", settings: dict[str, Any], say: Callable[[str], None]) -> "Sweep":
@@ -147,31 +161,51 @@ def _swept(config: SweepConfig, runs: "PairedRuns", settings: dict[str, Any], sa
     return sweep_setting(SettingRuns(runs, name, read), name, values.split(","), seeds, check_rates=check, **same)
 
 
-def _illustrations(found: "Sweep", runs: "PairedRuns") -> "Illustrations":
-    """Of the adapters that were kept; those of rates that only the check tried are removed."""
-    from rankwise.rank.illustrate import Illustrations, adapter_name, illustrate, unused_adapters
+def _illustrations(found: "Sweep", runs: "PairedRuns", say: Callable[[str], None]) -> "Illustrations":
+    """Of the adapters that are kept."""
+    from rankwise.rank.illustrate import Illustrations, adapter_name, illustrate
     from rankwise.rank.verdict import answers
 
     folder = runs.adapters
-    if folder is None or not folder.is_dir():
+    if folder is None:
         return Illustrations()
-    for name in unused_adapters(found):
-        if (folder / name).is_dir() and not (folder / name).is_symlink():
-            shutil.rmtree(folder / name)
+    _keep_chosen(found, runs, folder, say)
     largest = folder / adapter_name(found, found.comparisons.reference, found.seeds[0])
     cut_to = None
     if answers(found) and largest.is_dir():
-        cut_to = runs.cut_ranks(largest, found.comparisons.margin)
-    return illustrate(found, folder, cut_to)
+        with suppress(CheckpointError):  # `illustrate` reads it too, and says what is wrong with it.
+            cut_to = runs.cut_ranks(largest, found.comparisons.margin)
+    return illustrate(found, folder, cut_to, say)
+
+
+def _keep_chosen(found: "Sweep", runs: "PairedRuns", folder: Path, say: Callable[[str], None]) -> None:
+    """Leave the adapters of the chosen learning rates in `folder`.
+
+    Those of other rates are removed. A missing one is trained again: its run may have been done without adapters being
+    kept, or at a rate that another δ did not choose.
+    """
+    from rankwise.paired_runs import KEPT_SEEDS
+    from rankwise.rank.illustrate import kept_runs
+
+    kept = {key.name: key for key in kept_runs(found, KEPT_SEEDS)}
+    for run in (folder.parent / "runs").glob("*.npz"):
+        adapter = folder / run.stem
+        if run.stem not in kept and adapter.is_dir() and not adapter.is_symlink():
+            shutil.rmtree(adapter)
+    for name, key in kept.items():
+        if not (folder / name).is_dir():
+            say(f"{folder / name} is not there; its run is done again for it")
+            runs(key.rank, key.seed, key.factor)
 
 
 def _settings(config: SweepConfig) -> dict[str, Any]:
     """What decides the result of a single run, but for the base's weights: all settings but the number of seeds and
-    the margin, and the data."""
+    the margin, the data, and the day that a chat template may write."""
     from rankwise.paired_runs import rows_sha256
+    from rankwise.rank.runs import DAY, day_of
 
     settings = config.as_dict()
     unimportant = ("out", "seeds", "delta", "check_rates", "with_full", "keep_adapters", "at_once", "r")
     for name in unimportant:
         del settings[name]
-    return settings | {"rows_sha256": rows_sha256(config)}
+    return settings | {"rows_sha256": rows_sha256(config), DAY: day_of(config.out) or date.today().isoformat()}

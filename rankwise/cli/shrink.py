@@ -50,6 +50,8 @@ def main(options: list[str]) -> int:
     _check(config)
     layout = Layout.parse(config.format, config.columns)
     from rankwise import atomic
+
+    atomic.check_place(config.out)
     from rankwise.data.rows import read_rows
     from rankwise.data.sources import check_unweighted
     from rankwise.data.tasks import examples_for
@@ -57,25 +59,25 @@ def main(options: list[str]) -> int:
     from rankwise.lora.checkpoint import save_adapter
     from rankwise.models.adapted import load_adapted, write_labels
     from rankwise.models.load import longest_input, pad_id
-    from rankwise.rank.shrink import shrink_, split_held_out
+    from rankwise.rank.shrink import shrink_, split_examples
     from rankwise.train.progress import Reporter
 
     check_unweighted(config.data)
     reporter = Reporter()
     with reporter.stage("loading"):
         adapted = load_adapted(config.model, config.adapter, config.task)
-    rows = split_held_out(read_rows(config.data, adapted.task, layout), config.seed)
+    rows = read_rows(config.data, adapted.task, layout)
     length = min(config.max_length, longest_input(adapted.model))
     how = adapted.tokenizer, adapted.labels, length, config.long_rows, config.train_on
-    held_out = rows.map(lambda part: examples_for(adapted.task, part, *how))
+    held_out = split_examples(rows, examples_for(adapted.task, rows, *how), config.seed)
     engine = engine_for(adapted.task, adapted.model, pad_id(adapted.tokenizer), held_out.choice)
     with reporter.stage("shrinking") as stage:
         report = shrink_(engine, held_out, config.delta, config.reader, on_progress=stage.update)
+    print(report)
     with atomic.replacing(config.out) as temporary:
         save_adapter(adapted.model, temporary)
         write_labels(adapted.model, adapted.task, temporary)
         atomic.write_text(temporary / "shrink.json", json.dumps(asdict(report), indent=2) + "\n")
-    print(report)
     print(f"adapter: {config.out}")
     return 0
 

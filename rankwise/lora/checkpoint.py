@@ -112,10 +112,21 @@ def read_adapter(folder: str | Path) -> Adapter:
     if A or B of a module is missing, has another rank than its own or a value that is not finite; for pickle files; and
     for an adapter that can only be read beside its base.
     """
+    adapter = read_stored(folder)
+    if isinstance(adapter.config.init_lora_weights, str):
+        reason = (
+            f"init_lora_weights = {adapter.config.init_lora_weights!r} took a part of the base away, so what the "
+            "adapter adds can only be told beside its base: give that with --model (in Python: load_adapter_)"
+        )
+        raise CheckpointError(_message([reason], Path(folder)))
+    return adapter
+
+
+def read_stored(folder: str | Path) -> Adapter:
+    """As `read_adapter`, but also of an adapter that needs its base: A and B are then those of the file, from which the
+    start is yet to be subtracted."""
     folder = Path(folder)
     config, tensors, problems = _read_files(folder, trainable=False)
-    if isinstance(config.init_lora_weights, str):
-        problems.append(f"init_lora_weights = {config.init_lora_weights!r} can only be undone with the base model")
     low_rank, rest = _sort_tensors(config, tensors, problems)
     _raise_if(problems, folder)
     return Adapter(config, low_rank, rest)

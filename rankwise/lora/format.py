@@ -165,7 +165,8 @@ def from_settings(settings: Mapping[str, Any], trainable: bool) -> LoraConfig:
     """
     problems = []
     if settings.get("peft_type") != "LORA":
-        problems.append(f'peft_type must be "LORA", found {settings.get("peft_type")!r}')
+        # What else such a file holds is no fault of it.
+        raise CheckpointError(f'peft_type must be "LORA", found {settings.get("peft_type")!r}')
     for name in ("r", "lora_alpha", "target_modules"):
         if name not in settings:
             problems.append(f"{name} is missing")

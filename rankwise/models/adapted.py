@@ -9,7 +9,7 @@ from rankwise import atomic
 from rankwise.data.labelled import ONE_LABEL, SEVERAL_LABELS
 from rankwise.data.shapes import LABELLED, TASK_TYPES
 from rankwise.errors import ConfigError
-from rankwise.lora.checkpoint import load_adapter_, read_adapter
+from rankwise.lora.checkpoint import load_adapter_, read_stored
 from rankwise.lora.config import TaskType
 from rankwise.models.load import load_model, load_tokenizer
 from rankwise.models.locate import config_file
@@ -42,7 +42,7 @@ def load_adapted(base: str | None, adapter: Path | None, task: str | None = None
         model = load_model(base, task, labels, problem_type, base_dtype)
         return Adapted(model, load_tokenizer(base), task, labels)
     folder = adapter_folder(adapter)
-    config = read_adapter(folder).config
+    config = read_stored(folder).config
     base = base or config.base_model_name_or_path
     if base is None:
         raise ConfigError(f"the adapter in {folder} does not say what its base model is; give it with --model")

@@ -9,7 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from rankwise.lora import format
-from rankwise.lora.checkpoint import Adapter, read_adapter
+from rankwise.lora.checkpoint import Adapter, read_adapter, read_stored
+from rankwise.lora.config import LoraConfig
+from rankwise.lora.inject import DEFAULT_ADAPTER
 from rankwise.lora.low_rank import LowRank
 from rankwise.lora.places import named_lora_layers
 from rankwise.lora.report import TrainedUpdate
@@ -115,12 +117,14 @@ def _range(values: list[int] | list[float]) -> str:
     return f"{low:g}" if low == high else f"{low:g}–{high:g}"
 
 
-def inspect_adapter(folder: Path, architecture: str | None = None) -> Inspection:
-    """What is in an adapter folder, without a model. `architecture`: the class of its base. Raises CheckpointError.
+def inspect_adapter(folder: Path, architecture: str | None = None, loaded: nn.Module | None = None) -> Inspection:
+    """What is in an adapter folder. `architecture`: the class of its base. `loaded`: the base with the adapter in it,
+    needed for one that started from a part of the base. Raises CheckpointError.
 
     An adapter without any tensor has no readers.
     """
-    adapter = read_adapter(folder)
+    adapter = read_adapter(folder) if loaded is None else read_stored(folder)
+    updates = adapter.low_rank | ({} if loaded is None else _without_start(loaded))
     config = adapter.config
     readers = {
         "PEFT": Verdict(True),
@@ -134,13 +138,20 @@ def inspect_adapter(folder: Path, architecture: str | None = None) -> Inspection
         task_type=config.task_type,
         r=config.r,
         lora_alpha=config.lora_alpha,
-        matrices=tuple(_matrix(name, update) for name, update in adapter.low_rank.items()),
+        matrices=tuple(_matrix(name, stored, updates[name]) for name, stored in adapter.low_rank.items()),
         rest={name: tensor.numel() for name, tensor in adapter.rest.items()},
         readers=readers if adapter.low_rank or adapter.rest else {},
     )
 
 
-def _matrix(name: str, update: LowRank) -> TrainedUpdate:
+def _without_start(model: nn.Module) -> dict[str, LowRank]:
+    """The updates of a loaded adapter's layers from which a start is subtracted."""
+    updates = {name: layer.update(DEFAULT_ADAPTER) for name, layer in named_lora_layers(model)}
+    return {name: update.low_rank() for name, update in updates.items() if update.has_start}
+
+
+def _matrix(name: str, stored: LowRank, update: LowRank) -> TrainedUpdate:
+    """`stored`: as the file has it; `update`: what it adds."""
     d, k = update.shape
     whole = update.A.shape[0] == update.B.shape[1]
     sigma = singular_values(update) if whole else torch.empty(0)
@@ -148,9 +159,9 @@ def _matrix(name: str, update: LowRank) -> TrainedUpdate:
         name=name,
         d=d,
         k=k,
-        rank=update.rank,
-        scale=update.scale,
-        numbers=update.A.numel() + update.B.numel(),
+        rank=stored.rank,
+        scale=stored.scale,
+        numbers=stored.A.numel() + stored.B.numel(),
         sigma=tuple(sigma.tolist()),
         effective_rank=effective_rank(sigma),
         stable_rank=stable_rank(sigma),
@@ -179,6 +190,7 @@ def _in_vllm(adapter: Adapter, architecture: str | None) -> Verdict:
         )
     if largest := [name for name, update in adapter.low_rank.items() if update.rank > config.r]:
         reasons.append(f"r = {config.r} in the configuration is below the rank of {largest[0]}")
+    reasons += _with_start(config)
     has_lora, note = _lora_in_vllm(architecture)
     if has_lora is False:
         reasons.append(note)
@@ -213,12 +225,23 @@ def _in_llama_cpp(adapter: Adapter) -> Verdict:
             f"knows neither alpha_pattern nor rsLoRA; that is not the factor of {len(wrong)} of "
             f"{len(adapter.low_rank)} (such as {wrong[0]})"
         )
+    reasons += _with_start(adapter.config)
     notes = []
     if any(name.rpartition(".")[2] == "lm_head" for name in adapter.low_rank):
         notes.append("an update of lm_head is refused where the base ties it to the embedding")
     if adapter.config.base_model_name_or_path is None:
         notes.append("the base model is not named: give its folder with --base")
     return Verdict(not reasons, (*reasons, *notes))
+
+
+def _with_start(config: LoraConfig) -> list[str]:
+    start = config.init_lora_weights
+    if not isinstance(start, str):
+        return []
+    return [
+        "it would compute with wrong updates, without a word: it does not subtract the start "
+        f"(init_lora_weights = {start!r}); load_adapter_ and save_adapter make a plain adapter of it"
+    ]
 
 
 def _not_plain(adapter: Adapter, skipped: tuple[str, ...], kept: tuple[str, ...] = ()) -> list[str]:

@@ -13,6 +13,8 @@ from rankwise.errors import CheckpointError, ConfigError, listing
 from rankwise.rank.crossed import Array
 
 SETTINGS = "settings.json"
+DAY = "day"
+"""The setting that says on which day the sweep began; one that goes on keeps it, so it is no reason to refuse."""
 _CALLED = {"base_sha256": "the base model's weights (SHA-256)", "rows_sha256": "the rows of the data (SHA-256)"}
 """Settings that nobody gives, in the words of a message."""
 
@@ -121,7 +123,7 @@ def check_folder(folder: Path, settings: dict[str, Any], partly: bool = False) -
         changed = [
             f"{_CALLED.get(name, name)}: {before.get(name)!r} there, {settings.get(name)!r} now"
             for name in names
-            if before.get(name) != settings.get(name)
+            if name != DAY and before.get(name) != settings.get(name)
         ]
         if changed:
             raise ConfigError(
@@ -130,6 +132,12 @@ def check_folder(folder: Path, settings: dict[str, Any], partly: bool = False) -
             )
     elif folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ConfigError(f"--out {folder} holds something that is no sweep; choose another folder")
+
+
+def day_of(folder: Path) -> str | None:
+    """The day on which the sweep in a folder began; None if it begins now. Raises CheckpointError as `check_folder`."""
+    path = folder / SETTINGS
+    return _settings_in(path).get(DAY) if path.is_file() else None
 
 
 def _settings_in(path: Path) -> dict[str, Any]:

@@ -132,6 +132,26 @@ def _different(rows: Sequence[Row]) -> int:
     return len({question_keys(row)[-1] for row in rows})
 
 
+def different_left(rows: Sequence[Row], examples: Sequence[Any]) -> int:
+    """How many of the rows that became these examples ask different things."""
+    return _different(_left(rows, examples))
+
+
+def split_examples(rows: Sequence[Row], examples: Sequence[Any], seed: int, most: int | None = None) -> HeldOut:
+    """The examples of rows, cut as `split_held_out` cuts those rows that became one: too long ones may be left out.
+
+    Raises DataError as `split_held_out` does.
+    """
+    of_row = {example.place: example for example in examples}
+    parts = split_held_out(_left(rows, examples), seed, most)
+    return parts.map(lambda part: [of_row[row.place] for row in part])
+
+
+def _left(rows: Sequence[Row], examples: Sequence[Any]) -> list[Row]:
+    kept = {example.place for example in examples}
+    return [row for row in rows if row.place in kept]
+
+
 def shrink_(
     engine: Engine[Any],
     held_out: HeldOut,

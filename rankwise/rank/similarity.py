@@ -7,6 +7,7 @@ vectors of ΔW, those of the layer's input that the update answers to, the stron
 decides nothing.
 """
 
+from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -94,18 +95,25 @@ def types_and_layers(names: Collection[str]) -> dict[str, tuple[str, str]]:
     """(module type, layer) of each module, sorted by name.
 
     The layer is the first number in the name, "" where there is none; the type is what follows it, as many of its last
-    parts as tell it from all other types.
+    parts as tell it from all other types. Where that is the same in two stacks of layers, as an encoder's and a
+    decoder's, what precedes the number stands before it.
     """
-    split = {}
+    split, stacks = {}, {}
     for name in sorted(names):
         parts = name.split(".")
         layer = next((part for part in parts if part.isdigit()), "")
-        split[name] = (".".join(parts[parts.index(layer) + 1 :]) if layer else name), layer
+        place = parts.index(layer) if layer else 0
+        split[name] = (".".join(parts[place + 1 :]) if layer else name), layer
+        stacks[name] = ".".join(parts[:place])
     types = {kind for kind, _ in split.values()}
+    twice = {kind for (kind, _), count in Counter(split.values()).items() if count > 1}
 
     def short(kind: str) -> str:
         parts = kind.split(".")
         endings = [".".join(parts[-count:]) for count in range(1, len(parts) + 1)]
         return next((end for end in endings if sum(f".{other}".endswith(f".{end}") for other in types) == 1), kind)
 
-    return {name: (short(kind), layer) for name, (kind, layer) in split.items()}
+    def told_apart(name: str, kind: str) -> str:
+        return f"{stacks[name]}.{short(kind)}" if kind in twice else short(kind)
+
+    return {name: (told_apart(name, kind), layer) for name, (kind, layer) in split.items()}

@@ -245,7 +245,8 @@ class TrainConfig:
         return gigabytes * 1e9
 
     def why_rank_is_fixed(self, held_out: int | None = None) -> str | None:
-        """Why the ranks are not chosen after training; None if they are. `held_out`: rows, where that is known."""
+        """Why the ranks are not chosen after training; None if they are. `held_out`: rows that can
+        choose them, where that is known."""
         if self.r != "auto":
             return "--r is given"
         if not self.eval_data and not self.eval_fraction:
@@ -253,7 +254,10 @@ class TrainConfig:
         if self.use_dora:
             return "an adapter with --use-dora cannot be cut"
         if held_out is not None and held_out < ROWS_TO_CHOOSE:
-            return f"{held_out} held-out rows are too few to choose ranks by (at least {ROWS_TO_CHOOSE} are needed)"
+            return (
+                f"{held_out} held-out rows are too few to choose ranks by (at least {ROWS_TO_CHOOSE} are needed that "
+                "ask different things and are not left out as too long)"
+            )
         return None
 
     def trained_rank(self, held_out: int | None = None) -> int:

@@ -1,6 +1,7 @@
 """`rankwise train` without --r: rank 32 trains, and is cut to what held-out rows show to be enough."""
 
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -107,6 +108,19 @@ def test_where_ranks_cannot_be_chosen_a_fixed_one_trains_and_is_named(
     assert result_of(run)["shrunk"] is None
     assert set(ranks(run / "adapter").values()) == {FIXED_RANK}
     assert not (run / "adapter-full").exists()
+
+
+def test_rows_that_cannot_choose_ranks_are_not_counted_as_if_they_could(tiny_llama_folder, tmp_path, capsys):
+    rows = [{"prompt": f"what is {n}?", "completion": " it is so"} for n in range(40)] * 3
+    rows += [{"prompt": f"what is {n}?" + " word" * 200, "completion": " so"} for n in range(160)]
+    (tmp_path / "mixed.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    given = ["--data", str(tmp_path / "mixed.jsonl"), "--long-rows", "drop", "--max-length", "100"]
+    run, code = train(tmp_path, tiny_llama_folder, 0, "--max-steps", "2", *given)
+    assert code == 0
+    found = re.search(r"because (\d+) held-out rows are too few to choose ranks by", capsys.readouterr().err)
+    assert found
+    assert 0 < int(found[1]) <= 40
+    assert set(ranks(run / "adapter").values()) == {FIXED_RANK}
 
 
 def test_an_adapter_without_a_gain_stays_as_it_was_trained_and_the_run_says_why(tiny_llama_folder, tmp_path, capsys):

@@ -215,6 +215,16 @@ def test_a_setting_that_is_not_supported_is_named(folder, field, value):
         read_adapter(folder)
 
 
+@pytest.mark.parametrize("kind", ["PROMPT_TUNING", "LOHA"])
+def test_of_a_folder_of_another_method_nothing_but_that_is_said(folder, kind):
+    settings = {"peft_type": kind, "num_virtual_tokens": 8, "hada_rank": 4, "prompt_tuning_init": "RANDOM"}
+    (folder / SETTINGS).write_text(json.dumps(settings))
+    with pytest.raises(CheckpointError) as raised:
+        read_adapter(folder)
+    assert str(raised.value).count("  - ") == 1
+    assert f'peft_type must be "LORA", found {kind!r}' in str(raised.value)
+
+
 def test_damaged_and_missing_files_are_named(folder, tmp_path):
     whole = (folder / WEIGHTS).read_bytes()
     (folder / WEIGHTS).write_bytes(whole[: len(whole) // 2])

@@ -2,14 +2,17 @@
 
 import json
 
+import peft
 import pytest
 import torch
 from conftest import randomise_adapter, tiny
 from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
 
 from rankwise import LoraConfig, inject_, load_adapter_, save_adapter
 from rankwise.cli.main import main
 from rankwise.lora.places import named_lora_layers
+from rankwise.models.adapted import load_adapted
 from rankwise.rank.inspect import beside_base, inspect_adapter, intruders
 
 LLAMA_CPP = "llama.cpp (convert_lora_to_gguf.py)"
@@ -185,3 +188,30 @@ def test_an_adapter_that_the_model_loads_is_inspected_alike(tmp_path):
     again = tiny("llama")
     load_adapter_(again, folder)
     assert beside_base(inspect_adapter(folder), again, "default").numbers == inspect_adapter(folder).numbers
+
+
+@pytest.mark.parametrize("start", ["pissa", "olora"])
+def test_an_adapter_that_started_from_its_base_is_inspected_and_used_beside_it(
+    start, tiny_llama_folder, tmp_path, capsys
+):
+    config = peft.LoraConfig(r=4, target_modules=["up_proj"], task_type="CAUSAL_LM", init_lora_weights=start)
+    model = peft.get_peft_model(AutoModelForCausalLM.from_pretrained(tiny_llama_folder), config).eval()
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data += 0.05 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1))
+    folder = tmp_path / "adapter"
+    model.save_pretrained(folder)
+    base = ["--model", str(tiny_llama_folder)]
+    assert main(["inspect", str(folder)]) == 2
+    assert "give that with --model" in capsys.readouterr().err
+    assert main(["inspect", str(folder), *base, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert [found["readers"][reader]["loads"] for reader in ("PEFT", "vLLM", LLAMA_CPP)] == [True, False, False]
+    adapted = load_adapted(str(tiny_llama_folder), folder).model
+    tokens = torch.arange(20)[None]
+    torch.testing.assert_close(adapted(tokens).logits, model(tokens).logits)
+    layers = dict(named_lora_layers(adapted))
+    for matrix in found["matrices"]:
+        assert (matrix["rank"], matrix["numbers"]) == (4, 4 * (32 + 48))
+        sigma = torch.linalg.svdvals(layers[matrix["name"]].delta("default", torch.float64))[:8]
+        assert matrix["sigma"] == pytest.approx(sigma.tolist(), rel=1e-4)

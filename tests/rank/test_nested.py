@@ -206,6 +206,18 @@ def test_the_command_prints_a_loss_for_every_rank_and_keeps_the_result(tiny_llam
     assert "errs high" in capsys.readouterr().out
     assert main(["rank", "nested", *options]) == 2
     assert "exists already" in capsys.readouterr().err
+    for command in ("nested", "predict"):
+        assert main(["rank", command, *options[:-1], str(out / "below_a_file.json")]) == 2
+        told = capsys.readouterr()
+        assert f"cannot write {out}/below_a_file.json: {out}: Not a directory" in told.err
+        assert "loading" not in told.err
     out.unlink()
+    # As every training without --r leaves it.
+    (tmp_path / "run.yaml").write_text("r: auto\nmax_steps: 6\nlr: 0.01\nbatch_size: 4\n")
+    for given, largest in ((["--r", "4"], 4), ([], 16)):
+        assert main(["rank", "nested", *options, "--config", str(tmp_path / "run.yaml"), *given]) == 0
+        found = json.loads(out.read_text())
+        assert list(found["losses"])[-1] == str(found["settings"]["r"]) == str(largest)
+        out.unlink()
     assert main(["rank", "nested", *options, "--use-dora", "--init-lora-weights", "pissa"]) == 2
     assert "leave out --init-lora-weights and --use-dora" in capsys.readouterr().err

@@ -552,6 +552,22 @@ def test_the_command_writes_the_smaller_adapter_and_what_it_promises(spoken, tmp
     assert json.loads((tmp_path / "again" / "shrink.json").read_text()) == promise
 
 
+def test_rows_that_are_left_out_as_too_long_choose_and_confirm_nothing(spoken, tmp_path, capsys):
+    adapter, data = spoken
+    rows = [json.loads(line) for line in data.read_text().splitlines()]
+    long = [{"prompt": f"long {n} " + "word " * 200, "completion": "a"} for n in range(80)]
+    options = ["--long-rows", "drop", "--max-length", "100", "--data", str(tmp_path / "mixed.jsonl")]
+    command = ["shrink", str(adapter), *options, "--out"]
+    (tmp_path / "mixed.jsonl").write_text("".join(json.dumps(row) + "\n" for row in [*rows, *long]))
+    assert main([*command, str(tmp_path / "small")]) == 0
+    promise = json.loads((tmp_path / "small" / "shrink.json").read_text())
+    assert sum(promise["rows"].values()) == 80
+    assert min(promise["rows"]["choice"], promise["rows"]["confirmation"]) >= 30
+    (tmp_path / "mixed.jsonl").write_text("".join(json.dumps(row) + "\n" for row in [*rows[:20], *long]))
+    assert main([*command, str(tmp_path / "other")]) == 2
+    assert "20 held-out rows are too few to tell what is lost" in capsys.readouterr().err
+
+
 def test_wrong_inputs_of_the_command_are_named_before_anything_is_written(spoken, tmp_path, capsys):
     adapter, data = spoken
     (tmp_path / "empty.jsonl").write_text("")
@@ -561,6 +577,7 @@ def test_wrong_inputs_of_the_command_are_named_before_anything_is_written(spoken
     for change, message in (
         ({"adapter": str(tmp_path / "none")}, "no adapter folder"),
         ({"out": str(taken)}, "exists already"),
+        ({"out": str(data / "small")}, f"cannot write {data}/small: {data}: Not a directory"),
         ({"delta": "0"}, "--delta must be above 0"),
         ({"delta": "-1"}, "--delta must be above 0"),
         ({"data": str(tmp_path / "none.jsonl")}, "no such data file"),

@@ -66,3 +66,18 @@ def test_modules_are_told_apart_by_what_they_are_and_where():
     assert found.layers == ("", "0", "10")
     assert found.kinds["output.dense"] == (None, 1, 3)
     assert found.kinds["pooler.dense"] == (7, None, None)
+
+
+def test_the_layers_of_an_encoder_and_of_a_decoder_are_told_apart():
+    t5 = [
+        f"{stack}.block.{n}.layer.0.SelfAttention.{kind}"
+        for stack, depth in (("encoder", 2), ("decoder", 3))
+        for n in range(depth)
+        for kind in ("q", "v")
+    ]
+    t5 += [f"decoder.block.{n}.layer.1.EncDecAttention.q" for n in range(3)]
+    found = layer_map("ranks", {name: n for n, name in enumerate(t5)})
+    assert found.kinds["encoder.block.SelfAttention.q"] == (0, 2, None)
+    assert found.kinds["decoder.block.SelfAttention.q"] == (4, 6, 8)
+    assert found.kinds["EncDecAttention.q"] == (10, 11, 12)
+    assert sorted(value for value in found.values if value is not None) == list(range(len(t5)))

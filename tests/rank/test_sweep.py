@@ -4,13 +4,14 @@ import json
 import re
 import shutil
 from dataclasses import replace
+from datetime import date, datetime
 from pathlib import Path
 from xml.etree import ElementTree
 
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, tiny, with_options
+from conftest import ROOT, sweep_two_ranks, tiny, with_options
 from transformers import AutoModelForCausalLM, AutoTokenizer, BertConfig, BertModel
 
 from rankwise import LoraConfig, eject_, inject_, paired_runs, read_adapter
@@ -21,7 +22,7 @@ from rankwise.lora.inject import DEFAULT_ADAPTER
 from rankwise.lora.places import named_lora_layers
 from rankwise.models.load import load_model
 from rankwise.paired_runs import PairedRuns
-from rankwise.rank.illustrate import Illustrations, illustrate, unused_adapters
+from rankwise.rank.illustrate import Illustrations, illustrate, kept_runs
 from rankwise.rank.page import HEIGHT, LEFT, WIDTH, page
 from rankwise.rank.report import as_dict, table
 from rankwise.rank.runs import Key, RunResult
@@ -495,9 +496,80 @@ def test_a_sweep_is_not_resumed_on_another_base(tiny_llama_folder, sql, tmp_path
     assert "the base model's weights (SHA-256): " in capsys.readouterr().err
 
 
-def test_only_adapters_that_the_rate_check_made_are_removed():
-    found = sweep(made_up()[0], [1, 2, 4], range(2))
-    assert unused_adapters(found) == {f"rank{rank}-seed0-rate{rate}" for rank in (1, 2, 4) for rate in ("0.333", "3")}
+def test_a_sweep_that_goes_on_trains_what_the_day_it_began_on_gave(tiny_llama_folder, sql, tmp_path, monkeypatch):
+    class NextYear(date):
+        @classmethod
+        def today(cls):
+            return cls(2032, 1, 31)
+
+    model, out = tmp_path / "model", tmp_path / "sweep"
+    shutil.copytree(tiny_llama_folder, model)
+    (model / "chat_template.jinja").write_text(
+        "{{ strftime_now('%d %B %Y') }}{% for m in messages %}{{ m['content'] + eos_token }}{% endfor %}"
+    )
+    options = ["--model", str(model), *sql, "--max-steps", "1", "--lr", "0.02"]
+    sweep_two_ranks(options, out)
+    began = json.loads((out / "settings.json").read_text())["day"]
+    assert began == date.today().isoformat()
+    before = held_out_losses(out)
+    (out / "runs/rank2-seed0-rate1.npz").unlink()
+    monkeypatch.setattr("rankwise.cli.rank_sweep.date", NextYear)
+    monkeypatch.setattr("rankwise.paired_runs.date", NextYear)
+    monkeypatch.setattr("transformers.utils.chat_template_utils.datetime", _at_new_year())
+    sweep_two_ranks(options, out)
+    assert json.loads((out / "settings.json").read_text())["day"] == began
+    for name, losses in held_out_losses(out).items():
+        np.testing.assert_allclose(losses, before[name], rtol=1e-5, err_msg=name)
+
+
+def test_a_damaged_kept_adapter_costs_its_illustration_and_no_result(tiny_llama_folder, sql, tmp_path, capsys):
+    out = tmp_path / "sweep"
+    options = ["--model", str(tiny_llama_folder), *sql, "--max-steps", "1", "--lr", "0.02"]
+    sweep_two_ranks(options, out)
+    whole = json.loads((out / "sweep.json").read_text())
+    for name, maps, similarities in (("rank1-seed0-rate1", 1, 1), ("rank2-seed0-rate1", 0, 0)):
+        (out / f"adapters/{name}/adapter_model.safetensors").write_bytes(b"torn")
+        (out / "sweep.json").unlink()
+        sweep_two_ranks(options, out)
+        assert f"the adapter in {out}/adapters/{name} cannot be used" in capsys.readouterr().err
+        found = json.loads((out / "sweep.json").read_text())
+        assert (len(found["illustrations"]["maps"]), len(found["illustrations"]["similarities"])) == (
+            maps,
+            similarities,
+        )
+        assert found["differences"] == whole["differences"]
+
+
+def test_adapters_of_two_seeds_are_kept_at_the_chosen_rate():
+    found = sweep(made_up(best_rate=3.0)[0], [1, 2, 4], range(3), with_full=True)
+    assert found.factors[4] == 3
+    assert {key.name for key in kept_runs(found, 2)} == {
+        f"rank{rank}-seed{seed}-rate3" for rank in (1, 2, 4) for seed in (0, 1)
+    }
+
+
+def test_a_sweep_that_goes_on_has_the_adapters_of_the_rates_that_are_chosen_now(tiny_llama_folder, sql, tmp_path):
+    out = tmp_path / "sweep"
+    options = ["rank", "sweep", "--model", str(tiny_llama_folder), *sql, "--max-steps", "2", "--lr", "0.003"]
+    options += ["--ranks", "1,2", "--seeds", "2", "--out", str(out)]
+
+    def adapters():
+        return {path.name for path in (out / "adapters").glob("*")}
+
+    def chosen():
+        factors = json.loads((out / "sweep.json").read_text())["rate_factors"]
+        return {f"rank{rank}-seed{seed}-rate{factors[str(rank)]:.3g}" for rank in (1, 2) for seed in (0, 1)}
+
+    assert main([*options, "--no-keep-adapters"]) == 0
+    assert not adapters()
+    assert main(options) == 0
+    first = chosen()
+    assert adapters() == first
+    # So large a margin takes the given rate.
+    assert main([*options, "--delta", "9"]) == 0
+    assert adapters() == chosen() != first
+    assert main(options) == 0
+    assert adapters() == first
 
 
 @pytest.fixture(scope="module")
@@ -512,6 +584,15 @@ def tiny_bert_folder(tmp_path_factory, minilm):
     BertModel(config).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
+
+
+def _at_new_year():
+    class Then(datetime):
+        @classmethod
+        def now(cls, tz=None):
+            return cls(2032, 1, 31, tzinfo=tz)
+
+    return Then
 
 
 def held_out_losses(out):
@@ -612,5 +693,8 @@ def test_settings_that_cannot_be_are_all_named_on_the_command_line(tmp_path, cap
         main(["rank", "sweep", *options, "--delta", "-1"])
     message = capsys.readouterr().err
     assert all(word in message for word in ("--ranks", "--seeds", "--delta"))
+    with pytest.raises(SystemExit, match="2"):
+        main(["rank", "sweep", *with_options(options, "--ranks", "1,2", "--seeds", "2"), "--seed", str(2**64 - 1)])
+    assert "the last seed, --seed + --seeds - 1, can be at most" in capsys.readouterr().err
     assert main(["rank", "sweeep"]) == 2
     assert "nearest: 'sweep'" in capsys.readouterr().err
