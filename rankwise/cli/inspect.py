@@ -42,5 +42,5 @@ def main(options: list[str]) -> int:
         with reporter.stage("comparing with the base weights") as stage:
             found = inspect_adapter(folder, type(model).__name__, model)
             found = beside_base(found, model, DEFAULT_ADAPTER, stage.update)
-    print(json.dumps(asdict(found), indent=2) if config.json else found)
+    print(json.dumps(asdict(found), indent=2, allow_nan=False) if config.json else found)
     return 0

@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from rankwise.errors import CheckpointError
 from rankwise.lora import format
 from rankwise.lora.checkpoint import Adapter, read_adapter, read_stored
 from rankwise.lora.config import LoraConfig
@@ -153,6 +154,10 @@ def _without_start(model: nn.Module) -> dict[str, LowRank]:
 def _matrix(name: str, stored: LowRank, update: LowRank) -> TrainedUpdate:
     """`stored`: as the file has it; `update`: what it adds."""
     d, k = update.shape
+    # No value of ΔW is larger.
+    bound = _norm(update.A) * _norm(update.B) * max(1.0, abs(update.scale))
+    if bound > torch.finfo(torch.float32).max:
+        raise CheckpointError(f"{name}: A and B are so large that their product is not finite in fp32")
     whole = update.A.shape[0] == update.B.shape[1]
     sigma = singular_values(update) if whole else torch.empty(0)
     return TrainedUpdate(
@@ -166,6 +171,11 @@ def _matrix(name: str, stored: LowRank, update: LowRank) -> TrainedUpdate:
         effective_rank=effective_rank(sigma),
         stable_rank=stable_rank(sigma),
     )
+
+
+def _norm(tensor: Tensor) -> float:
+    # In fp32 the squares of values that are finite themselves may not be.
+    return torch.linalg.vector_norm(tensor.float(), dtype=torch.float64).item()
 
 
 def _in_vllm(adapter: Adapter, architecture: str | None) -> Verdict:
@@ -271,16 +281,17 @@ def beside_base(
     Two dense singular value decompositions for each matrix, in fp32. Raises MergeError for a weight that is not dense.
     """
     layers = {name: layer for name, layer in named_lora_layers(model) if adapter in layer.shares}
-    figures: dict[str, tuple[float, int]] = {}
+    figures: dict[str, tuple[float | None, int]] = {}
     for index, (name, layer) in enumerate(layers.items()):
         on_progress(f"{index}/{len(layers)}")
         weight = layer.base_matrix().float()
         delta = layer.delta(adapter, torch.float32)
-        figures[name] = (delta.norm() / weight.norm()).item(), intruders(weight, delta)
+        size = _norm(weight)
+        figures[name] = _norm(delta) / size if size else None, intruders(weight, delta)
     return replace(found, matrices=tuple(_with_figures(matrix, figures) for matrix in found.matrices))
 
 
-def _with_figures(matrix: TrainedUpdate, figures: Mapping[str, tuple[float, int]]) -> TrainedUpdate:
+def _with_figures(matrix: TrainedUpdate, figures: Mapping[str, tuple[float | None, int]]) -> TrainedUpdate:
     strength, count = figures.get(matrix.name, (None, None))
     return replace(matrix, strength=strength, intruders=count)
 

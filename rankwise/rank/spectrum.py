@@ -1,5 +1,6 @@
 """The singular values of ΔW, and its nearest update of a lower rank, from the factors alone."""
 
+import math
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -98,7 +99,8 @@ class Observed:
 def observe(layers: Mapping[str, LoraLayer], adapter: str, losses: Iterable[Tensor]) -> dict[str, Observed]:
     """Watch the layers while `losses` runs the model, batch by batch, each loss a sum over all that is counted.
 
-    No parameter's gradient is touched. Raises ConfigError for layers that the model does not call.
+    No parameter's gradient is touched. Raises ConfigError for layers that the model does not call, and where what it
+    computes is not finite.
     """
     hidden = {name: torch.zeros((), dtype=torch.float64) for name in layers}
     sensitivity, places = dict.fromkeys(layers, 0.0), dict.fromkeys(layers, 0)
@@ -128,6 +130,11 @@ def observe(layers: Mapping[str, LoraLayer], adapter: str, losses: Iterable[Tens
         raise ConfigError(
             "the model computes without calling these layers, so what their updates do cannot be observed: "
             + ", ".join(unreached[:5])
+        )
+    if wrong := [name for name in layers if not (hidden[name].isfinite().all() and math.isfinite(sensitivity[name]))]:
+        raise ConfigError(
+            f"what the model computes with this adapter is not finite (at {wrong[0]}): its updates are too large; look "
+            "at their singular values with rankwise inspect"
         )
     return {name: Observed(hidden[name] / places[name], sensitivity[name]) for name in layers}
 

@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM
 
 from rankwise import LoraConfig, inject_, load_adapter_, save_adapter
 from rankwise.cli.main import main
+from rankwise.errors import CheckpointError
 from rankwise.lora.places import named_lora_layers
 from rankwise.models.adapted import load_adapted
 from rankwise.rank.inspect import beside_base, inspect_adapter, intruders
@@ -169,6 +170,16 @@ def test_the_command_prints_a_page_and_json(tiny_llama_folder, tmp_path, capsys)
     assert printed["readers"]["vLLM"]["loads"]
     assert len(printed["matrices"]) == 14
     assert all(matrix["strength"] > 0 and matrix["intruders"] >= 0 for matrix in printed["matrices"])
+
+
+def test_the_strength_of_a_huge_update_is_a_number_and_a_product_that_is_none_is_refused(tmp_path):
+    model, folder = saved(tmp_path, std=1e12)
+    for matrix in beside_base(inspect_adapter(folder), model, "default").matrices:
+        assert matrix.strength is not None
+        assert 1e20 < matrix.strength < 1e30
+    _, folder = saved(tmp_path, std=1e30)
+    with pytest.raises(CheckpointError, match="down_proj: A and B are so large that their product is not finite"):
+        inspect_adapter(folder)
 
 
 def test_wrong_inputs_of_the_command_are_named(tmp_path, capsys):

@@ -463,6 +463,15 @@ def test_data_that_cannot_tell_says_how_many_rows_would():
         ladder.descend()
 
 
+def test_an_adapter_with_which_nothing_finite_is_computed_is_refused():
+    model = tiny("llama")
+    inject_(model, LoraConfig(r=4))
+    randomise_adapter(model, std=1e12)
+    examples = [TextExample((1, 9, row, 7), (False, False, False, True), "") for row in range(40)]
+    with pytest.raises(ConfigError, match="what the model computes with this adapter is not finite"):
+        shrink_(LanguageEngine(model, 2, examples), HeldOut(examples, examples, examples))
+
+
 def test_a_delta_that_is_not_positive_is_refused():
     model = decided()
     inject_(model, LoraConfig(task_type="CAUSAL_LM", r=4))
