@@ -34,9 +34,10 @@ from rankwise.plan.memory import FLOAT
 from rankwise.plan.plan import adapter_file_bytes
 from rankwise.rank.crossed import Array
 from rankwise.rank.nested import Nested, nested
+from rankwise.rank.paired import measure, units
 from rankwise.rank.predict import Prediction, predict
 from rankwise.rank.runs import Key, RunResult
-from rankwise.rank.shrink import shrink_, split_held_out
+from rankwise.rank.shrink import how_many_differ, shrink_, split_held_out
 from rankwise.rank.start import freeze_updates_, inject_nested_
 from rankwise.rank.sweep import BASE, FULL
 from rankwise.train.batches import planned_steps
@@ -76,7 +77,8 @@ class PairedRuns:
     def __init__(self, config: TrainConfig, largest: int, adapters: Path | None = None, least_rows: int = 1) -> None:
         """`largest`: the rank from whose start all others begin. `adapters`: where those of two seeds are kept.
 
-        Raises ConfigError, also for fewer held-out rows than `least_rows`, DataError or ModelError."""
+        Raises ConfigError, also for fewer than `least_rows` held-out rows that ask different things, DataError or
+        ModelError."""
         self.config = config
         self.largest = largest
         self.adapters = adapters
@@ -86,10 +88,10 @@ class PairedRuns:
         if problems:
             raise ConfigError(f"ranks are compared with plain LoRA; leave out {' and '.join(problems)}")
         train, held_out = read_data(config)
-        if len(held_out) < least_rows:
+        if (different := how_many_differ(held_out)) < least_rows:
             raise ConfigError(
-                f"ranks are compared on at least {least_rows} held-out rows, found {len(held_out)}; give more in "
-                "--eval-data, or a larger --eval-fraction"
+                f"ranks are compared on at least {least_rows} different held-out rows, found {different} among "
+                f"{len(held_out)}; give more in --eval-data, or a larger --eval-fraction"
             )
         self._tokenizer = load_tokenizer(config.model)
         self.labels = labels_of(train)
@@ -100,6 +102,7 @@ class PairedRuns:
         self.held_out_rows = held_out
         self._left_out = unread_layers(model) if config.task == "embedding" else None
         self.train, self.held_out = self.examples(train), self.examples(held_out)
+        self._units = units(self.held_out)
         if config.lr == "auto":
             raise ConfigError("a sweep checks learning rates itself; give --lr a number, or leave it out")
         self._loaded = config.seed, self._engine(model)
@@ -290,8 +293,9 @@ class PairedRuns:
             self.config, self.rate = before
 
     def measure(self, engine: Engine[Any]) -> tuple[Array, Array]:
-        """([N] summed losses, [N] counts) of the held-out examples."""
-        return per_example(engine, self.held_out)
+        """([N] summed losses, [N] counts) of the held-out examples, those that ask the same as one."""
+        losses = measure(engine, self.held_out).by_unit(self._units)
+        return losses.sums, losses.counts
 
     def engine(self, seed: int) -> Engine[Any]:
         """The engine of the base model as `rankwise train --seed` loads it, a new classifier head drawn by the seed."""

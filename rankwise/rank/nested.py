@@ -22,7 +22,6 @@ import numpy as np
 from torch import Tensor, nn
 
 from rankwise.engine.engine import Engine
-from rankwise.engine.held_out import per_example
 from rankwise.errors import ConfigError
 from rankwise.lora.inject import DEFAULT_ADAPTER, adapters_off
 from rankwise.lora.linear import LoraLinear
@@ -30,6 +29,7 @@ from rankwise.lora.places import named_lora_layers
 from rankwise.rank.compare import MARGIN_SHARE_OF_GAIN
 from rankwise.rank.crossed import Array
 from rankwise.rank.curve import DRAWS, Curve, fit_curve, interval, rank_within, resampled
+from rankwise.rank.paired import ExampleLosses, measure, units
 
 L = TypeVar("L", float, Array)
 
@@ -77,17 +77,21 @@ def nested_ranks(largest: int) -> list[int]:
 def losses_by_rank(
     engine: Engine[Any], examples: Sequence[Any], ranks: Sequence[int]
 ) -> tuple[dict[int, Array], Array]:
-    """Summed held-out losses [N] of the base (0) and of the adapter cut to each rank, and what they count [N]."""
-    losses: dict[int, Array] = {}
+    """Summed held-out losses [N] of the base (0) and of the adapter cut to each rank, and what they count [N].
+
+    Examples that ask the same are one of N, as intervals may not take them for independent.
+    """
+    same = units(examples)
+    losses: dict[int, ExampleLosses] = {}
     try:
         with adapters_off(engine.model):
-            losses[0], counts = per_example(engine, examples)
+            losses[0] = measure(engine, examples).by_unit(same)
         for rank in ranks:
             cut_(engine.model, rank)
-            losses[rank], counts = per_example(engine, examples)
+            losses[rank] = measure(engine, examples).by_unit(same)
     finally:
         cut_(engine.model, None)
-    return losses, counts
+    return {rank: own.sums for rank, own in losses.items()}, losses[0].counts
 
 
 @dataclass(frozen=True)

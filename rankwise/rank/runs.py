@@ -22,7 +22,8 @@ class RunResult:
     """What one training run left: its held-out losses, and what it cost."""
 
     losses: Array
-    """[N], in nats, summed over the trained tokens of each held-out example; infinite where training diverged."""
+    """[N], in nats, summed over the trained tokens of each held-out example (those that ask the same are one, as
+    `rankwise.rank.paired.units` tells); infinite where training diverged."""
     counts: Array
     """[N], how many tokens that is (1 for a text to classify)."""
     seconds: float

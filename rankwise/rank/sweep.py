@@ -243,7 +243,7 @@ class _PendingRuns:
             # Before any further training: no later run can mend it.
             if len(result.counts) < LEAST_EXAMPLES:
                 found = len(result.counts)
-                raise ConfigError(f"a sweep needs at least {LEAST_EXAMPLES} held-out examples, found {found}")
+                raise ConfigError(f"a sweep needs at least {LEAST_EXAMPLES} different held-out examples, found {found}")
             self._runs.add(key, result)
             loss = f"held-out loss {self.loss(key):.4f}"
             self._say(f"{self._name(key.rank)}, seed {key.seed}, rate × {key.factor:.3g}: {loss}")

@@ -203,7 +203,7 @@ def achieved_power(sweep: Sweep) -> float:
 def notes(sweep: Sweep) -> list[str]:
     """What a reader must know beside the verdict."""
     c = sweep.comparisons
-    lines = [f"{len(sweep.seeds)} seeds, {len(sweep.counts):,} held-out examples."]
+    lines = [f"{len(sweep.seeds)} seeds, {len(sweep.counts):,} held-out examples (rows that ask the same are one)."]
     if answers(sweep):
         power = achieved_power(sweep)
         weak = "" if power >= POWER else f" Below {POWER:.0%}, an open question is no sign that a rank is worse."

@@ -131,6 +131,14 @@ def test_measuring_the_ranks_leaves_the_adapter_whole_and_agrees_with_base_and_w
     assert losses[0].sum() / counts.sum() == pytest.approx(whole.loss(EXAMPLES).item())
 
 
+def test_examples_that_ask_the_same_are_one_when_the_ranks_are_measured():
+    losses, counts = losses_by_rank(engine(), EXAMPLES * 3, RANKS)
+    once, counts_of_once = losses_by_rank(engine(), EXAMPLES, RANKS)
+    np.testing.assert_allclose(counts, 3 * counts_of_once)
+    for rank in (0, *RANKS):
+        np.testing.assert_allclose(losses[rank], 3 * once[rank])
+
+
 def test_a_doubling_of_the_rank_adds_half_of_what_the_first_direction_counts():
     assert direction_weights(8) == [1 / 2, 1 / 4, 1 / 8, 1 / 8, *[1 / 16] * 4]
     assert [sum(direction_weights(2**n)) for n in range(7)] == [1 / 2 + n / 4 for n in range(7)]

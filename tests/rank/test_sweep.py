@@ -10,12 +10,13 @@ from xml.etree import ElementTree
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, tiny, with_options
+from conftest import ROOT, sweep_two_ranks, tiny, with_options
 from transformers import AutoModelForCausalLM, AutoTokenizer, BertConfig, BertModel
 
 from rankwise import LoraConfig, eject_, inject_, paired_runs, read_adapter
 from rankwise.cli.main import main
 from rankwise.cli.rank_sweep import SweepConfig
+from rankwise.engine.held_out import per_example
 from rankwise.errors import CheckpointError, ConfigError, RankwiseError
 from rankwise.lora.inject import DEFAULT_ADAPTER
 from rankwise.lora.places import named_lora_layers
@@ -309,7 +310,7 @@ def test_too_few_held_out_examples_are_found_at_the_first_run():
         asked.append(rank)
         return RunResult(np.ones(9), np.ones(9), 1.0, rank)
 
-    with pytest.raises(ConfigError, match="at least 10 held-out examples"):
+    with pytest.raises(ConfigError, match="at least 10 different held-out examples"):
         sweep(run, [1, 2], range(2))
     assert asked == [0]
 
@@ -480,6 +481,38 @@ def test_the_command_leaves_table_page_and_all_differences_and_goes_on_in_its_fo
     (tmp_path / "more.jsonl").write_text((tmp_path / "test.jsonl").read_text().split("\n", 1)[1])
     assert main(with_options([*options, "--seeds", "3"], "--eval-data", str(tmp_path / "more.jsonl"))) == 2
     assert "the rows of the data (SHA-256): " in capsys.readouterr().err
+
+
+def test_held_out_rows_that_ask_the_same_are_one_example(tiny_llama_folder, sql, tmp_path, capsys):
+    lines = (tmp_path / "test.jsonl").read_text().splitlines(keepends=True)
+    (tmp_path / "test.jsonl").write_text("".join(lines * 5))
+    common = ["--model", str(tiny_llama_folder), *sql, "--max-steps", "1", "--lr", "0.02"]
+    sweep_two_ranks(common, tmp_path / "sweep")
+    found = json.loads((tmp_path / "sweep" / "sweep.json").read_text())
+    assert found["examples"] == len(found["counts"]) == len(lines)
+    assert "12 held-out examples (rows that ask the same are one)" in capsys.readouterr().out
+    config = TrainConfig(
+        model=str(tiny_llama_folder), data=(Path(sql[1]),), eval_data=(Path(sql[3]),), out=tmp_path / "o", r=2
+    )
+    once = per_example(PairedRuns(config, 2).engine(0), PairedRuns(config, 2).held_out[: len(lines)])
+    several = PairedRuns(config, 2)(0, 0, 1.0)
+    np.testing.assert_allclose(several.losses, 5 * once[0], rtol=1e-5)
+    np.testing.assert_array_equal(several.counts, 5 * once[1])
+    (tmp_path / "test.jsonl").write_text("".join(lines[:9] * 5))
+    command = [
+        "rank",
+        "sweep",
+        *common,
+        "--ranks",
+        "1,2",
+        "--seeds",
+        "2",
+        "--no-check-rates",
+        "--out",
+        str(tmp_path / "few"),
+    ]
+    assert main(command) == 2
+    assert "at least 10 different held-out rows, found 9 among 45;" in capsys.readouterr().err
 
 
 def test_a_sweep_is_not_resumed_on_another_base(tiny_llama_folder, sql, tmp_path, capsys):

@@ -147,7 +147,7 @@ def test_the_command_compares_modules_and_refuses_what_cannot_be(tiny_llama_fold
     few = tmp_path / "few.jsonl"
     few.write_text(rows[16])
     assert main(with_options([*fresh, "--ranks", "2", *modules], "--eval-data", str(few))) == 2
-    assert "at least 10 held-out rows, found 1" in capsys.readouterr().err
+    assert "at least 10 different held-out rows, found 1" in capsys.readouterr().err
     for wrong, messages in (
         (["--ranks", "1,2", "--over", "lr=1"], ["at one rank", "at least two values"]),
         (["--ranks", "2", "--over", "lora_alhpa=1,2", "--with-full"], ["nearest: 'lora_alpha'", "--with-full"]),
