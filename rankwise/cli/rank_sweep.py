@@ -143,8 +143,8 @@ def _swept(config: SweepConfig, runs: "PairedRuns", settings: dict[str, Any], sa
         return sweep(runs, config.rank_list, seeds, together=partial(runs.together, at_once=at_once), **same)
     name, _, values = config.over.partition("=")
     read = [SETTINGS[name](value) for value in values.split(",")]
-    check = config.check_rates and name != "lr"
-    return sweep_setting(SettingRuns(runs, name, read), name, values.split(","), seeds, check_rates=check, **same)
+    same |= {"check_rates": config.check_rates}
+    return sweep_setting(SettingRuns(runs, name, read), name, values.split(","), seeds, **same)
 
 
 def _illustrations(found: "Sweep", runs: "PairedRuns") -> "Illustrations":

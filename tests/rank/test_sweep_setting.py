@@ -87,6 +87,23 @@ def test_each_value_trains_with_its_own_best_rate():
     assert sweep_setting(run, "lora_alpha", VALUES, range(2)).factors == {0: 1.0, 1: 1.0, 2: 3.0, 3: 1.0}
 
 
+@pytest.mark.parametrize("setting", ["lora_alpha", "lr"])
+def test_the_head_of_the_base_trains_with_its_own_best_rate(setting):
+    plain = made_up([1.5, 1.5, 1.5], (200, 200, 200))
+
+    def run(number, seed, factor):
+        result = plain(number, seed, factor)
+        if number:
+            return result
+        return RunResult(result.losses - min(0.5, 0.25 * np.log(factor) / np.log(3)), result.counts, 1.0, 100)
+
+    found = sweep_setting(run, setting, VALUES, range(2))
+    assert found.factors == {0: pytest.approx(9.0), 1: 1.0, 2: 1.0, 3: 1.0}
+    assert found.comparisons.base_loss == pytest.approx(2.0, abs=0.02)
+    assert any("checked at the base's head" in note for note in notes(found))
+    assert sweep_setting(run, setting, VALUES, range(2), check_rates=False).factors[0] == 1.0
+
+
 def test_the_power_of_joint_comparisons_is_said_before_the_first_run():
     said = []
     sweep_setting(made_up([1.5, 1.5, 1.5]), "lr", VALUES, range(3), say=said.append)
