@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 SETTINGS: dict[str, Callable[[str], Any]] = {
     "lora_alpha": float,
     "lr": float,
-    "target_modules": lambda names: tuple(names.split("+")),
+    "target_modules": lambda names: tuple(sorted(names.split("+"))),
 }
 """What --over may name, and how a value of it is read."""
 
@@ -77,10 +77,10 @@ class SweepConfig(RankConfig):
     def _problems_of_over(self, name: str, values: str):
         if name not in SETTINGS:
             yield f"--over must begin with {', '.join(SETTINGS)} and =, found {self.over!r}{nearest(name, SETTINGS)}"
-        elif len(set(values.split(","))) < max(2, len(values.split(","))):
-            yield f"--over needs at least two values, all different, found {self.over}"
         elif name != "target_modules" and not all(_is_positive(value) for value in values.split(",")):
             yield f"--over {name} needs finite numbers above 0, found {values}"
+        elif len(set(map(SETTINGS[name], values.split(",")))) < max(2, len(values.split(","))):
+            yield f"--over needs at least two values, all different, found {self.over}"
         if self.at_once not in (None, 1):
             yield "--at-once is for ranks; beside --over runs train one after the other"
         if self.with_full:

@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 
 from rankwise.errors import ConfigError, listing
-from rankwise.rank.compare import Comparisons, compare, joint_confidence
+from rankwise.rank.compare import Comparisons, allowed_loss, compare, joint_confidence
 from rankwise.rank.crossed import CONFIDENCE, POWER, Array, Estimate, estimate, largest_deviation
 from rankwise.rank.rates import RateCheck, check_rates_of_ranks, check_rates_of_values, factor_for
 from rankwise.rank.runs import BASE, FULL, Key, PendingRuns, RunResult, Runs, Together
@@ -90,6 +90,17 @@ class Sweep:
     def reference_against_full(self) -> Estimate | None:
         """The same of the largest rank."""
         return self._minus_full(self.comparisons.reference)
+
+    @property
+    def full_beyond_margin(self) -> Estimate | None:
+        """`against_full` minus δ, which is measured too where it is a share of the gain."""
+        if FULL not in self.losses:
+            return None
+        c, losses = self.comparisons, self.losses
+        allowed = allowed_loss(
+            losses[BASE], losses[c.reference], self.counts, None if self.margin_is_share else c.margin
+        )
+        return estimate(losses[c.sufficient] - losses[FULL] - allowed, self.counts)
 
     def _minus_full(self, rank: int) -> Estimate | None:
         return estimate(self.losses[rank] - self.losses[FULL], self.counts) if FULL in self.losses else None

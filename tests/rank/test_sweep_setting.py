@@ -169,6 +169,8 @@ def test_the_command_compares_modules_and_refuses_what_cannot_be(tiny_llama_fold
         (["--ranks", "1,2", "--over", "lr=1"], ["at one rank", "at least two values"]),
         (["--ranks", "2", "--over", "lora_alhpa=1,2", "--with-full"], ["nearest: 'lora_alpha'", "--with-full"]),
         (["--ranks", "2", "--over", "lr=1,x"], ["finite numbers above 0"]),
+        (["--ranks", "2", "--over", "lora_alpha=32,32.0,8"], ["all different"]),
+        (["--ranks", "2", "--over", "target_modules=q_proj+v_proj,v_proj+q_proj"], ["all different"]),
         (["--ranks", "2", "--over", "lr=0.01,inf", "--delta", "inf"], ["finite numbers above 0", "--delta must be"]),
     ):
         with pytest.raises(SystemExit, match="2"):
