@@ -1,7 +1,5 @@
 """The training runs of the rank instruments: one loaded model and data, all the same but rank, seed, learning rate."""
 
-import hashlib
-import json
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -33,7 +31,7 @@ from rankwise.models.pooling import unread_layers
 from rankwise.plan.memory import FLOAT
 from rankwise.plan.plan import adapter_file_bytes
 from rankwise.rank.crossed import Array
-from rankwise.rank.nested import Nested, nested
+from rankwise.rank.nested import Nested, NestedEngine, nested
 from rankwise.rank.paired import measure, units
 from rankwise.rank.predict import Prediction, predict
 from rankwise.rank.runs import Key, RunResult
@@ -180,9 +178,6 @@ class PairedRuns:
                     peak = peak_memory_bytes() if is_own_peak else 0
                     yield runs[training][0], self._shared_result(training, *runs[training], shared_by, peak)
             for training, (key, report) in runs.items():
-                # At another rate nothing but the rate can be wrong: with that of the settings the run went through.
-                if training.failed and key.factor == 1:
-                    raise training.failed
                 if training.failed:
                     yield key, self._shared_result(training, key, report, shared_by, 0)
 
@@ -240,7 +235,12 @@ class PairedRuns:
         seed = self.config.seed
         engine = self.engine(seed)
         inject_(engine.model, self.lora(self.largest))
-        return nested(engine, lambda e: self.fit(e, seed, 1.0), self.held_out, self.largest, seed, reporter.stage)
+
+        def train(engine: NestedEngine) -> None:
+            if self.fit(engine, seed, 1.0).diverged:
+                raise RankwiseError("the training of all ranks at once diverged; give a lower --lr")
+
+        return nested(engine, train, self.held_out, self.largest, seed, reporter.stage)
 
     def prediction(self, reporter: Reporter, signal_batches: int = 16) -> Prediction:
         """Look for as many directions as the largest rank; a classifier's head is trained first.
@@ -316,17 +316,17 @@ class PairedRuns:
         return self.config.lora(rank, self._left_out)
 
     def fit(self, engine: Any, seed: int, factor: float, parameters: Sequence[nn.Parameter] | None = None) -> Cost:
-        """Train the adapter of the engine's model, or `parameters`."""
+        """Train the adapter of the engine's model, or `parameters`; of a training that diverged the cost says so."""
         torch.manual_seed(seed)
         rate = self.rate * (1 if parameters is None else FULL_RATE)
         config = self._config(seed, rate * factor)
         seconds, is_own_peak = 0.0, forget_peak_memory()
+        training = Training(engine, self.train, config, parameters)
         try:
-            for step in Training(engine, self.train, config, parameters).steps():
+            for step in training.steps():
                 seconds = step.seconds
         except RankwiseError:
-            # At another rate nothing but the rate can be wrong: with that of the settings the run went through before.
-            if factor == 1:
+            if not training.failed:
                 raise
             return Cost(seconds, 0, diverged=True)
         return Cost(seconds, peak_memory_bytes() if is_own_peak else 0)
@@ -374,16 +374,6 @@ def _taken_out_again(model: nn.Module) -> Iterator[None]:
     finally:
         if adapter_names(model):
             eject_(model)
-
-
-def rows_sha256(config: TrainConfig) -> str:
-    """SHA-256 of all rows of a run, on either side. Raises DataError."""
-    digest = hashlib.sha256()
-    for rows in read_data(config):
-        digest.update(f"{len(rows)} rows\n".encode())
-        for row in rows:
-            digest.update(json.dumps(row.fields, sort_keys=True, default=str).encode())
-    return digest.hexdigest()
 
 
 def _result(losses: Array, counts: Array, cost: Cost, parameters: int, size: int) -> RunResult:

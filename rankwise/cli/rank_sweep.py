@@ -168,7 +168,7 @@ def _illustrations(found: "Sweep", runs: "PairedRuns") -> "Illustrations":
 def _settings(config: SweepConfig) -> dict[str, Any]:
     """What decides the result of a single run, but for the base's weights: all settings but the number of seeds and
     the margin, and the data."""
-    from rankwise.paired_runs import rows_sha256
+    from rankwise.finetune import rows_sha256
 
     settings = config.as_dict()
     unimportant = ("out", "seeds", "delta", "check_rates", "with_full", "keep_adapters", "at_once", "r")

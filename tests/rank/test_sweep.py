@@ -162,6 +162,18 @@ def test_a_loss_that_is_no_number_at_another_rate_is_infinitely_bad():
     json.dumps(as_dict(found), allow_nan=False)
 
 
+def test_one_rank_that_diverges_at_the_given_rate_ends_no_sweep():
+    run, _ = made_up()
+
+    def diverging(rank, seed, factor):
+        result = run(rank, seed, factor)
+        return RunResult(result.losses + np.inf, result.counts, 0.0, 1) if rank == 4 and factor >= 1 else result
+
+    found = sweep(diverging, [1, 2, 4], range(2))
+    assert found.factors == {0: 1.0, 1: 1.0, 2: 1.0, 4: 1 / 3}
+    assert np.isfinite(found.losses[4]).all()
+
+
 def test_an_interrupted_sweep_goes_on_and_ends_as_if_it_had_not_been(tmp_path):
     whole = sweep(made_up()[0], [1, 2, 4], range(3))
     run, asked = made_up()
@@ -579,6 +591,12 @@ def test_a_rate_that_diverges_in_a_shared_pass_is_infinitely_bad_and_harms_no_ot
     keys = [Key(1, 0), Key(2, 0, 1e30), Key(2, 1)]
     found = dict(runs.together(keys, at_once=3))
     assert np.isinf(found[keys[1]].losses).all()
+    assert np.isinf(runs(2, 0, 1e30).losses).all()
+    # At the given rate as well: another rank may do well with it, or this one with another rate.
+    runs.rate = 1e28
+    assert np.isinf(runs(1, 0, 1.0).losses).all()
+    assert all(np.isinf(result.losses).all() for _, result in runs.together(keys[:1] + keys[2:], at_once=2))
+    runs.rate = 0.01
     for key in (keys[0], keys[2]):
         alone = runs(key.rank, key.seed, key.factor)
         np.testing.assert_allclose(found[key].losses, alone.losses, rtol=2e-5)
