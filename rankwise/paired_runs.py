@@ -231,8 +231,15 @@ class PairedRuns:
             eject_(engine.model)
 
     def nested_run(self, reporter: Reporter) -> Nested:
-        """Train all ranks up to the largest at once, and measure each."""
+        """Train all ranks up to the largest at once, and measure each; the base as a sweep does, with a trained head.
+
+        Raises RankwiseError if a training diverged.
+        """
         seed = self.config.seed
+        with reporter.stage("measuring the base"):
+            base = self(BASE, seed, 1.0)
+        if not np.isfinite(base.losses).all():
+            raise RankwiseError("the training of the base's head diverged; give a lower --lr")
         engine = self.engine(seed)
         inject_(engine.model, self.lora(self.largest))
 
@@ -240,7 +247,7 @@ class PairedRuns:
             if self.fit(engine, seed, 1.0).diverged:
                 raise RankwiseError("the training of all ranks at once diverged; give a lower --lr")
 
-        return nested(engine, train, self.held_out, self.largest, seed, reporter.stage)
+        return nested(engine, train, self.held_out, self.largest, seed, reporter.stage, base.losses)
 
     def prediction(self, reporter: Reporter, signal_batches: int = 16) -> Prediction:
         """Look for as many directions as the largest rank; a classifier's head is trained first.

@@ -75,23 +75,25 @@ def nested_ranks(largest: int) -> list[int]:
 
 
 def losses_by_rank(
-    engine: Engine[Any], examples: Sequence[Any], ranks: Sequence[int]
+    engine: Engine[Any], examples: Sequence[Any], ranks: Sequence[int], base: Array | None = None
 ) -> tuple[dict[int, Array], Array]:
     """Summed held-out losses [N] of the base (0) and of the adapter cut to each rank, and what they count [N].
 
-    Examples that ask the same are one of N, as intervals may not take them for independent.
+    Examples that ask the same are one of N, as intervals may not take them for independent. `base`: the base's losses,
+    where they are known; else those without the adapter, a head that it trains included.
     """
     same = units(examples)
     losses: dict[int, ExampleLosses] = {}
     try:
-        with adapters_off(engine.model):
-            losses[0] = measure(engine, examples).by_unit(same)
         for rank in ranks:
             cut_(engine.model, rank)
             losses[rank] = measure(engine, examples).by_unit(same)
     finally:
         cut_(engine.model, None)
-    return {rank: own.sums for rank, own in losses.items()}, losses[0].counts
+    if base is None:
+        with adapters_off(engine.model):
+            base = measure(engine, examples).by_unit(same).sums
+    return {0: base} | {rank: own.sums for rank, own in losses.items()}, losses[ranks[0]].counts
 
 
 @dataclass(frozen=True)
@@ -149,11 +151,14 @@ def nested(
     largest: int,
     seed: int = 0,
     stage: Callable[[str], AbstractContextManager[object]] = nullcontext,
+    base: Array | None = None,
 ) -> Nested:
     """Train the adapter of rank `largest` that the engine's model carries at all ranks at once, and measure each.
 
     `train(engine)` does the training: every loss that it asks for is that of a rank drawn anew. The adapter's scale
     should be lora_alpha / r; afterwards it is of no use. `stage(name)` is entered around each of the two parts.
+    `base`: [N] summed losses of the base by `rankwise.rank.paired.units`; without them the base is measured without the
+    adapter, and then a head that the adapter trains counts as a gain of the ranks.
     Raises ConfigError for an adapter on other than linear layers, or for losses that say nothing (`nested_estimate`).
     """
     ranks = nested_ranks(largest)
@@ -161,7 +166,7 @@ def nested(
     with stage(f"training the ranks {', '.join(map(str, ranks))} at once"):
         train(NestedEngine(engine, ranks, seed))
     with stage("measuring every rank"):
-        losses, counts = losses_by_rank(engine, held_out, ranks)
+        losses, counts = losses_by_rank(engine, held_out, ranks, base)
     return nested_estimate(losses, counts, seed)
 
 

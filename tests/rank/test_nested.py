@@ -15,6 +15,7 @@ from rankwise.engine.language import LanguageEngine
 from rankwise.errors import ConfigError
 from rankwise.lora.inject import DEFAULT_ADAPTER
 from rankwise.lora.places import named_lora_layers
+from rankwise.paired_runs import PairedRuns
 from rankwise.rank.curve import Curve, fit_curve, interval, rank_within, resampled
 from rankwise.rank.nested import (
     NestedEngine,
@@ -25,6 +26,8 @@ from rankwise.rank.nested import (
     nested_estimate,
     nested_ranks,
 )
+from rankwise.train.config import TrainConfig
+from rankwise.train.progress import Reporter
 
 RANKS = [1, 2, 4, 8]
 EXAMPLES = [TextExample((5, 6, 7 + n, 8 + n), (False, False, True, True), "here") for n in range(6)]
@@ -200,6 +203,29 @@ def test_too_few_ranks_are_told_before_anything_trains():
 
     with pytest.raises(ConfigError, match="--r of at least 3; found the ranks 1, 2"):
         nested(engine(rank=2), never, EXAMPLES, largest=2)
+
+
+def test_a_classifiers_base_has_a_trained_head(minilm, tmp_path):
+    rows = (ROOT / "examples/intents/train.jsonl").read_text().splitlines(keepends=True)
+    some = [row for row in rows if json.loads(row)["label"] in ("translate", "timer", "weather")]
+    (tmp_path / "train.jsonl").write_text("".join(some[:60]))
+    (tmp_path / "test.jsonl").write_text("".join(some[60:90]))
+    config = TrainConfig(
+        model=str(minilm),
+        task="seq_cls",
+        data=(tmp_path / "train.jsonl",),
+        eval_data=(tmp_path / "test.jsonl",),
+        out=tmp_path / "out",
+        lr=0.005,
+        batch_size=8,
+        epochs=2,
+        r=4,
+    )
+    found = PairedRuns(config, 4).nested_run(Reporter())
+    base = PairedRuns(config, 4)(0, 0, 1.0)
+    assert found.losses[0] == pytest.approx(base.losses.sum() / base.counts.sum(), rel=1e-5)
+    # Without a trained head it would be that of three labels by chance.
+    assert found.losses[0] < 0.95 * np.log(3)
 
 
 def test_the_command_prints_a_loss_for_every_rank_and_keeps_the_result(tiny_llama_folder, tmp_path, capsys):
