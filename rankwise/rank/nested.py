@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from rankwise.engine.engine import Engine
 from rankwise.errors import ConfigError
-from rankwise.lora.inject import DEFAULT_ADAPTER, adapters_off
+from rankwise.lora.inject import DEFAULT_ADAPTER, adapters_off, trainable_parameters
 from rankwise.lora.linear import LoraLinear
 from rankwise.lora.places import named_lora_layers
 from rankwise.rank.compare import MARGIN_SHARE_OF_GAIN
@@ -38,7 +38,7 @@ ASTRAY = 0.5
 
 
 class NestedEngine:
-    """An engine for the training loop: each loss is that of the adapter cut to a rank drawn anew."""
+    """An engine for the training loop: each step's loss is that of the adapter cut to a rank drawn anew."""
 
     def __init__(self, engine: Engine[Any], ranks: Sequence[int], seed: int) -> None:
         """Raises ConfigError if the model's adapter is on other than linear layers."""
@@ -46,10 +46,12 @@ class NestedEngine:
         if others:
             raise ConfigError(f"the nested run goes with linear layers alone, found {', '.join(others[:5])}")
         self.model, self.inner, self._ranks = engine.model, engine, list(ranks)
-        self._draw = random.Random(seed)
+        self._draw, self._trained = random.Random(seed), trainable_parameters(engine.model)
 
     def loss(self, examples: Sequence[Any], label_smoothing: float = 0.0) -> Tensor:
-        cut_(self.model, self._draw.choice(self._ranks))
+        # All batches of a step train one rank; a step begins where there is no gradient of a batch before.
+        if not any(p.grad is not None and bool(p.grad.any()) for p in self._trained):
+            cut_(self.model, self._draw.choice(self._ranks))
         return self.inner.loss(examples, label_smoothing)
 
     def logits(self, examples: Sequence[Any]) -> tuple[Tensor, Tensor]:
@@ -155,7 +157,7 @@ def nested(
 ) -> Nested:
     """Train the adapter of rank `largest` that the engine's model carries at all ranks at once, and measure each.
 
-    `train(engine)` does the training: every loss that it asks for is that of a rank drawn anew. The adapter's scale
+    `train(engine)` does the training: the loss of every step is that of a rank drawn anew. The adapter's scale
     should be lora_alpha / r; afterwards it is of no use. `stage(name)` is entered around each of the two parts.
     `base`: [N] summed losses of the base by `rankwise.rank.paired.units`; without them the base is measured without the
     adapter, and then a head that the adapter trains counts as a gain of the ranks.

@@ -122,6 +122,23 @@ def test_a_step_trains_one_drawn_rank_with_one_pass_and_no_direction_beyond_it()
     assert len(set(seen)) > 2
 
 
+@pytest.mark.parametrize("set_to_none", [True, False])
+def test_all_batches_of_a_step_train_one_rank(set_to_none):
+    whole = engine()
+    nested, ranks = NestedEngine(whole, RANKS, seed=0), []
+    optimizer = torch.optim.SGD(trainable_parameters(whole.model), lr=0.0)
+    update = next(iter(dict(named_lora_layers(whole.model)).values())).update(DEFAULT_ADAPTER)
+    for _ in range(12):
+        of_step = set()
+        for batch in (EXAMPLES[:2], EXAMPLES[2:4], EXAMPLES[4:]):
+            nested.loss(batch).backward()
+            of_step.add(len(update.directions))
+        ranks += of_step
+        optimizer.zero_grad(set_to_none=set_to_none)
+    assert len(ranks) == 12
+    assert len(set(ranks)) > 2
+
+
 def test_measuring_the_ranks_leaves_the_adapter_whole_and_agrees_with_base_and_whole():
     whole = engine()
     before = whole.logits(EXAMPLES)[0]
