@@ -38,7 +38,7 @@ from rankwise.rank.runs import Key, RunResult
 from rankwise.rank.shrink import how_many_differ, shrink_, split_held_out
 from rankwise.rank.start import freeze_updates_, inject_nested_
 from rankwise.rank.sweep import BASE, FULL
-from rankwise.train.batches import planned_steps
+from rankwise.train.batches import batches_of_an_epoch, different, planned_steps
 from rankwise.train.config import TrainConfig
 from rankwise.train.forecast import forecast
 from rankwise.train.learning_rate import default_rate
@@ -252,28 +252,31 @@ class PairedRuns:
     def prediction(self, reporter: Reporter, signal_batches: int = 16) -> Prediction:
         """Look for as many directions as the largest rank; a classifier's head is trained first.
 
-        Raises ConfigError for fewer than two batches of training rows.
+        Raises ConfigError for fewer than two batches of different training rows.
         """
         config = self.config
-        count = min(signal_batches, len(self.train) // config.batch_size) // 2 * 2
+        # A row in both halves would make its noise look like a signal.
+        rows = different(self.train)
+        batches = batches_of_an_epoch(rows, config)
+        count = min(signal_batches, len(batches)) // 2 * 2
         if not count:
+            size = config.batch_size if config.batch_tokens is None else f"{config.batch_tokens} tokens"
+            smaller = f"--batch-size {len(rows) // 2}" if config.batch_tokens is None else "a lower --batch-tokens"
             raise ConfigError(
-                f"the gradient is compared between two halves of at least one batch of {config.batch_size}, and the "
-                f"training data hold {len(self.train)} rows; give more rows"
-                + (f", or --batch-size {len(self.train) // 2}" if len(self.train) > 1 else "")
+                f"the gradient is compared between two halves of at least one batch of {size}, and the training data "
+                f"hold {len(rows)} different rows; give more rows" + (f", or {smaller}" if len(rows) > 1 else "")
             )
+        batches = batches[:count]
         engine = self.engine(config.seed)
         lora = self.lora(self.largest)
         report = inject_(engine.model, lora.lowered_to(largest_ranks(engine.model, lora)))
         if self.labels:
             with reporter.stage("training the head"):
                 self.fit_head(engine, HEAD_BATCHES)
-        steps = planned_steps(self.train, replace(config, max_steps=count, accumulate=1))
-        batches = [batch for step in steps for batch in step]
         with reporter.stage(f"{2 * len(batches)} backward passes"):
             layers = predict(engine, (batches[::2], batches[1::2]), config.seed)
         losses, _ = per_example(engine, [row for batch in batches[::2] for row in batch])
-        bits = float(losses.mean() * len(self.train) / math.log(2))
+        bits = float(losses.mean() * len(rows) / math.log(2))
         per_rank = sum(matrix.count * (matrix.d + matrix.k) for matrix in report.matrices)
         return Prediction(tuple(layers), bits, per_rank)
 
