@@ -167,7 +167,8 @@ def shrunk(runs: Any, reporter: Any, factor: float) -> dict[str, Any]:
 
 def main() -> None:
     options = _options()
-    from rankwise.paired_runs import PairedRuns, rows_sha256
+    from rankwise.finetune import rows_sha256
+    from rankwise.paired_runs import PairedRuns
     from rankwise.rank.page import page, picture
     from rankwise.rank.report import as_dict, table
     from rankwise.rank.sweep import sweep

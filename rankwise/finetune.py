@@ -1,5 +1,7 @@
 """The main path: read data → load → inject → train → save → cut ranks → evaluate → report."""
 
+import hashlib
+import json
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import zip_longest
@@ -211,6 +213,16 @@ def read_data(
     for line in division.lines():
         say(line)
     return division.train, division.held_out
+
+
+def rows_sha256(config: TrainConfig) -> str:
+    """SHA-256 of all rows of a run, on either side. Raises DataError."""
+    digest = hashlib.sha256()
+    for rows in read_data(config):
+        digest.update(f"{len(rows)} rows\n".encode())
+        for row in rows:
+            digest.update(json.dumps(row.fields, sort_keys=True, default=str).encode())
+    return digest.hexdigest()
 
 
 def labels_of(rows: Sequence[Row]) -> list[str]:

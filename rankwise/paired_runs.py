@@ -1,7 +1,5 @@
 """The training runs of the rank instruments: one loaded model and data, all the same but rank, seed, learning rate."""
 
-import hashlib
-import json
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -35,13 +33,14 @@ from rankwise.models.pooling import unread_layers
 from rankwise.plan.memory import FLOAT
 from rankwise.plan.plan import adapter_file_bytes
 from rankwise.rank.crossed import Array
-from rankwise.rank.nested import Nested, nested
+from rankwise.rank.nested import Nested, NestedEngine, nested
+from rankwise.rank.paired import measure, units
 from rankwise.rank.predict import Prediction, predict
 from rankwise.rank.runs import Key, RunResult
-from rankwise.rank.shrink import shrink_, split_examples
+from rankwise.rank.shrink import how_many_differ, shrink_, split_examples
 from rankwise.rank.start import freeze_updates_, inject_nested_
 from rankwise.rank.sweep import BASE, FULL
-from rankwise.train.batches import planned_steps
+from rankwise.train.batches import batches_of_an_epoch, different, planned_steps
 from rankwise.train.config import TrainConfig
 from rankwise.train.forecast import forecast
 from rankwise.train.learning_rate import default_rate
@@ -76,17 +75,13 @@ class PairedRuns:
     """run(rank, seed, factor) for rankwise.rank.sweep, by the settings of `rankwise train`."""
 
     def __init__(
-        self,
-        config: TrainConfig,
-        largest: int,
-        adapters: Path | None = None,
-        least_rows: int = 1,
-        day: str | None = None,
+        self, config: TrainConfig, largest: int, adapters: Path | None = None, least_rows: int = 1, day: str = ""
     ) -> None:
         """`largest`: the rank from whose start all others begin. `adapters`: where those of two seeds are kept. `day`:
-        what a chat template writes that asks for today's date; None: today.
+        what a chat template writes that asks for today's date; "": today's.
 
-        Raises ConfigError, also for fewer held-out rows than `least_rows`, DataError or ModelError."""
+        Raises ConfigError, also for fewer than `least_rows` held-out rows that ask different things, DataError or
+        ModelError."""
         self.config = config
         self.largest = largest
         self.adapters = adapters
@@ -96,10 +91,10 @@ class PairedRuns:
         if problems:
             raise ConfigError(f"ranks are compared with plain LoRA; leave out {' and '.join(problems)}")
         train, held_out = read_data(config)
-        if len(held_out) < least_rows:
+        if (found := how_many_differ(held_out)) < least_rows:
             raise ConfigError(
-                f"ranks are compared on at least {least_rows} held-out rows, found {len(held_out)}; give more in "
-                "--eval-data, or a larger --eval-fraction"
+                f"ranks are compared on at least {least_rows} different held-out rows, found {found} among "
+                f"{len(held_out)}; give more in --eval-data, or a larger --eval-fraction"
             )
         self._tokenizer = on_day(load_tokenizer(config.model), day or date.today().isoformat())
         self.labels = labels_of(train)
@@ -110,6 +105,7 @@ class PairedRuns:
         self.held_out_rows = held_out
         self._left_out = unread_layers(model) if config.task == "embedding" else None
         self.train, self.held_out = self.examples(train), self.examples(held_out)
+        self._units = units(self.held_out)
         if config.lr == "auto":
             raise ConfigError("a sweep checks learning rates itself; give --lr a number, or leave it out")
         self._loaded = config.seed, self._engine(model)
@@ -187,9 +183,6 @@ class PairedRuns:
                     peak = peak_memory_bytes() if is_own_peak else 0
                     yield runs[training][0], self._shared_result(training, *runs[training], shared_by, peak)
             for training, (key, report) in runs.items():
-                # At another rate nothing but the rate can be wrong: with that of the settings the run went through.
-                if training.failed and key.factor == 1:
-                    raise training.failed
                 if training.failed:
                     yield key, self._shared_result(training, key, report, shared_by, 0)
 
@@ -243,37 +236,52 @@ class PairedRuns:
             eject_(engine.model)
 
     def nested_run(self, reporter: Reporter) -> Nested:
-        """Train all ranks up to the largest at once, and measure each."""
+        """Train all ranks up to the largest at once, and measure each; the base as a sweep does, with a trained head.
+
+        Raises RankwiseError if a training diverged.
+        """
         seed = self.config.seed
+        with reporter.stage("measuring the base"):
+            base = self(BASE, seed, 1.0)
+        if not np.isfinite(base.losses).all():
+            raise RankwiseError("the training of the base's head diverged; give a lower --lr")
         engine = self.engine(seed)
         inject_(engine.model, self.lora(self.largest))
-        return nested(engine, lambda e: self.fit(e, seed, 1.0), self.held_out, self.largest, seed, reporter.stage)
+
+        def train(engine: NestedEngine) -> None:
+            if self.fit(engine, seed, 1.0).diverged:
+                raise RankwiseError("the training of all ranks at once diverged; give a lower --lr")
+
+        return nested(engine, train, self.held_out, self.largest, seed, reporter.stage, base.losses)
 
     def prediction(self, reporter: Reporter, signal_batches: int = 16) -> Prediction:
         """Look for as many directions as the largest rank; a classifier's head is trained first.
 
-        Raises ConfigError for fewer than two batches of training rows.
+        Raises ConfigError for fewer than two batches of different training rows.
         """
         config = self.config
-        count = min(signal_batches, len(self.train) // config.batch_size) // 2 * 2
+        # A row in both halves would make its noise look like a signal.
+        rows = different(self.train)
+        batches = batches_of_an_epoch(rows, config)
+        count = min(signal_batches, len(batches)) // 2 * 2
         if not count:
+            size = config.batch_size if config.batch_tokens is None else f"{config.batch_tokens} tokens"
+            smaller = f"--batch-size {len(rows) // 2}" if config.batch_tokens is None else "a lower --batch-tokens"
             raise ConfigError(
-                f"the gradient is compared between two halves of at least one batch of {config.batch_size}, and the "
-                f"training data hold {len(self.train)} rows; give more rows"
-                + (f", or --batch-size {len(self.train) // 2}" if len(self.train) > 1 else "")
+                f"the gradient is compared between two halves of at least one batch of {size}, and the training data "
+                f"hold {len(rows)} different rows; give more rows" + (f", or {smaller}" if len(rows) > 1 else "")
             )
+        batches = batches[:count]
         engine = self.engine(config.seed)
         lora = self.lora(self.largest)
         report = inject_(engine.model, lora.lowered_to(largest_ranks(engine.model, lora)))
         if self.labels:
             with reporter.stage("training the head"):
                 self.fit_head(engine, HEAD_BATCHES)
-        steps = planned_steps(self.train, replace(config, max_steps=count, accumulate=1))
-        batches = [batch for step in steps for batch in step]
         with reporter.stage(f"{2 * len(batches)} backward passes"):
             layers = predict(engine, (batches[::2], batches[1::2]), config.seed)
         losses, _ = per_example(engine, [row for batch in batches[::2] for row in batch])
-        bits = float(losses.mean() * len(self.train) / math.log(2))
+        bits = float(losses.mean() * len(rows) / math.log(2))
         per_rank = sum(matrix.count * (matrix.d + matrix.k) for matrix in report.matrices)
         return Prediction(tuple(layers), bits, per_rank)
 
@@ -300,8 +308,9 @@ class PairedRuns:
             self.config, self.rate = before
 
     def measure(self, engine: Engine[Any]) -> tuple[Array, Array]:
-        """([N] summed losses, [N] counts) of the held-out examples."""
-        return per_example(engine, self.held_out)
+        """([N] summed losses, [N] counts) of the held-out examples, those that ask the same as one."""
+        losses = measure(engine, self.held_out).by_unit(self._units)
+        return losses.sums, losses.counts
 
     def engine(self, seed: int) -> Engine[Any]:
         """The engine of the base model as `rankwise train --seed` loads it, a new classifier head drawn by the seed."""
@@ -322,17 +331,17 @@ class PairedRuns:
         return self.config.lora(rank, self._left_out)
 
     def fit(self, engine: Any, seed: int, factor: float, parameters: Sequence[nn.Parameter] | None = None) -> Cost:
-        """Train the adapter of the engine's model, or `parameters`."""
+        """Train the adapter of the engine's model, or `parameters`; of a training that diverged the cost says so."""
         torch.manual_seed(seed)
         rate = self.rate * (1 if parameters is None else FULL_RATE)
         config = self._config(seed, rate * factor)
         seconds, is_own_peak = 0.0, forget_peak_memory()
+        training = Training(engine, self.train, config, parameters)
         try:
-            for step in Training(engine, self.train, config, parameters).steps():
+            for step in training.steps():
                 seconds = step.seconds
         except RankwiseError:
-            # At another rate nothing but the rate can be wrong: with that of the settings the run went through before.
-            if factor == 1:
+            if not training.failed:
                 raise
             return Cost(seconds, 0, diverged=True)
         return Cost(seconds, peak_memory_bytes() if is_own_peak else 0)
@@ -380,16 +389,6 @@ def _taken_out_again(model: nn.Module) -> Iterator[None]:
     finally:
         if adapter_names(model):
             eject_(model)
-
-
-def rows_sha256(config: TrainConfig) -> str:
-    """SHA-256 of all rows of a run, on either side. Raises DataError."""
-    digest = hashlib.sha256()
-    for rows in read_data(config):
-        digest.update(f"{len(rows)} rows\n".encode())
-        for row in rows:
-            digest.update(json.dumps(row.fields, sort_keys=True, default=str).encode())
-    return digest.hexdigest()
 
 
 def _result(losses: Array, counts: Array, cost: Cost, parameters: int, size: int) -> RunResult:

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 SETTINGS: dict[str, Callable[[str], Any]] = {
     "lora_alpha": float,
     "lr": float,
-    "target_modules": lambda names: tuple(names.split("+")),
+    "target_modules": lambda names: tuple(sorted(names.split("+"))),
 }
 """What --over may name, and how a value of it is read."""
 
@@ -82,10 +82,10 @@ class SweepConfig(RankConfig):
     def _problems_of_over(self, name: str, values: str):
         if name not in SETTINGS:
             yield f"--over must begin with {', '.join(SETTINGS)} and =, found {self.over!r}{nearest(name, SETTINGS)}"
-        elif len(set(values.split(","))) < max(2, len(values.split(","))):
-            yield f"--over needs at least two values, all different, found {self.over}"
         elif name != "target_modules" and not all(_is_positive(value) for value in values.split(",")):
             yield f"--over {name} needs finite numbers above 0, found {values}"
+        elif len(set(map(SETTINGS[name], values.split(",")))) < max(2, len(values.split(","))):
+            yield f"--over needs at least two values, all different, found {self.over}"
         if self.at_once not in (None, 1):
             yield "--at-once is for ranks; beside --over runs train one after the other"
         if self.with_full:
@@ -157,8 +157,8 @@ def _swept(config: SweepConfig, runs: "PairedRuns", settings: dict[str, Any], sa
         return sweep(runs, config.rank_list, seeds, together=partial(runs.together, at_once=at_once), **same)
     name, _, values = config.over.partition("=")
     read = [SETTINGS[name](value) for value in values.split(",")]
-    check = config.check_rates and name != "lr"
-    return sweep_setting(SettingRuns(runs, name, read), name, values.split(","), seeds, check_rates=check, **same)
+    same |= {"check_rates": config.check_rates}
+    return sweep_setting(SettingRuns(runs, name, read), name, values.split(","), seeds, **same)
 
 
 def _illustrations(found: "Sweep", runs: "PairedRuns", say: Callable[[str], None]) -> "Illustrations":
@@ -201,7 +201,7 @@ def _keep_chosen(found: "Sweep", runs: "PairedRuns", folder: Path, say: Callable
 def _settings(config: SweepConfig) -> dict[str, Any]:
     """What decides the result of a single run, but for the base's weights: all settings but the number of seeds and
     the margin, the data, and the day that a chat template may write."""
-    from rankwise.paired_runs import rows_sha256
+    from rankwise.finetune import rows_sha256
     from rankwise.rank.runs import DAY, day_of
 
     settings = config.as_dict()

@@ -6,7 +6,8 @@ row of tests can be fixed beforehand, and each of K comparisons has the confiden
 
 The margin δ is either a number of nats or a share of the gain that the largest rank brings over the base. A share is
 not put in as a known number: d[s, i] = loss of rank r - loss of r_max - δ[s, i] is tested against 0 as one mean, so
-that the error of the measured gain is part of the test.
+that the error of the measured gain is part of the test. The interval of the difference itself does not know δ; so with
+a share a rank may pass although its interval ends above δ, and the other way round.
 """
 
 from collections.abc import Mapping
@@ -33,7 +34,7 @@ class Comparison:
     difference: float
     """Its loss minus that of the reference."""
     lower: float
-    """Bound of the difference."""
+    """Bound of the difference, whatever δ is."""
     upper: float
     """Bound of the difference; with lower, a 90 % interval where bounds are of 95 %."""
     outcome: Outcome
@@ -108,29 +109,33 @@ def compare(
     confidence = CONFIDENCE if reference is None else joint_confidence(others)
     reference = max(losses) if reference is None else reference
     best, base = losses[reference], losses[0]
-    allowed = MARGIN_SHARE_OF_GAIN * (base - best) if margin is None else np.broadcast_to(margin * counts, best.shape)
-    delta = _mean(allowed, counts)
+    allowed = allowed_loss(base, best, counts, margin)
     compared = []
     for rank in sorted(losses.keys() - {0, reference}):
         difference = losses[rank] - best
-        over, under = (estimate(difference + limit, counts, confidence) for limit in (-allowed, allowed))
+        own, over, under = (estimate(difference + limit, counts, confidence) for limit in (0.0, -allowed, allowed))
         passes = over.upper < 0
         outcome: Outcome = "passes" if passes else "worse" if over.lower > 0 else "cannot tell"
         compared.append(
             Comparison(
                 rank,
                 _mean(losses[rank], counts),
-                _mean(difference, counts),
-                delta + over.lower,
-                delta + over.upper,
+                own.mean,
+                own.lower,
+                own.upper,
                 outcome,
                 passes and under.lower > 0,
                 under.upper < 0,
                 over,
             )
         )
-    gain = estimate(base - best, counts)
+    gain, delta = estimate(base - best, counts), _mean(allowed, counts)
     return Comparisons(reference, _mean(best, counts), _mean(base, counts), delta, gain, tuple(compared))
+
+
+def allowed_loss(base: Array, best: Array, counts: Array, margin: float | None) -> Array:
+    """δ of each example [S, N], summed as the losses [S, N] of the base and of the reference are."""
+    return MARGIN_SHARE_OF_GAIN * (base - best) if margin is None else np.broadcast_to(margin * counts, best.shape)
 
 
 def joint_confidence(comparisons: int) -> float:

@@ -24,7 +24,7 @@ CONFIDENCE = 0.95
 POWER = 0.8
 """What a plan asks for: how often a true statement is found."""
 LEAST_EXAMPLES = 10
-"""With fewer held-out examples no bound keeps its level."""
+"""With fewer held-out examples that ask different things no bound keeps its level."""
 MOST_NEEDED = 1000
 """Seeds, or times the examples, above which a plan says that they would not do."""
 _RESAMPLES = 999

@@ -22,14 +22,14 @@ import numpy as np
 from torch import Tensor, nn
 
 from rankwise.engine.engine import Engine
-from rankwise.engine.held_out import per_example
 from rankwise.errors import ConfigError
-from rankwise.lora.inject import DEFAULT_ADAPTER, adapters_off
+from rankwise.lora.inject import DEFAULT_ADAPTER, adapters_off, trainable_parameters
 from rankwise.lora.linear import LoraLinear
 from rankwise.lora.places import named_lora_layers
 from rankwise.rank.compare import MARGIN_SHARE_OF_GAIN
 from rankwise.rank.crossed import Array
 from rankwise.rank.curve import DRAWS, Curve, fit_curve, interval, rank_within, resampled
+from rankwise.rank.paired import ExampleLosses, measure, units
 
 L = TypeVar("L", float, Array)
 
@@ -38,7 +38,7 @@ ASTRAY = 0.5
 
 
 class NestedEngine:
-    """An engine for the training loop: each loss is that of the adapter cut to a rank drawn anew."""
+    """An engine for the training loop: each step's loss is that of the adapter cut to a rank drawn anew."""
 
     def __init__(self, engine: Engine[Any], ranks: Sequence[int], seed: int) -> None:
         """Raises ConfigError if the model's adapter is on other than linear layers."""
@@ -46,10 +46,12 @@ class NestedEngine:
         if others:
             raise ConfigError(f"the nested run goes with linear layers alone, found {', '.join(others[:5])}")
         self.model, self.inner, self._ranks = engine.model, engine, list(ranks)
-        self._draw = random.Random(seed)
+        self._draw, self._trained = random.Random(seed), trainable_parameters(engine.model)
 
     def loss(self, examples: Sequence[Any], label_smoothing: float = 0.0) -> Tensor:
-        cut_(self.model, self._draw.choice(self._ranks))
+        # All batches of a step train one rank; a step begins where there is no gradient of a batch before.
+        if not any(p.grad is not None and bool(p.grad.any()) for p in self._trained):
+            cut_(self.model, self._draw.choice(self._ranks))
         return self.inner.loss(examples, label_smoothing)
 
     def logits(self, examples: Sequence[Any]) -> tuple[Tensor, Tensor]:
@@ -75,19 +77,25 @@ def nested_ranks(largest: int) -> list[int]:
 
 
 def losses_by_rank(
-    engine: Engine[Any], examples: Sequence[Any], ranks: Sequence[int]
+    engine: Engine[Any], examples: Sequence[Any], ranks: Sequence[int], base: Array | None = None
 ) -> tuple[dict[int, Array], Array]:
-    """Summed held-out losses [N] of the base (0) and of the adapter cut to each rank, and what they count [N]."""
-    losses: dict[int, Array] = {}
+    """Summed held-out losses [N] of the base (0) and of the adapter cut to each rank, and what they count [N].
+
+    Examples that ask the same are one of N, as intervals may not take them for independent. `base`: the base's losses,
+    where they are known; else those without the adapter, a head that it trains included.
+    """
+    same = units(examples)
+    losses: dict[int, ExampleLosses] = {}
     try:
-        with adapters_off(engine.model):
-            losses[0], counts = per_example(engine, examples)
         for rank in ranks:
             cut_(engine.model, rank)
-            losses[rank], counts = per_example(engine, examples)
+            losses[rank] = measure(engine, examples).by_unit(same)
     finally:
         cut_(engine.model, None)
-    return losses, counts
+    if base is None:
+        with adapters_off(engine.model):
+            base = measure(engine, examples).by_unit(same).sums
+    return {0: base} | {rank: own.sums for rank, own in losses.items()}, losses[ranks[0]].counts
 
 
 @dataclass(frozen=True)
@@ -145,11 +153,14 @@ def nested(
     largest: int,
     seed: int = 0,
     stage: Callable[[str], AbstractContextManager[object]] = nullcontext,
+    base: Array | None = None,
 ) -> Nested:
     """Train the adapter of rank `largest` that the engine's model carries at all ranks at once, and measure each.
 
-    `train(engine)` does the training: every loss that it asks for is that of a rank drawn anew. The adapter's scale
+    `train(engine)` does the training: the loss of every step is that of a rank drawn anew. The adapter's scale
     should be lora_alpha / r; afterwards it is of no use. `stage(name)` is entered around each of the two parts.
+    `base`: [N] summed losses of the base by `rankwise.rank.paired.units`; without them the base is measured without the
+    adapter, and then a head that the adapter trains counts as a gain of the ranks.
     Raises ConfigError for an adapter on other than linear layers, or for losses that say nothing (`nested_estimate`).
     """
     ranks = nested_ranks(largest)
@@ -157,7 +168,7 @@ def nested(
     with stage(f"training the ranks {', '.join(map(str, ranks))} at once"):
         train(NestedEngine(engine, ranks, seed))
     with stage("measuring every rank"):
-        losses, counts = losses_by_rank(engine, held_out, ranks)
+        losses, counts = losses_by_rank(engine, held_out, ranks, base)
     return nested_estimate(losses, counts, seed)
 
 

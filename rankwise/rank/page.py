@@ -29,6 +29,7 @@ def page(sweep: Sweep, settings: dict[str, Any], illustrations: Illustrations | 
         settings={name: str(value)[:MOST_SETTING] for name, value in settings.items()},
         illustrations=illustrations or Illustrations(),
         shade=shade,
+        margin_is_share=sweep.margin_is_share,
         **_drawn(sweep),
     )
 

@@ -44,6 +44,8 @@ class ExampleLosses:
 def units(examples: Sequence[Any]) -> NDArray[np.int64]:
     """[n], numbers from 0 that examples share which ask the same: a paired test may not take them for independent.
 
+    They are given in the order of the examples, so where all ask something else they are 0, 1, 2, …
+
     They read the same text first (of a conversation: before the last trained stretch; of one without a question: all),
     or one goes on from the other's question, as `rankwise.data.rows.split_rows` keeps rows on one side.
     """
@@ -59,7 +61,8 @@ def units(examples: Sequence[Any]) -> NDArray[np.int64]:
         for earlier in own[:-1]:
             if earlier in leader:
                 leader[lead(own[-1])] = lead(earlier)
-    return np.unique([lead(own[-1]) for own in asked], return_inverse=True)[1]
+    numbers: dict[int, int] = {}
+    return np.array([numbers.setdefault(lead(own[-1]), len(numbers)) for own in asked], dtype=np.int64)
 
 
 def _asked(example: Any) -> list[int]:

@@ -1,7 +1,8 @@
 """The finished runs of a sweep, one file each, so that a sweep that was interrupted goes on with what is missing."""
 
 import json
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -9,14 +10,16 @@ from typing import Any
 import numpy as np
 
 from rankwise import atomic
-from rankwise.errors import CheckpointError, ConfigError, listing
-from rankwise.rank.crossed import Array
+from rankwise.errors import CheckpointError, ConfigError, RankwiseError, listing
+from rankwise.rank.crossed import LEAST_EXAMPLES, Array
 
 SETTINGS = "settings.json"
 DAY = "day"
 """The setting that says on which day the sweep began; one that goes on keeps it, so it is no reason to refuse."""
 _CALLED = {"base_sha256": "the base model's weights (SHA-256)", "rows_sha256": "the rows of the data (SHA-256)"}
 """Settings that nobody gives, in the words of a message."""
+BASE, FULL = 0, -1
+"""What stands in the place of a rank for the base without an update, and for full fine-tuning."""
 
 
 @dataclass(frozen=True)
@@ -24,7 +27,8 @@ class RunResult:
     """What one training run left: its held-out losses, and what it cost."""
 
     losses: Array
-    """[N], in nats, summed over the trained tokens of each held-out example; infinite where training diverged."""
+    """[N], in nats, summed over the trained tokens of each held-out example (those that ask the same are one, as
+    `rankwise.rank.paired.units` tells); infinite where training diverged."""
     counts: Array
     """[N], how many tokens that is (1 for a text to classify)."""
     seconds: float
@@ -51,6 +55,10 @@ class Key:
     def name(self) -> str:
         """Of what the run leaves on disk."""
         return f"rank{self.rank}-seed{self.seed}-rate{self.factor:.3g}"
+
+
+Together = Callable[[Sequence[Key]], Iterable[tuple[Key, RunResult]]]
+"""From runs to be done to each one's result, as soon as it is there."""
 
 
 class Runs:
@@ -108,6 +116,54 @@ def _read(path: Path) -> RunResult:
     if result.losses.ndim != 1 or result.losses.shape != result.counts.shape:
         raise ValueError(f"{result.losses.shape} losses for {result.counts.shape} counts")
     return result
+
+
+class PendingRuns:
+    """Does the runs that are not there yet."""
+
+    def __init__(self, together: Together, runs: Runs, say: Callable[[str], None], name: Callable[[int], str]) -> None:
+        self._together, self._runs, self._say, self._name = together, runs, say, name
+
+    def do(self, keys: Sequence[Key], finite: bool = False) -> None:
+        """Those of `keys` that are not there yet. Raises RankwiseError at the first that is not `finite`, if asked."""
+        missing = [key for key in keys if self._runs.get(key) is None]
+        for key, result in self._together(missing) if missing else ():
+            # Before any further training: no later run can mend it.
+            if len(result.counts) < LEAST_EXAMPLES:
+                found = len(result.counts)
+                raise ConfigError(f"a sweep needs at least {LEAST_EXAMPLES} different held-out examples, found {found}")
+            self._runs.add(key, result)
+            loss = f"held-out loss {self.loss(key):.4f}"
+            self._say(f"{self._name(key.rank)}, seed {key.seed}, rate × {key.factor:.3g}: {loss}")
+            if finite:
+                self.finite_result(key)
+
+    def result(self, key: Key) -> RunResult:
+        self.do([key])
+        result = self._runs.get(key)
+        assert result is not None
+        return result
+
+    def loss(self, key: Key) -> float:
+        """Mean held-out loss, infinite where training diverged."""
+        result = self.result(key)
+        mean = float(result.losses.sum() / result.counts.sum())
+        return mean if math.isfinite(mean) else math.inf
+
+    def base_loss(self, seed: int) -> float:
+        """Raises RankwiseError if it is not finite."""
+        self.finite_result(Key(BASE, seed))
+        return self.loss(Key(BASE, seed))
+
+    def finite_result(self, key: Key) -> RunResult:
+        """Raises RankwiseError if the training diverged."""
+        result = self.result(key)
+        if not np.isfinite(result.losses).all():
+            raise self.diverged(key)
+        return result
+
+    def diverged(self, key: Key) -> RankwiseError:
+        return RankwiseError(f"training diverged at {self._name(key.rank)}, seed {key.seed}; give a lower --lr")
 
 
 def check_folder(folder: Path, settings: dict[str, Any], partly: bool = False) -> None:

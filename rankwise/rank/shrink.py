@@ -117,9 +117,9 @@ def split_held_out(rows: Sequence[Row], seed: int, most: int | None = None) -> H
     if len(rows) >= least:
         rest, confirmation = split_rows(list(rows), PARTS["confirmation"], seed)
         calibration, choice = split_rows(rest, PARTS["choice"] / (1 - PARTS["confirmation"]), seed)
-        if min(map(_different, (choice, confirmation))) >= _LEAST_ROWS:
+        if min(map(how_many_differ, (choice, confirmation))) >= _LEAST_ROWS:
             return HeldOut(calibration, choice, confirmation)
-    different = _different(rows)
+    different = how_many_differ(rows)
     found = f"{len(rows)} held-out rows" + (f", {different} of them different," if different < len(rows) else "")
     raise DataError(
         f"{found} are too few to tell what is lost: at least {least} different ones are needed "
@@ -128,13 +128,14 @@ def split_held_out(rows: Sequence[Row], seed: int, most: int | None = None) -> H
     )
 
 
-def _different(rows: Sequence[Row]) -> int:
+def how_many_differ(rows: Sequence[Row]) -> int:
+    """How many different things the rows ask."""
     return len({question_keys(row)[-1] for row in rows})
 
 
 def different_left(rows: Sequence[Row], examples: Sequence[Any]) -> int:
     """How many of the rows that became these examples ask different things."""
-    return _different(_left(rows, examples))
+    return how_many_differ(_left(rows, examples))
 
 
 def split_examples(rows: Sequence[Row], examples: Sequence[Any], seed: int, most: int | None = None) -> HeldOut:

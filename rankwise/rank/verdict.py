@@ -41,9 +41,9 @@ def conclusion(sweep: Sweep) -> tuple[str, str]:
         best = min(c.better, key=lambda found: found.loss)
         return (
             f"{reference} is a poor reference, as {_names([f'r = {found.rank}' for found in c.better])} did better",
-            f"r = {best.rank} by {-best.difference:.4f} nats, 90 % interval {-best.upper:.4f} to {-best.lower:.4f}, "
-            f"which is more than the margin of {c.margin:.4f}. So it says little that others do as well as the largest "
-            f"rank; check its training, or compare with r = {best.rank} as the largest.",
+            f"r = {best.rank} by {-best.difference:.4f} nats (90 % interval {-best.upper:.4f} to {-best.lower:.4f}), "
+            f"with 95 % confidence by more than the margin of {c.margin:.4f}. So it says little that others do as "
+            f"well as the largest rank; check its training, or compare with r = {best.rank} as the largest.",
         )
     return _of_rank(sweep)
 
@@ -65,8 +65,9 @@ def _of_rank(sweep: Sweep) -> tuple[str, str]:
         passed = c.of(c.sufficient)
         return (
             f"Take r = {passed.rank}",
-            f"with 95 % confidence its held-out loss is at most {_above(passed.upper)} that of r = {c.reference}, "
-            f"within the margin of {c.margin:.4f}. {_saturation(sweep)}{_why_not_less(below)}",
+            f"with 95 % confidence its held-out loss exceeds that of r = {c.reference} by less than the margin of "
+            f"{c.margin:.4f} nats (the difference is {_with_interval(passed, '90 % interval')}). "
+            f"{_saturation(sweep)}{_why_not_less(below)}",
         )
     assert below is not None
     if below.outcome == "worse":
@@ -126,10 +127,10 @@ def _against(found: Comparison, margin: float) -> str:
     if found.outcome == "worse":
         return f"worse by {found.difference:.4f} nats, more than the margin of {margin:.4f}"
     if found.outcome == "passes":
-        return f"not worse: by at most {found.upper:.4f} nats, and the margin is {margin:.4f}"
+        return f"not worse by more than the margin of {margin:.4f} nats ({_with_interval(found, 'interval')})"
     return (
-        f"an open question: {found.difference:+.4f} nats, interval {found.lower:+.4f} to {found.upper:+.4f}, and the "
-        f"margin is {margin:.4f}; {_more_for(found)}"
+        f"an open question: the difference is {_with_interval(found, 'interval')}, and the margin is {margin:.4f} "
+        f"nats; {_more_for(found)}"
     )
 
 
@@ -138,8 +139,8 @@ def learned(sweep: Sweep) -> bool:
     return sweep.comparisons.gain.lower > 0
 
 
-def _above(bound: float) -> str:
-    return f"{bound:.4f} nats above" if bound >= 0 else f"{-bound:.4f} nats below (better)"
+def _with_interval(found: Comparison, interval: str) -> str:
+    return f"{found.difference:+.4f}, {interval} {found.lower:+.4f} to {found.upper:+.4f}"
 
 
 def _saturation(sweep: Sweep) -> str:
@@ -203,21 +204,38 @@ def achieved_power(sweep: Sweep) -> float:
 def notes(sweep: Sweep) -> list[str]:
     """What a reader must know beside the verdict."""
     c = sweep.comparisons
-    lines = [f"{len(sweep.seeds)} seeds, {len(sweep.counts):,} held-out examples."]
+    lines = [f"{len(sweep.seeds)} seeds, {len(sweep.counts):,} held-out examples (rows that ask the same are one)."]
     if answers(sweep):
-        power = achieved_power(sweep)
-        weak = "" if power >= POWER else f" Below {POWER:.0%}, an open question is no sign that a rank is worse."
+        power, kind = achieved_power(sweep), "rank" if sweep.ordered else "value"
+        weak = "" if power >= POWER else f" Below {POWER:.0%}, an open question is no sign that a {kind} is worse."
         lines[0] = f"{margin_rule(sweep)}; {lines[0]}"
         lines.append(
-            f"A {'rank' if sweep.ordered else 'value'} exactly as good as {sweep.name(c.reference)} would have passed "
+            f"A {kind} exactly as good as {sweep.name(c.reference)} would have passed "
             f"in {power:.0%} of such sweeps.{weak}"
         )
+        lines += _otherwise_than_the_interval(sweep)
     lines += [*_heavy_rows(sweep), *_rates(sweep), *_shared(sweep), *_full(sweep)]
     if not sweep.ordered:
         sure = c.ranks[0].beyond_margin.confidence
         lines.append(f"Each bound is one-sided, of {sure:.1%}, so that all together hold with 95 % (Bonferroni).")
         return [*lines, SCOPE_OF_SETTING]
     return [*lines, SCOPE]
+
+
+def _otherwise_than_the_interval(sweep: Sweep) -> list[str]:
+    """What passes, or does not, though the end of its interval beside δ looks otherwise: δ is measured too."""
+    c = sweep.comparisons
+    names = [
+        sweep.name(r.rank)
+        for r in c.ranks
+        if (r.outcome == "passes") != (r.upper < c.margin) or (r.outcome == "worse") != (r.lower > c.margin)
+    ]
+    if not sweep.margin_is_share or not names:
+        return []
+    return [
+        f"At {_names(names)} the interval of the difference and the test against δ disagree: δ is measured too, which "
+        "only the test counts. The test decides."
+    ]
 
 
 def _heavy_rows(sweep: Sweep) -> list[str]:
@@ -252,9 +270,9 @@ def _full(sweep: Sweep) -> list[str]:
     between = f"{full.mean:+.4f} nats, 90 % interval {full.lower:+.4f} to {full.upper:+.4f}"
     if not answers(sweep):
         return [f"{sweep.name(c.reference)} against full fine-tuning: {between}."]
-    found = (
-        "ruled out (95 %)" if full.upper < c.margin else "shown (95 %)" if full.lower > c.margin else "not ruled out"
-    )
+    over = sweep.full_beyond_margin
+    assert over is not None
+    found = "ruled out (95 %)" if over.upper < 0 else "shown (95 %)" if over.lower > 0 else "not ruled out"
     return [f"r = {c.sufficient} against full fine-tuning: {between}; a loss beyond δ is {found}."]
 
 

@@ -3,6 +3,7 @@
 import random
 from array import array
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from functools import cached_property
 from itertools import count
 from math import ceil
@@ -99,6 +100,21 @@ def planned_steps(examples: Sequence[E], config: TrainConfig) -> Plan[E]:
             # Rounded, because 2.1 epochs of ten steps are 21 steps whatever 2.1 - 2 is in floating point.
             steps += own[: max(0 if steps else 1, ceil(round(left * len(own), 6)))]
     return Plan(examples, steps[: config.max_steps])
+
+
+def different(examples: Sequence[E]) -> list[E]:
+    """The examples, in their order, without those that teach what another one teaches."""
+    return list({(example.ids, example.taught): example for example in examples}.values())
+
+
+def batches_of_an_epoch(examples: Sequence[E], config: TrainConfig) -> Sequence[list[E]]:
+    """The batches of a run's first epoch, in which every example comes once, but for a last one of too few rows.
+
+    Raises what `planned_steps` raises.
+    """
+    plan = planned_steps(examples, replace(config, epochs=1, max_steps=None, accumulate=1))
+    whole = 0 if config.batch_tokens is not None else config.batch_size
+    return [batch for step in plan for batch in step if len(batch) >= whole]
 
 
 def _groups(examples: Sequence[Any], config: TrainConfig) -> Sequence[Places]:

@@ -15,6 +15,7 @@ from rankwise.engine.language import LanguageEngine
 from rankwise.errors import ConfigError
 from rankwise.lora.inject import DEFAULT_ADAPTER
 from rankwise.lora.places import named_lora_layers
+from rankwise.paired_runs import PairedRuns
 from rankwise.rank.curve import Curve, fit_curve, interval, rank_within, resampled
 from rankwise.rank.nested import (
     NestedEngine,
@@ -25,6 +26,8 @@ from rankwise.rank.nested import (
     nested_estimate,
     nested_ranks,
 )
+from rankwise.train.config import TrainConfig
+from rankwise.train.progress import Reporter
 
 RANKS = [1, 2, 4, 8]
 EXAMPLES = [TextExample((5, 6, 7 + n, 8 + n), (False, False, True, True), "here") for n in range(6)]
@@ -119,6 +122,23 @@ def test_a_step_trains_one_drawn_rank_with_one_pass_and_no_direction_beyond_it()
     assert len(set(seen)) > 2
 
 
+@pytest.mark.parametrize("set_to_none", [True, False])
+def test_all_batches_of_a_step_train_one_rank(set_to_none):
+    whole = engine()
+    nested, ranks = NestedEngine(whole, RANKS, seed=0), []
+    optimizer = torch.optim.SGD(trainable_parameters(whole.model), lr=0.0)
+    update = next(iter(dict(named_lora_layers(whole.model)).values())).update(DEFAULT_ADAPTER)
+    for _ in range(12):
+        of_step = set()
+        for batch in (EXAMPLES[:2], EXAMPLES[2:4], EXAMPLES[4:]):
+            nested.loss(batch).backward()
+            of_step.add(len(update.directions))
+        ranks += of_step
+        optimizer.zero_grad(set_to_none=set_to_none)
+    assert len(ranks) == 12
+    assert len(set(ranks)) > 2
+
+
 def test_measuring_the_ranks_leaves_the_adapter_whole_and_agrees_with_base_and_whole():
     whole = engine()
     before = whole.logits(EXAMPLES)[0]
@@ -129,6 +149,14 @@ def test_measuring_the_ranks_leaves_the_adapter_whole_and_agrees_with_base_and_w
     cut_(whole.model, None)
     eject_(whole.model)
     assert losses[0].sum() / counts.sum() == pytest.approx(whole.loss(EXAMPLES).item())
+
+
+def test_examples_that_ask_the_same_are_one_when_the_ranks_are_measured():
+    losses, counts = losses_by_rank(engine(), EXAMPLES * 3, RANKS)
+    once, counts_of_once = losses_by_rank(engine(), EXAMPLES, RANKS)
+    np.testing.assert_allclose(counts, 3 * counts_of_once)
+    for rank in (0, *RANKS):
+        np.testing.assert_allclose(losses[rank], 3 * once[rank])
 
 
 def test_a_doubling_of_the_rank_adds_half_of_what_the_first_direction_counts():
@@ -192,6 +220,29 @@ def test_too_few_ranks_are_told_before_anything_trains():
 
     with pytest.raises(ConfigError, match="--r of at least 3; found the ranks 1, 2"):
         nested(engine(rank=2), never, EXAMPLES, largest=2)
+
+
+def test_a_classifiers_base_has_a_trained_head(minilm, tmp_path):
+    rows = (ROOT / "examples/intents/train.jsonl").read_text().splitlines(keepends=True)
+    some = [row for row in rows if json.loads(row)["label"] in ("translate", "timer", "weather")]
+    (tmp_path / "train.jsonl").write_text("".join(some[:60]))
+    (tmp_path / "test.jsonl").write_text("".join(some[60:90]))
+    config = TrainConfig(
+        model=str(minilm),
+        task="seq_cls",
+        data=(tmp_path / "train.jsonl",),
+        eval_data=(tmp_path / "test.jsonl",),
+        out=tmp_path / "out",
+        lr=0.005,
+        batch_size=8,
+        epochs=2,
+        r=4,
+    )
+    found = PairedRuns(config, 4).nested_run(Reporter())
+    base = PairedRuns(config, 4)(0, 0, 1.0)
+    assert found.losses[0] == pytest.approx(base.losses.sum() / base.counts.sum(), rel=1e-5)
+    # Without a trained head it would be that of three labels by chance.
+    assert found.losses[0] < 0.95 * np.log(3)
 
 
 def test_the_command_prints_a_loss_for_every_rank_and_keeps_the_result(tiny_llama_folder, tmp_path, capsys):

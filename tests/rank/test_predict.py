@@ -7,7 +7,7 @@ import pytest
 import torch
 from conftest import ROOT, tiny
 
-from rankwise import LoraConfig, inject_
+from rankwise import LoraConfig, inject_, paired_runs
 from rankwise.cli.main import main
 from rankwise.data.examples import TextExample
 from rankwise.engine.language import LanguageEngine
@@ -141,6 +141,39 @@ def test_an_empty_half_and_other_layers_are_refused():
         predict(LanguageEngine(model, 2, ROWS), ([ROWS], []), 0)
 
 
+@pytest.mark.parametrize("batch", [["--batch-size", "4"], ["--batch-tokens", "300"]])
+def test_no_row_stands_in_both_halves_and_repeated_rows_hold_their_bits_once(
+    tiny_llama_folder, tmp_path, monkeypatch, batch
+):
+    rows = (ROOT / "examples/text_to_sql/train.jsonl").read_text().splitlines(keepends=True)[:12]
+    seen, bits = [], []
+
+    def watched(engine, halves, seed):
+        seen.append([{row.ids for batch in half for row in batch} for half in halves])
+        return predict(engine, halves, seed)
+
+    monkeypatch.setattr(paired_runs, "predict", watched)
+    for copies in (1, 3):
+        (tmp_path / "data.jsonl").write_text("".join(rows * copies))
+        out = tmp_path / f"{copies}.json"
+        options = ["--model", str(tiny_llama_folder), "--data", str(tmp_path / "data.jsonl"), "--out", str(out)]
+        assert main(["rank", "predict", *options, *batch, "--eval-fraction", "0", "--signal-batches", "16"]) == 0
+        bits.append(json.loads(out.read_text())["bits"])
+    for one, other in seen:
+        assert one
+        assert other
+        assert not one & other
+    assert bits[0] == pytest.approx(bits[1], rel=1e-5)
+
+
+def test_too_few_rows_for_two_batches_of_so_many_tokens_are_refused(tiny_llama_folder, tmp_path, capsys):
+    rows = (ROOT / "examples/text_to_sql/train.jsonl").read_text().splitlines(keepends=True)[:4]
+    (tmp_path / "data.jsonl").write_text("".join(rows * 9))
+    options = ["--model", str(tiny_llama_folder), "--data", str(tmp_path / "data.jsonl"), "--eval-fraction", "0"]
+    assert main(["rank", "predict", *options, "--batch-tokens", "4000", "--out", str(tmp_path / "o.json")]) == 2
+    assert "one batch of 4000 tokens, and the training data hold 4 different rows" in capsys.readouterr().err
+
+
 def test_the_command_trains_a_classifiers_head_first_and_keeps_the_result(tmp_path, capsys):
     rows = (ROOT / "examples/intents/train.jsonl").read_text().splitlines(keepends=True)
     some = [row for row in rows if json.loads(row)["label"] in ("translate", "timer", "weather")]
@@ -165,7 +198,7 @@ def test_the_command_looks_for_no_more_directions_than_a_matrix_has_and_names_to
     out = tmp_path / "predict.json"
     options = ["--model", str(tiny_llama_folder), "--data", str(tmp_path / "data.jsonl"), "--out", str(out)]
     assert main(["rank", "predict", *options, "--batch-size", "16"]) == 2
-    assert "training data hold 21 rows; give more rows, or --batch-size 10" in capsys.readouterr().err
+    assert "training data hold 21 different rows; give more rows, or --batch-size 10" in capsys.readouterr().err
     assert main(["rank", "predict", *options, "--batch-size", "4", "--eval-fraction", "0"]) == 0
     sketched = {layer["name"].rpartition(".")[2]: layer["sketched"] for layer in json.loads(out.read_text())["layers"]}
     assert sketched["k_proj"] < sketched["q_proj"] < 64

@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, BertConfig, BertMo
 from rankwise import LoraConfig, eject_, inject_, paired_runs, read_adapter
 from rankwise.cli.main import main
 from rankwise.cli.rank_sweep import SweepConfig
+from rankwise.engine.held_out import per_example
 from rankwise.errors import CheckpointError, ConfigError, RankwiseError
 from rankwise.lora.inject import DEFAULT_ADAPTER
 from rankwise.lora.places import named_lora_layers
@@ -160,6 +161,18 @@ def test_a_loss_that_is_no_number_at_another_rate_is_infinitely_bad():
     found = sweep(astray, [1, 2, 4], range(2))
     assert set(found.factors.values()) == {1.0}
     json.dumps(as_dict(found), allow_nan=False)
+
+
+def test_one_rank_that_diverges_at_the_given_rate_ends_no_sweep():
+    run, _ = made_up()
+
+    def diverging(rank, seed, factor):
+        result = run(rank, seed, factor)
+        return RunResult(result.losses + np.inf, result.counts, 0.0, 1) if rank == 4 and factor >= 1 else result
+
+    found = sweep(diverging, [1, 2, 4], range(2))
+    assert found.factors == {0: 1.0, 1: 1.0, 2: 1.0, 4: 1 / 3}
+    assert np.isfinite(found.losses[4]).all()
 
 
 def test_an_interrupted_sweep_goes_on_and_ends_as_if_it_had_not_been(tmp_path):
@@ -310,7 +323,7 @@ def test_too_few_held_out_examples_are_found_at_the_first_run():
         asked.append(rank)
         return RunResult(np.ones(9), np.ones(9), 1.0, rank)
 
-    with pytest.raises(ConfigError, match="at least 10 held-out examples"):
+    with pytest.raises(ConfigError, match="at least 10 different held-out examples"):
         sweep(run, [1, 2], range(2))
     assert asked == [0]
 
@@ -483,6 +496,38 @@ def test_the_command_leaves_table_page_and_all_differences_and_goes_on_in_its_fo
     assert "the rows of the data (SHA-256): " in capsys.readouterr().err
 
 
+def test_held_out_rows_that_ask_the_same_are_one_example(tiny_llama_folder, sql, tmp_path, capsys):
+    lines = (tmp_path / "test.jsonl").read_text().splitlines(keepends=True)
+    (tmp_path / "test.jsonl").write_text("".join(lines * 5))
+    common = ["--model", str(tiny_llama_folder), *sql, "--max-steps", "1", "--lr", "0.02"]
+    sweep_two_ranks(common, tmp_path / "sweep")
+    found = json.loads((tmp_path / "sweep" / "sweep.json").read_text())
+    assert found["examples"] == len(found["counts"]) == len(lines)
+    assert "12 held-out examples (rows that ask the same are one)" in capsys.readouterr().out
+    config = TrainConfig(
+        model=str(tiny_llama_folder), data=(Path(sql[1]),), eval_data=(Path(sql[3]),), out=tmp_path / "o", r=2
+    )
+    once = per_example(PairedRuns(config, 2).engine(0), PairedRuns(config, 2).held_out[: len(lines)])
+    several = PairedRuns(config, 2)(0, 0, 1.0)
+    np.testing.assert_allclose(several.losses, 5 * once[0], rtol=1e-5)
+    np.testing.assert_array_equal(several.counts, 5 * once[1])
+    (tmp_path / "test.jsonl").write_text("".join(lines[:9] * 5))
+    command = [
+        "rank",
+        "sweep",
+        *common,
+        "--ranks",
+        "1,2",
+        "--seeds",
+        "2",
+        "--no-check-rates",
+        "--out",
+        str(tmp_path / "few"),
+    ]
+    assert main(command) == 2
+    assert "at least 10 different held-out rows, found 9 among 45;" in capsys.readouterr().err
+
+
 def test_a_sweep_is_not_resumed_on_another_base(tiny_llama_folder, sql, tmp_path, capsys):
     base = tmp_path / "base"
     shutil.copytree(tiny_llama_folder, base)
@@ -627,6 +672,12 @@ def test_a_rate_that_diverges_in_a_shared_pass_is_infinitely_bad_and_harms_no_ot
     keys = [Key(1, 0), Key(2, 0, 1e30), Key(2, 1)]
     found = dict(runs.together(keys, at_once=3))
     assert np.isinf(found[keys[1]].losses).all()
+    assert np.isinf(runs(2, 0, 1e30).losses).all()
+    # At the given rate as well: another rank may do well with it, or this one with another rate.
+    runs.rate = 1e28
+    assert np.isinf(runs(1, 0, 1.0).losses).all()
+    assert all(np.isinf(result.losses).all() for _, result in runs.together(keys[:1] + keys[2:], at_once=2))
+    runs.rate = 0.01
     for key in (keys[0], keys[2]):
         alone = runs(key.rank, key.seed, key.factor)
         np.testing.assert_allclose(found[key].losses, alone.losses, rtol=2e-5)

@@ -87,6 +87,23 @@ def test_each_value_trains_with_its_own_best_rate():
     assert sweep_setting(run, "lora_alpha", VALUES, range(2)).factors == {0: 1.0, 1: 1.0, 2: 3.0, 3: 1.0}
 
 
+@pytest.mark.parametrize("setting", ["lora_alpha", "lr"])
+def test_the_head_of_the_base_trains_with_its_own_best_rate(setting):
+    plain = made_up([1.5, 1.5, 1.5], (200, 200, 200))
+
+    def run(number, seed, factor):
+        result = plain(number, seed, factor)
+        if number:
+            return result
+        return RunResult(result.losses - min(0.5, 0.25 * np.log(factor) / np.log(3)), result.counts, 1.0, 100)
+
+    found = sweep_setting(run, setting, VALUES, range(2))
+    assert found.factors == {0: pytest.approx(9.0), 1: 1.0, 2: 1.0, 3: 1.0}
+    assert found.comparisons.base_loss == pytest.approx(2.0, abs=0.02)
+    assert any("checked at the base's head" in note for note in notes(found))
+    assert sweep_setting(run, setting, VALUES, range(2), check_rates=False).factors[0] == 1.0
+
+
 def test_the_power_of_joint_comparisons_is_said_before_the_first_run():
     said = []
     sweep_setting(made_up([1.5, 1.5, 1.5]), "lr", VALUES, range(3), say=said.append)
@@ -147,11 +164,13 @@ def test_the_command_compares_modules_and_refuses_what_cannot_be(tiny_llama_fold
     few = tmp_path / "few.jsonl"
     few.write_text(rows[16])
     assert main(with_options([*fresh, "--ranks", "2", *modules], "--eval-data", str(few))) == 2
-    assert "at least 10 held-out rows, found 1" in capsys.readouterr().err
+    assert "at least 10 different held-out rows, found 1" in capsys.readouterr().err
     for wrong, messages in (
         (["--ranks", "1,2", "--over", "lr=1"], ["at one rank", "at least two values"]),
         (["--ranks", "2", "--over", "lora_alhpa=1,2", "--with-full"], ["nearest: 'lora_alpha'", "--with-full"]),
         (["--ranks", "2", "--over", "lr=1,x"], ["finite numbers above 0"]),
+        (["--ranks", "2", "--over", "lora_alpha=32,32.0,8"], ["all different"]),
+        (["--ranks", "2", "--over", "target_modules=q_proj+v_proj,v_proj+q_proj"], ["all different"]),
         (["--ranks", "2", "--over", "lr=0.01,inf", "--delta", "inf"], ["finite numbers above 0", "--delta must be"]),
     ):
         with pytest.raises(SystemExit, match="2"):
