@@ -613,8 +613,6 @@ def test_a_sweep_that_goes_on_has_the_adapters_of_the_rates_that_are_chosen_now(
     # So large a margin takes the given rate.
     assert main([*options, "--delta", "9"]) == 0
     assert adapters() == chosen() != first
-    assert main(options) == 0
-    assert adapters() == first
 
 
 @pytest.fixture(scope="module")
