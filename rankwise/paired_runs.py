@@ -241,7 +241,8 @@ class PairedRuns:
         Raises RankwiseError if a training diverged.
         """
         seed = self.config.seed
-        with reporter.stage("measuring the base"):
+        # The adapter's start is drawn as if the base had not been trained before.
+        with torch.random.fork_rng(devices=[]), reporter.stage("measuring the base"):
             base = self(BASE, seed, 1.0)
         if not np.isfinite(base.losses).all():
             raise RankwiseError("the training of the base's head diverged; give a lower --lr")
