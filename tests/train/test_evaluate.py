@@ -30,12 +30,13 @@ class Words:
     """A tokenizer that writes ids as words."""
 
     eos_token_id = pad_token_id = 2
+    chat_template = None
 
     def decode(self, ids, skip_special_tokens=False):
         return " ".join(map(str, ids))
 
     def batch_decode(self, rows, skip_special_tokens=False):
-        return [self.decode(row.tolist()) for row in rows]
+        return [self.decode(row) for row in rows]
 
     def __call__(self, texts, add_special_tokens=True):
         return SimpleNamespace(input_ids=[[int(word) for word in text.split()] for text in texts])
@@ -92,7 +93,8 @@ def test_answers_are_kept_beside_their_prompts_and_references():
     found = evaluate(engine, Words(), TEXTS, prompts).samples
     assert [(s.prompt, s.reference) for s in found] == [(f"{5 + n} 9", "7 8") for n in range(SAMPLES)]
     longest = 2
-    assert {len(s.answer.split()) for s in found} <= set(range(1, longest + 2))
+    # One token more than the reference, unless the model ends before.
+    assert {len(s.answer.split()) for s in found} <= set(range(longest + 2))
 
 
 def test_exact_match_forgives_blanks_at_the_ends_alone_and_leaves_out_prompts_without_an_answer(monkeypatch):
