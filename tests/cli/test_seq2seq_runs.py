@@ -169,7 +169,8 @@ def test_a_causal_model_is_no_sequence_to_sequence_model(tiny_llama_folder, tmp_
 
 
 def test_ranks_are_predicted_and_compared(folder, tmp_path):
-    data = jsonl(tmp_path / "rows.jsonl", ROWS)
+    rows = [{**row, "prompt": f"{row['prompt']} {number}"} for number, row in enumerate(ROWS)]
+    data = jsonl(tmp_path / "rows.jsonl", rows)
     common = ["--model", str(folder), "--task", "seq2seq_lm", "--data", data]
     common += ["--eval-fraction", "0.4", "--max-steps", "3"]
     sweep_two_ranks(common, tmp_path / "sweep")

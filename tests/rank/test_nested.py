@@ -260,7 +260,7 @@ def test_the_command_prints_a_loss_for_every_rank_and_keeps_the_result(tiny_llam
     for command in ("nested", "predict"):
         assert main(["rank", command, *options[:-1], str(out / "below_a_file.json")]) == 2
         told = capsys.readouterr()
-        assert f"cannot write {out}/below_a_file.json: {out}: Not a directory" in told.err
+        assert f"cannot write {out}/below_a_file.json: Not a directory; choose a place" in told.err
         assert "loading" not in told.err
     out.unlink()
     # As every training without --r leaves it.

@@ -586,7 +586,7 @@ def test_wrong_inputs_of_the_command_are_named_before_anything_is_written(spoken
     for change, message in (
         ({"adapter": str(tmp_path / "none")}, "no adapter folder"),
         ({"out": str(taken)}, "exists already"),
-        ({"out": str(data / "small")}, f"cannot write {data}/small: {data}: Not a directory"),
+        ({"out": str(data / "small")}, f"cannot write {data}/small: Not a directory; choose a place"),
         ({"delta": "0"}, "--delta must be above 0"),
         ({"delta": "-1"}, "--delta must be above 0"),
         ({"data": str(tmp_path / "none.jsonl")}, "no such data file"),
