@@ -30,7 +30,9 @@ class LoraLinear(LoraLayer):
         if args or kwargs:
             return super().forward(x, *args, **kwargs)
         # The autograd function is there for its backward pass, and costs more than a token's arithmetic to call.
+        has_more = has_own_forward
         if torch.is_grad_enabled():
+            has_more = does_more_than_its_class
             if is_transformed():
                 return super().forward(x)
             if (terms := self.terms(x)) is not None:
@@ -44,7 +46,7 @@ class LoraLinear(LoraLayer):
         A, B = update.factors(x.dtype)
         change = F.linear(F.linear(update.drop(x) if update.dropout else x, A), B)
         base: Any = self._modules["base"]
-        if type(base) is nn.Linear and not has_own_forward(base):
+        if type(base) is nn.Linear and not has_more(base):
             # Past the call of a module, which for one token takes as long as a product.
             own: Any = base._parameters
             return F.linear(x, own["weight"], own["bias"]).add_(change, alpha=update.scale)
