@@ -3,7 +3,6 @@
 import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import fields
-from functools import cache
 from typing import Any
 
 from torch import Tensor
@@ -101,10 +100,11 @@ def paths(wrappers: Iterable[tuple[str, Wrapper]], adapter: str) -> Callable[[st
     """
     around = {name: sum(adapter in part.shares for _, part in layer.lora_layers()) for name, layer in wrappers}
 
-    @cache
     def path(name: str) -> str:
-        above, dot, own = name.rpartition(".")
-        return path(above) + ".base_layer" * around.get(above, 0) + dot + own if above else name
+        parts = name.split(".")
+        for end in range(len(parts) - 1, 0, -1):
+            parts[end - 1] += ".base_layer" * around.get(".".join(parts[:end]), 0)
+        return ".".join(parts)
 
     return path
 
