@@ -1,6 +1,6 @@
 """Do `rankwise plan`'s peak memory and time come true?
 
-Twelve runs of 7 to 40 seconds through the real training path, each in a fresh process and without evaluation:
+Twelve runs of 5 to 30 seconds through the real training path, each in a fresh process and without evaluation:
 SmolLM2-135M and MiniLM, three shapes of data each, ranks 4 and 32. Before each the machine is measured anew, as a
 shared one's speed may change by a quarter within minutes; --repeats takes all of them several times, in turns. For each
 run it prints what was predicted, what was measured, and predicted / measured, then each ratio's median and spread.
