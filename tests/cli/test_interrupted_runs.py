@@ -202,8 +202,15 @@ def test_ctrl_c_leaves_a_usable_adapter(inputs, options, whole, tmp_path, signal
     assert outcome(run) == whole
 
 
+def in_own_process(*options):
+    """Where nothing else has moved memory about, on which last bits can depend."""
+    subprocess.run([sys.executable, "-m", "rankwise", *map(str, options)], check=True, capture_output=True, cwd=ROOT)
+
+
 @pytest.mark.parametrize("interrupted", [True, False])
-def test_a_run_goes_on_when_nobody_reads_what_it_says(options, whole, tmp_path, interrupted):
+def test_a_run_goes_on_when_nobody_reads_what_it_says(options, tmp_path, interrupted):
+    heard = tmp_path / "heard"
+    in_own_process("train", *options, "--out", heard)
     run = tmp_path / "run"
     rarely = with_options(options, "--save-steps", "1000")
     command = [sys.executable, "-m", "rankwise", "train", *rarely, "--out", run]
@@ -216,9 +223,8 @@ def test_a_run_goes_on_when_nobody_reads_what_it_says(options, whole, tmp_path, 
     assert process.returncode == (130 if interrupted else 0)
     assert json.loads((run / "result.json").read_text())["interrupted"] == interrupted
     if interrupted:
-        assert main(["train", "--resume", str(run)]) == 0
-    # What is read of a result here is its adapter and its steps.
-    assert outcome(run)[:2] == whole[:2]
+        in_own_process("train", "--resume", run)
+    assert outcome(run) == outcome(heard)
 
 
 def test_a_signal_during_the_last_step_leaves_what_comes_after_it_to_the_resumed_run(
