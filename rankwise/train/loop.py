@@ -1,7 +1,7 @@
 """The training loop. It yields what happened and prints nothing."""
 
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from itertools import chain, zip_longest
@@ -90,7 +90,7 @@ class Training:
         self.failed: RankwiseError | None = None
         """Why it cannot go on."""
 
-    def steps(self, stopped: Callable[[], bool] = lambda: False) -> Iterator[Step]:
+    def steps(self, stopped: Callable[[], bool] = lambda: False) -> Generator[Step, None, None]:
         """Train from where the run is; ends early, between two steps, once `stopped()`.
 
         Raises RankwiseError when the loss is no longer finite; the adapter then keeps its values from before that step.

@@ -1,6 +1,7 @@
 """One run: the loop, and beside it metrics, checkpoints, held-out evaluations and the user's interruptions."""
 
 from collections.abc import Sequence
+from contextlib import closing
 from dataclasses import dataclass, replace
 from math import isfinite
 from typing import Any
@@ -65,10 +66,11 @@ def run_training(
         tracking(config.tracker, run.path, config.as_dict(), steps) as track,
         first_interrupt(reporter.say) as interrupt,
         reporter.training(total, steps) as view,
+        # An error's traceback holds this frame and its steps, which would keep the model prepared for training.
+        closing(training.steps(lambda: interrupt.signal is not None or watch.gave_up)) as left,
     ):
-        left = () if watch.gave_up else training.steps(lambda: interrupt.signal is not None or watch.gave_up)
         try:
-            for step in left:
+            for step in () if watch.gave_up else left:
                 step = _with_held_out_loss(step, training, watch, watched, evaluate_every)
                 steps.append(step)
                 run.add_step(step)

@@ -310,7 +310,8 @@ def test_a_run_that_wrote_nothing_leaves_nothing(tmp_path):
     assert not config.out.exists()
 
 
-def test_a_full_disk_is_one_error_that_says_how_to_go_on(run, tmp_path, monkeypatch):
+def test_a_full_disk_is_one_error_that_says_how_to_go_on(engine, run, monkeypatch):
+    modules = [type(module) for module in engine.model.modules()]
     whole = run("whole")[:2]
     replace, left = os.replace, [8]
 
@@ -322,8 +323,11 @@ def test_a_full_disk_is_one_error_that_says_how_to_go_on(run, tmp_path, monkeypa
 
     with monkeypatch.context() as patch:
         patch.setattr(os, "replace", full)
-        with pytest.raises(StorageError, match=r"No space left on device; free some space .*train --resume"):
+        with pytest.raises(StorageError, match=r"No space left on device; free some space .*train --resume") as error:
             run("full")
+    # Whoever keeps the error, as a notebook does, keeps no model that is still prepared for training.
+    assert error.value.__traceback__
+    assert [type(module) for module in engine.model.modules()] == modules
     *result, said = run("full", resume=True)
     assert result == list(whole)
     assert "resuming after step 2 of 3" in said
