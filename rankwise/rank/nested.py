@@ -47,10 +47,13 @@ class NestedEngine:
             raise ConfigError(f"the nested run goes with linear layers alone, found {', '.join(others[:5])}")
         self.model, self.inner, self._ranks = engine.model, engine, list(ranks)
         self._draw, self._trained = random.Random(seed), trainable_parameters(engine.model)
+        self._versions: list[int] = []
 
     def loss(self, examples: Sequence[Any], label_smoothing: float = 0.0) -> Tensor:
-        # All batches of a step train one rank; a step begins where there is no gradient of a batch before.
-        if not any(p.grad is not None and bool(p.grad.any()) for p in self._trained):
+        # All batches of a step train one rank; a step begins where the optimiser has written since the last loss.
+        versions = [parameter._version for parameter in self._trained]
+        if versions != self._versions:
+            self._versions = versions
             cut_(self.model, self._draw.choice(self._ranks))
         return self.inner.loss(examples, label_smoothing)
 

@@ -109,9 +109,10 @@ def test_a_step_trains_one_drawn_rank_with_one_pass_and_no_direction_beyond_it()
             return whole.loss(examples, label_smoothing)
 
     nested = NestedEngine(Counting(), RANKS, seed=0)
+    optimizer = torch.optim.SGD(trainable_parameters(whole.model), lr=0.0)
     for _ in range(12):
-        for parameter in trainable_parameters(whole.model):
-            parameter.grad = None
+        optimizer.step()
+        optimizer.zero_grad()
         nested.loss(EXAMPLES).backward()
         gradient = next(iter(dict(named_lora_layers(whole.model)).values())).update(DEFAULT_ADAPTER).lora_A.grad
         trained = int((gradient.abs().sum(1) > 0).sum())
@@ -123,7 +124,8 @@ def test_a_step_trains_one_drawn_rank_with_one_pass_and_no_direction_beyond_it()
 
 
 @pytest.mark.parametrize("set_to_none", [True, False])
-def test_all_batches_of_a_step_train_one_rank(set_to_none):
+@pytest.mark.parametrize("cleared", ["after the step", "after the next loss"])
+def test_all_batches_of_a_step_train_one_rank(cleared, set_to_none):
     whole = engine()
     nested, ranks = NestedEngine(whole, RANKS, seed=0), []
     optimizer = torch.optim.SGD(trainable_parameters(whole.model), lr=0.0)
@@ -131,10 +133,15 @@ def test_all_batches_of_a_step_train_one_rank(set_to_none):
     for _ in range(12):
         of_step = set()
         for batch in (EXAMPLES[:2], EXAMPLES[2:4], EXAMPLES[4:]):
-            nested.loss(batch).backward()
+            loss = nested.loss(batch)
+            if cleared == "after the next loss" and not of_step:
+                optimizer.zero_grad(set_to_none=set_to_none)
+            loss.backward()
             of_step.add(len(update.directions))
         ranks += of_step
-        optimizer.zero_grad(set_to_none=set_to_none)
+        optimizer.step()
+        if cleared == "after the step":
+            optimizer.zero_grad(set_to_none=set_to_none)
     assert len(ranks) == 12
     assert len(set(ranks)) > 2
 
