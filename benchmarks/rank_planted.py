@@ -347,6 +347,9 @@ class PlantedEngine:
     def __init__(self, base: Base, task: Task) -> None:
         self.model, self._base, self._task = base.model, base, task
 
+    def begin_step(self) -> None:
+        """Nothing is drawn."""
+
     def loss(self, examples: Sequence[Text], label_smoothing: float = 0.0) -> Tensor:
         assert not label_smoothing
         return self._divergence(examples).mean()
@@ -377,7 +380,11 @@ def other_instruments(base: Base, task: Task, largest: int, factor: float) -> di
         inject_nested_(model, LoraConfig(r=r, lora_alpha=8, target_modules=base.layers), r, seed=0)
 
     def train(engine: Any) -> None:
-        fit(trainable_parameters(model), lambda rows: engine.loss([(row, False) for row in rows]), 0, factor * RATE)
+        def loss(rows: list[int]) -> Tensor:
+            engine.begin_step()
+            return engine.loss([(row, False) for row in rows])
+
+        fit(trainable_parameters(model), loss, 0, factor * RATE)
 
     found: dict[str, Any] = {}
     try:

@@ -68,6 +68,9 @@ class Engine(ABC, Generic[E]):
         """
         return _at_least_fp32(*(self._packed(examples) if self.packs else self._padded(examples)))
 
+    def begin_step(self) -> None:
+        """What the training loop calls before the batches of each step."""
+
     def loss(self, examples: Sequence[E], label_smoothing: float = 0.0) -> Tensor:
         """The mean cross-entropy, in nats, over all that the batch's loss counts."""
         return self._each_loss(examples, label_smoothing).mean()

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from rankwise.engine.engine import Engine
 from rankwise.errors import ConfigError
-from rankwise.lora.inject import DEFAULT_ADAPTER, adapters_off, trainable_parameters
+from rankwise.lora.inject import DEFAULT_ADAPTER, adapters_off
 from rankwise.lora.linear import LoraLinear
 from rankwise.lora.places import named_lora_layers
 from rankwise.rank.compare import MARGIN_SHARE_OF_GAIN
@@ -46,15 +46,17 @@ class NestedEngine:
         if others:
             raise ConfigError(f"the nested run goes with linear layers alone, found {', '.join(others[:5])}")
         self.model, self.inner, self._ranks = engine.model, engine, list(ranks)
-        self._draw, self._trained = random.Random(seed), trainable_parameters(engine.model)
-        self._versions: list[int] = []
+        self._draw, self._has_begun = random.Random(seed), False
+
+    def begin_step(self) -> None:
+        """Draw the rank that all batches of the step train."""
+        self._has_begun = True
+        cut_(self.model, self._draw.choice(self._ranks))
 
     def loss(self, examples: Sequence[Any], label_smoothing: float = 0.0) -> Tensor:
-        # All batches of a step train one rank; a step begins where the optimiser has written since the last loss.
-        versions = [parameter._version for parameter in self._trained]
-        if versions != self._versions:
-            self._versions = versions
-            cut_(self.model, self._draw.choice(self._ranks))
+        """That of the adapter as it is cut. Raises RuntimeError where no step has begun."""
+        if not self._has_begun:
+            raise RuntimeError("a loop that trains a nested run calls begin_step() before the batches of each step")
         return self.inner.loss(examples, label_smoothing)
 
     def logits(self, examples: Sequence[Any]) -> tuple[Tensor, Tensor]:
@@ -160,8 +162,9 @@ def nested(
 ) -> Nested:
     """Train the adapter of rank `largest` that the engine's model carries at all ranks at once, and measure each.
 
-    `train(engine)` does the training: the loss of every step is that of a rank drawn anew. The adapter's scale
-    should be lora_alpha / r; afterwards it is of no use. `stage(name)` is entered around each of the two parts.
+    `train(engine)` does the training. A loop of its own calls engine.begin_step() before the batches of each step: then
+    their loss is that of a rank drawn anew. The adapter's scale should be lora_alpha / r; afterwards it is of no use.
+    `stage(name)` is entered around each of the two parts.
     `base`: [N] summed losses of the base by `rankwise.rank.paired.units`; without them the base is measured without the
     adapter, and then a head that the adapter trains counts as a gain of the ranks.
     Raises ConfigError for an adapter on other than linear layers, or for losses that say nothing (`nested_estimate`).

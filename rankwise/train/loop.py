@@ -166,6 +166,8 @@ def steps_of(
             # Evaluations between the steps switch it off; to switch it on takes a walk through the model.
             if not all(share.training for share in shares):
                 set_adapter_training(model, True)
+            for training in going:
+                training.engine.begin_step()
             found = _backward(going, losses)
             moved = [
                 (training, step) for training, loss in zip(going, found, strict=True) if (step := training.move(loss))

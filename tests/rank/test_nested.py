@@ -27,6 +27,7 @@ from rankwise.rank.nested import (
     nested_ranks,
 )
 from rankwise.train.config import TrainConfig
+from rankwise.train.loop import Training
 from rankwise.train.progress import Reporter
 
 RANKS = [1, 2, 4, 8]
@@ -109,10 +110,10 @@ def test_a_step_trains_one_drawn_rank_with_one_pass_and_no_direction_beyond_it()
             return whole.loss(examples, label_smoothing)
 
     nested = NestedEngine(Counting(), RANKS, seed=0)
-    optimizer = torch.optim.SGD(trainable_parameters(whole.model), lr=0.0)
     for _ in range(12):
-        optimizer.step()
-        optimizer.zero_grad()
+        for parameter in trainable_parameters(whole.model):
+            parameter.grad = None
+        nested.begin_step()
         nested.loss(EXAMPLES).backward()
         gradient = next(iter(dict(named_lora_layers(whole.model)).values())).update(DEFAULT_ADAPTER).lora_A.grad
         trained = int((gradient.abs().sum(1) > 0).sum())
@@ -123,27 +124,25 @@ def test_a_step_trains_one_drawn_rank_with_one_pass_and_no_direction_beyond_it()
     assert len(set(seen)) > 2
 
 
-@pytest.mark.parametrize("set_to_none", [True, False])
-@pytest.mark.parametrize("cleared", ["after the step", "after the next loss"])
-def test_all_batches_of_a_step_train_one_rank(cleared, set_to_none):
-    whole = engine()
-    nested, ranks = NestedEngine(whole, RANKS, seed=0), []
-    optimizer = torch.optim.SGD(trainable_parameters(whole.model), lr=0.0)
+def test_a_step_of_the_loop_trains_one_rank_in_all_its_batches():
+    whole, ranks = engine(), []
     update = next(iter(dict(named_lora_layers(whole.model)).values())).update(DEFAULT_ADAPTER)
-    for _ in range(12):
-        of_step = set()
-        for batch in (EXAMPLES[:2], EXAMPLES[2:4], EXAMPLES[4:]):
-            loss = nested.loss(batch)
-            if cleared == "after the next loss" and not of_step:
-                optimizer.zero_grad(set_to_none=set_to_none)
-            loss.backward()
-            of_step.add(len(update.directions))
-        ranks += of_step
-        optimizer.step()
-        if cleared == "after the step":
-            optimizer.zero_grad(set_to_none=set_to_none)
-    assert len(ranks) == 12
+
+    class Noting(NestedEngine):
+        def loss(self, examples, label_smoothing=0.0):
+            ranks.append(len(update.directions))
+            return super().loss(examples, label_smoothing)
+
+    config = TrainConfig(model="m", data=("d",), out="o", batch_size=2, accumulate=2, epochs=9)
+    steps = list(Training(Noting(whole, RANKS, seed=0), EXAMPLES[:4], config).steps())
+    assert len(ranks) == 2 * len(steps) == 18
+    assert ranks[::2] == ranks[1::2]
     assert len(set(ranks)) > 2
+
+
+def test_a_loop_that_begins_no_step_trains_no_single_rank_by_mistake():
+    with pytest.raises(RuntimeError, match="begin_step"):
+        NestedEngine(engine(), RANKS, seed=0).loss(EXAMPLES)
 
 
 def test_measuring_the_ranks_leaves_the_adapter_whole_and_agrees_with_base_and_whole():
