@@ -190,10 +190,13 @@ def swap_adapter_(model: nn.Module, folder: str | Path, adapter: str = DEFAULT_A
     slots = _slots(model, adapter, named_wrappers(model))
     if others := sorted(key for key, slot in slots.items() if id(slot) not in factors):
         problems.append(f"the model's adapter trains more than low-rank updates: {', '.join(others[:5])}")
+    forms, own_forms = format.forms(tensors), format.forms(slots)
     for name, found in low_rank.items():
         update = updates.get(name)
         if update is None:
             problems.append(f"{name}: the model's adapter does not adapt it{nearest(name, updates)}")
+        elif layers[name].is_module and layers[name].groups == 1 and forms[name] != own_forms[name]:
+            problems.append(f"{name}: the model needs {own_forms[name]}, the file holds {forms[name]}")
         elif 1 < layers[name].groups == found.shape[1] / update.lora_A[0].numel():
             problems.append(f"{name}: {MIXES}; load it under a name of its own (load_adapter_)")
         elif found.shape != update.low_rank().shape:
@@ -335,13 +338,10 @@ def _configured_as(place: str, config: LoraConfig) -> str:
     return f"{module}.out_proj" if inside and _parameters_in(module, config, stacked=False) else module
 
 
-_ENDS_OF_A = ("lora_A.weight", "lora_embedding_A")
-
-
 def _largest_rank(tensors: dict[str, Tensor]) -> int:
     """The most rows of an A in the file, whatever they belong to."""
     return max(
-        (len(tensor) for name, tensor in tensors.items() if name.endswith(_ENDS_OF_A) and tensor.ndim), default=0
+        (len(tensor) for name, tensor in tensors.items() if name.endswith(format.ENDS_OF_A) and tensor.ndim), default=0
     )
 
 
@@ -365,7 +365,7 @@ def _mismatches(expected: dict[str, Tensor], tensors: dict[str, Tensor], model: 
             problems.append(f"{name}: the model needs {list(slot.shape)}, the file holds {list(tensors[name].shape)}")
     for name in tensors.keys() - expected.keys():
         # With bias="all" PEFT writes the bias of a module that is trained in full twice.
-        twin = name.replace(".modules_to_save.", ".")
+        twin = name.replace(".modules_to_save.default.", ".").replace(".modules_to_save.", ".")
         twice = twin in expected and twin in tensors and torch.equal(tensors[twin], tensors[name])
         if not twice and not _is_unchanged_base_weight(name, tensors[name], model):
             problems.append(f"{name}: the model has no place for it{nearest(name, expected)}")
@@ -375,9 +375,8 @@ def _mismatches(expected: dict[str, Tensor], tensors: dict[str, Tensor], model: 
 def _is_unchanged_base_weight(name: str, tensor: Tensor, model: nn.Module) -> bool:
     """PEFT stores some base weights beside the adapter (an adapted embedding's, a head's bias); they must be this
     model's."""
-    wrapped = next((part for part in (".base_layer.", ".original_module.") if part in name), ".")
-    module, _, parameter = name.rpartition(wrapped)
-    own = getattr(dict(named_base_modules(model)).get(format.module_of(module)), parameter, None)
+    module, _, parameter = format.module_of(name.replace(".original_module.", ".")).rpartition(".")
+    own = getattr(dict(named_base_modules(model)).get(module), parameter, None)
     if not isinstance(own, Tensor) or own.shape != tensor.shape:
         return False
     own = own.detach().cpu()

@@ -19,6 +19,7 @@ CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
 PICKLE_FILE = "adapter_model.bin"
 PREFIX = "base_model.model."
+ENDS_OF_A = ("lora_A.weight", "lora_embedding_A")
 _NO_TARGETS = "dummy-target-modules"
 """What PEFT takes for target_modules where rows of embeddings or whole modules alone train."""
 
@@ -114,6 +115,15 @@ def module_of(name: str) -> str:
     return re.sub(r"(\.base_layer)+\.(?!base_layer)", ".", name)
 
 
+def forms(tensors: Mapping[str, Tensor]) -> dict[str, str]:
+    """For each module what the file calls A, and A's shape, whatever the rank."""
+    ends = [(name, end) for name in tensors for end in ENDS_OF_A if name.endswith(f".{end}")]
+    return {
+        module_of(name.removesuffix(f".{end}")): f"{end} of {['r', *tensors[name].shape[1:]]}".replace("'", "")
+        for name, end in ends
+    }
+
+
 def to_settings(config: LoraConfig, target_modules: list[str] | str, transposed: bool, doubled: bool) -> dict[str, Any]:
     """The content of adapter_config.json for a saved adapter.
 
@@ -136,7 +146,7 @@ def to_settings(config: LoraConfig, target_modules: list[str] | str, transposed:
         "layers_pattern": None,
         "layers_to_transform": None,
         "lora_alpha": _whole(config.lora_alpha * grown),
-        "modules_to_save": list(config.heads) or None,
+        "modules_to_save": sorted(config.heads) or None,
         "peft_type": "LORA",
         "r": config.r * more,
         "rank_pattern": {key: r * more for key, r in config.rank_pattern.items()},

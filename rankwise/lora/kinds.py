@@ -48,6 +48,8 @@ def computes_otherwise(module: Any) -> str | None:
     base: Any = _nearest_type(module)
     if base not in (nn.Embedding, *CONVOLUTIONS, nn.MultiheadAttention):
         return None
+    if isinstance(module, nn.Embedding) and module.max_norm is not None:
+        return "an embedding with max_norm rewrites its own weight"
     if isinstance(module, nn.Embedding) and (hasattr(module, "embed_scale") or not module.weight.is_floating_point()):
         return None  # The one multiplies what it looks up by a scale, the other is quantised; they do nothing else.
     names = [name for name in ("forward", "_conv_forward") if hasattr(base, name)]
@@ -63,8 +65,6 @@ def unsupported_reason(module: nn.Module, parent: nn.Module | None) -> str | Non
     """Why a module cannot carry an adapter, or None if it can."""
     if isinstance(parent, nn.MultiheadAttention):
         return "it is a part of an nn.MultiheadAttention, which reads its weight without calling it; name that one"
-    if isinstance(module, nn.Embedding) and module.max_norm is not None:
-        return "an embedding with max_norm rewrites its own weight"
     if isinstance(module, nn.MultiheadAttention) and not module._qkv_same_embed_dim:
         return "an nn.MultiheadAttention with other widths for keys or values has no joint projection"
     if reason := computes_otherwise(module):

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from inspect import signature
 from typing import Any
 
 import torch
@@ -202,8 +203,11 @@ class LoraLayer(Wrapper):
         assert isinstance(found, Update)
         return found
 
-    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """What the base makes of x, and the sum of the changes by the adapters at work."""
+    def forward(self, x: Tensor | None = None, *args: Any, **kwargs: Any) -> Tensor:
+        """What the base makes of x, and the sum of the changes by the adapters at work; x may have the base's name."""
+        if x is None:
+            name = next(iter(signature(self.base.forward).parameters))
+            return self.with_changes(kwargs[name], self.base(**kwargs))
         return self.with_changes(x, self.base(x, *args, **kwargs))
 
     def with_changes(self, x: Tensor, plain: Tensor) -> Tensor:

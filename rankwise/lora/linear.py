@@ -25,9 +25,9 @@ class LoraLinear(LoraLayer):
     parts: Parts | None = None
     """Which adapter computes which part of the input, while several work in one pass."""
 
-    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    def forward(self, x: Tensor | None = None, *args: Any, **kwargs: Any) -> Tensor:
         """x: [..., k] → [..., d]"""
-        if args or kwargs:
+        if args or kwargs or x is None:
             return super().forward(x, *args, **kwargs)
         # The autograd function is there for its backward pass, and costs more than a token's arithmetic to call.
         has_more = has_own_forward

@@ -123,9 +123,9 @@ class TokenRows(Wrapper):
         assert isinstance(found, Rows)
         return found
 
-    def forward(self, x: Tensor) -> Tensor:
-        """x: token indices [...] → [..., d]; for an output head hidden states [..., k] → logits [..., vocabulary]"""
-        result = self.base(x)
+    def forward(self, input: Tensor) -> Tensor:
+        """Token indices [...] → [..., d]; for an output head hidden states [..., k] → logits [..., vocabulary]"""
+        x, result = input, self.base(input)
         for adapter in self.active:
             result = self.with_rows(self.rows(adapter), x, result)
         for adapter, places in self.by_row.among(x).items() if self.by_row else ():

@@ -531,3 +531,31 @@ def test_what_came_into_the_model_later_stays_when_adapters_go():
     eject_(model)
     assert isinstance(model[0], nn.Linear)
     assert model[1].weight.requires_grad
+
+
+def test_rows_of_a_table_that_is_rewritten_by_its_norm_are_refused():
+    model = nn.Sequential(nn.Embedding(4, 3, max_norm=1.0))
+    with pytest.raises(TargetError, match="max_norm rewrites its own weight"):
+        inject_(model, LoraConfig(target_modules=(), trainable_token_indices={"0": [1]}))
+    assert type(model[0]) is nn.Embedding
+
+
+@pytest.mark.parametrize("grad", [True, False])
+@pytest.mark.parametrize(
+    ("layer", "x", "config"),
+    [
+        (nn.Linear(4, 4), torch.randn(2, 4), {"target_modules": ["0"]}),
+        (nn.Conv1d(4, 4, 1), torch.randn(2, 4, 3), {"target_modules": ["0"]}),
+        (nn.Embedding(4, 4), torch.tensor([1, 2]), {"target_modules": ["0"]}),
+        (nn.Embedding(4, 4), torch.tensor([1, 2]), {"target_modules": (), "trainable_token_indices": {"0": [1]}}),
+    ],
+    ids=["linear", "convolution", "embedding", "rows"],
+)
+def test_a_layer_that_is_called_by_keyword_has_its_adapter(layer, x, config, grad):
+    model = nn.Sequential(deepcopy(layer))
+    inject_(model, LoraConfig(r=2, **config))
+    randomise_adapter(model)
+    with torch.set_grad_enabled(grad):
+        found = model[0](input=x)
+        torch.testing.assert_close(found, model[0](x))
+    assert not torch.equal(found, layer(x))

@@ -1,6 +1,8 @@
 """What PEFT's settings mean by a name: heads, attention's projections, bare parameters, blocks; there and back."""
 
 import json
+from collections import OrderedDict
+from copy import deepcopy
 from functools import partial
 
 import peft
@@ -14,6 +16,7 @@ from transformers import (
     BertModel,
     DistilBertConfig,
     DistilBertForSequenceClassification,
+    LlamaForSequenceClassification,
     MixtralConfig,
     MixtralForCausalLM,
     XLNetConfig,
@@ -279,3 +282,48 @@ def test_adapters_by_row_need_the_rows_first():
 def test_a_task_without_its_head_says_how_to_name_one():
     with pytest.raises(TargetError, match=r"modules_to_save names heads that are called otherwise"):
         inject_(tiny("llama"), LoraConfig(r=2, task_type="SEQ_CLS"))
+
+
+class Experts(nn.Module):
+    """A bare parameter, and a head below the module that holds it."""
+
+    def __init__(self):
+        super().__init__()
+        self.w, self.sub = nn.Parameter(torch.randn(8, 8) / 4), nn.ModuleDict({"cls": nn.Linear(8, 8)})
+
+    def forward(self, x):
+        return self.sub["cls"](x @ self.w)
+
+
+@pytest.mark.parametrize(
+    ("head", "config"),
+    [
+        (nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 2)), {"target_modules": ["body"], "modules_to_save": ["head"]}),
+        (Experts(), {"target_modules": [], "target_parameters": ["w"], "modules_to_save": ["cls"]}),
+    ],
+    ids=["a head of several layers", "a head under a bare parameter"],
+)
+def test_biases_that_peft_writes_twice_are_taken_once(head, config, tmp_path):
+    torch.manual_seed(0)
+    base = nn.Sequential(OrderedDict(body=nn.Linear(8, 8), head=head))
+    fresh = deepcopy(base)
+    theirs = peft.get_peft_model(deepcopy(base), peft.LoraConfig(r=2, bias="all", **config))
+    with torch.no_grad():
+        for name, parameter in theirs.named_parameters():
+            if parameter.requires_grad and "original_module" not in name:
+                parameter += torch.randn_like(parameter) / 8
+    theirs.save_pretrained(tmp_path)
+    load_adapter_(base, tmp_path)
+    x = torch.randn(3, 8)
+    torch.testing.assert_close(base(x), peft.PeftModel.from_pretrained(fresh, tmp_path)(x))
+
+
+def test_an_adapter_with_heads_of_the_user_and_the_task_is_saved_to_the_same_bytes_again(tmp_path):
+    config = LoraConfig(r=2, task_type="SEQ_CLS", modules_to_save=["score", "norm"], target_modules=["up_proj"])
+    first, second = (LlamaForSequenceClassification(tiny("llama").config) for _ in range(2))
+    inject_(first, config)
+    save_adapter(first, tmp_path / "first")
+    load_adapter_(second, tmp_path / "first")
+    save_adapter(second, tmp_path / "second")
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        assert (tmp_path / "first" / name).read_bytes() == (tmp_path / "second" / name).read_bytes()

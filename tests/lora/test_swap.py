@@ -3,6 +3,7 @@
 import pytest
 import torch
 from conftest import randomise_adapter, tiny
+from torch import nn
 
 from rankwise import LoraConfig, eject_, inject_, load_adapter_, save_adapter, swap_adapter_
 from rankwise.errors import CheckpointError
@@ -88,3 +89,20 @@ def test_what_does_not_fit_is_told_and_changes_nothing(config, of_host, message,
     with pytest.raises(CheckpointError, match=message):
         swap_adapter_(model, tmp_path)
     assert torch.equal(model(IDS).logits, before)
+
+
+@pytest.mark.parametrize(
+    ("theirs", "here", "message"),
+    [
+        (nn.Conv2d(3, 4, (3, 1)), nn.Conv2d(3, 4, (1, 3)), r"lora_A.weight of \[r, 3, 1, 3\].*\[r, 3, 3, 1\]"),
+        (nn.Embedding(6, 4), nn.Linear(6, 4), r"lora_A.weight of \[r, 6\].*lora_embedding_A of \[r, 6\]"),
+    ],
+)
+def test_a_layer_of_another_kind_or_kernel_is_told(theirs, here, message, tmp_path):
+    other, model = (nn.Sequential(layer) for layer in (theirs, here))
+    for own in (other, model):
+        inject_(own, LoraConfig(r=2, target_modules=["0"]))
+    randomise_adapter(other)
+    save_adapter(other, tmp_path)
+    with pytest.raises(CheckpointError, match=message):
+        swap_adapter_(model, tmp_path)
