@@ -47,13 +47,13 @@ def _t5(s: Settings, kind: str) -> ModelShape:
     kept = kept_by_activation(activation, f) | ({"activated": f, "up": f} if gated else {})
     stacks = []
     for side, depth in (("encoder", layers), ("decoder", s.number("num_decoder_layers", default=layers))):
-        attentions = ["layer.0.SelfAttention", "layer.1.EncDecAttention"][: 1 + (side == "decoder")]
+        cross = side == "decoder"
+        attentions = ["layer.0.SelfAttention", "layer.1.EncDecAttention"][: 1 + cross]
         place = f"layer.{len(attentions)}.DenseReluDense"
         inner = [Linear(f"{place}.{name}", f, d, False, "mlp in") for name in (("wi_0", "wi_1") if gated else ("wi",))]
         mlp = [*inner, Linear(f"{place}.wo", d, f, False, "product" if gated else "activated")]
         # Attention gets the bias by position as a mask, in each block anew.
-        masks = (heads,) if side == "encoder" else (0, heads)
-        once = heads if side == "decoder" else 0
+        masks, once = ((0, heads), heads) if cross else ((heads,), 0)
         block = _block(attentions, ("q", "k", "v", "o"), mlp, heads, heads * width, (d, 1), kept, masks, once)
         stacks.append(Stack(f"{side}.block", block, depth))
     biases = 2 * s.number("relative_attention_num_buckets", default=32) * heads
@@ -69,12 +69,13 @@ def _bart(s: Settings, kind: str) -> ModelShape:
     activation = s.get("activation_function", default="gelu")
     stacks = []
     for side in ("encoder", "decoder"):
-        attentions = ["self_attn", "encoder_attn"][: 1 + (side == "decoder")]
+        cross = side == "decoder"
+        attentions = ["self_attn", "encoder_attn"][: 1 + cross]
         f, heads = s.number(f"{side}_ffn_dim"), s.number(f"{side}_attention_heads")
         mlp = [Linear("fc1", f, d, True, "mlp in"), Linear("fc2", d, f, True, "activated")]
         parts = ("q_proj", "k_proj", "v_proj", "out_proj")
         # A causal attention needs no mask.
-        masks = (1,) if side == "encoder" else (0, 1)
+        masks = (0, 1) if cross else (1,)
         block = _block(attentions, parts, mlp, heads, d, (2 * d, 2), kept_by_activation(activation, f), masks)
         stacks.append(Stack(f"model.{side}.layers", block, s.number(f"{side}_layers")))
     tables = (1 if tied else 3) * vocabulary
@@ -102,7 +103,7 @@ def _block(
     `norm`: its parameters, and the numbers a token that it keeps beside its input. `kept`: what the MLP keeps of a
     token. `masks`: what each attention keeps of a pair of query and key; `mask_of_a_row`: once for all rows.
     """
-    d, bias, cross = mlp[-1].d, mlp[-1].bias, len(attentions) > 1
+    d, bias, count = mlp[-1].d, mlp[-1].bias, len(attentions)
     linears: list[Linear] = []
     for place, own, keys, out in zip(
         attentions, ("attention in", "cross in"), ("attention in", SOURCE), ("attended", "cross attended"), strict=False
@@ -110,18 +111,17 @@ def _block(
         query, key, value, output = (f"{place}.{part}" for part in parts)
         linears += [Linear(query, q, d, bias, own), Linear(key, q, d, bias, keys), Linear(value, q, d, bias, keys)]
         linears.append(Linear(output, d, q, bias, out))
-    count = len(attentions)
     attention = {"queries": count * q, "keys, values": 2 * q, "attended": q, "log-sums": count * heads}
     norms = {"before norms": (count + 1) * d, "statistics": (count + 1) * norm[1]}
     return Block(
         linears=(*linears, *mlp),
         other=(count + 1) * norm[0],
-        kept={**attention, **({"cross attended": q} if cross else {}), **norms, **kept},
+        kept={**attention, **({"cross attended": q} if count > 1 else {}), **norms, **kept},
         from_input=("attention in",),
         activations=mlp[-1].k,
         kept_by_pair=masks,
         kept_by_pair_of_a_row=mask_of_a_row,
-        kept_of_source=2 * q * cross,
+        kept_of_source=2 * q * (count - 1),
     )
 
 

@@ -278,6 +278,16 @@ def test_a_text_that_has_no_positions_is_refused(tmp_path, capsys):
     assert (code, "give at most 84" in " ".join(error.split())) == (2, True)
 
 
+@pytest.mark.parametrize("task", ["seq2seq_lm", "embedding"])
+def test_the_longer_text_of_a_row_is_what_max_length_limits(task, tmp_path, capsys):
+    build(*MODELS[0], tmp_path)
+    model = tmp_path if task == "seq2seq_lm" else "roberta-base"
+    options = ["--model", model, "--task", task, "--rows", 5, "--max-length", 20, "--tokens-per-row"]
+    assert plan(capsys, *options, 40)[0] == 0
+    code, _, error = plan(capsys, *options, 41)
+    assert (code, "above --max-length 20" in " ".join(error.split())) == (2, True)
+
+
 @pytest.mark.parametrize("more", [(), ("--recompute", "always"), ("--base-dtype", "bf16")], ids=str)
 def test_train_prints_what_was_planned_beside_what_came(tiny_t5_folder, tmp_path, capsys, monkeypatch, more):
     monkeypatch.setenv("RANKWISE_CACHE", str(tmp_path / "cache"))
