@@ -58,6 +58,17 @@ CONFIGS: list[dict[str, Any]] = [
     PUBLISHED["roberta-base"],
     {"model_type": "gpt2", "n_embd": 768, "n_layer": 12, "n_head": 12, "vocab_size": 50257, "n_positions": 1024},
     {**PUBLISHED["llama-2-7b"], "model_type": "gemma3_text", "sliding_window": 512},
+    {
+        "model_type": "t5",
+        "d_model": 512,
+        "d_kv": 64,
+        "d_ff": 1024,
+        "num_layers": 8,
+        "num_heads": 6,
+        "vocab_size": 32128,
+        "feed_forward_proj": "gated-gelu",
+        "tie_word_embeddings": False,
+    },
 ]
 ODD: list[Any] = [
     None, True, -1, 0, 10**400, 1e308, "", "\x00", "\ud800", "4" * 5000, "a" * 100_000, [], {}, [[]], {"": None},
@@ -261,7 +272,7 @@ def _plan(path: Path) -> None:
     from rankwise.cli.main import main as rankwise
     from rankwise.errors import ModelError
 
-    tasks = ("causal_lm", "seq_cls", "embedding")
+    tasks = ("causal_lm", "seq_cls", "embedding", "seq2seq_lm")
     codes = [rankwise(["plan", "--model", str(path), "--no-time", "--task", task]) for task in tasks]
     if set(codes) == {2}:
         raise ModelError("refused for each task")

@@ -10,6 +10,11 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
 import pytest
 import torch
+from tokenizers import Regex, Tokenizer
+from tokenizers.decoders import Fuse
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Split
+from tokenizers.processors import TemplateProcessing
 from transformers import (
     AutoTokenizer,
     BertConfig,
@@ -24,8 +29,11 @@ from transformers import (
     LlamaForCausalLM,
     MistralConfig,
     MistralForCausalLM,
+    PreTrainedTokenizerFast,
     Qwen2Config,
     Qwen2ForCausalLM,
+    T5Config,
+    T5ForConditionalGeneration,
 )
 
 from rankwise.cli.main import main
@@ -72,6 +80,11 @@ def tiny(family: str, dtype: torch.dtype = torch.float32) -> Any:
     """A small random model in evaluation mode; the same weights at every call."""
     torch.manual_seed(0)
     return FAMILIES[family]().to(dtype).eval()
+
+
+def added_product(_sum: Any, one: Any, other: Any, **_: Any) -> int:
+    """Operations of addmm_, which torch's counter leaves out; the arguments are shapes."""
+    return 2 * one[0] * one[1] * other[1]
 
 
 def with_options(usual: list[str], *others: str) -> list[str]:
@@ -139,4 +152,28 @@ def tiny_llama_folder(tmp_path_factory: pytest.TempPathFactory, tokenizer: Any) 
     config = LlamaConfig(**{**LLAMA, "vocab_size": len(tokenizer)}, tie_word_embeddings=True)
     LlamaForCausalLM(config).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
+    return folder
+
+
+def reads_characters() -> Any:
+    """A tokenizer of characters that ends every text with </s>, as T5's does."""
+    letters = "abcdefgh ijklmnopqrstuvwxyz0123456789:\n"
+    words = {word: number for number, word in enumerate(["<pad>", "</s>", "<unk>", *letters])}
+    backend = Tokenizer(WordLevel(words, unk_token="<unk>"))
+    backend.pre_tokenizer = Split(Regex("."), "isolated")
+    backend.decoder = Fuse()
+    backend.post_processor = TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend, pad_token="<pad>", eos_token="</s>", unk_token="<unk>", model_max_length=64
+    )
+
+
+@pytest.fixture(scope="session")
+def tiny_t5_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random T5 that reads characters, on disk."""
+    folder = tmp_path_factory.mktemp("tiny-t5")
+    torch.manual_seed(0)
+    config = T5Config(vocab_size=48, d_model=32, d_kv=8, d_ff=48, num_layers=1, num_heads=4, decoder_start_token_id=0)
+    T5ForConditionalGeneration(config).save_pretrained(folder)
+    reads_characters().save_pretrained(folder)
     return folder

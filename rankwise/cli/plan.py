@@ -9,13 +9,13 @@ from typing import Any, ClassVar
 from rankwise.cli.arguments import parse
 from rankwise.data.examples import TextExample
 from rankwise.errors import ConfigError
-from rankwise.plan.architectures import PLANNED, read_shape
+from rankwise.plan.architectures import read_shape
 from rankwise.plan.machine import Machine, read_machine
 from rankwise.plan.plan import make_plan
 from rankwise.plan.report import plan_text
 from rankwise.plan.settings import PUBLISHED
 from rankwise.plan.shape import ModelShape
-from rankwise.plan.workload import Batch, unshared_batch
+from rankwise.plan.workload import Batch, seq2seq_batch, unshared_batch
 from rankwise.train.batches import planned_steps
 from rankwise.train.config import TrainConfig
 
@@ -36,9 +36,10 @@ class PlanConfig(TrainConfig):
     rows: int | None = None
     """Rows to train on, where there is no --data."""
     tokens_per_row: int | None = None
-    """Tokens of each of them; of its two texts together (embedding)."""
+    """Tokens of each of them; of its two texts together (embedding, seq2seq_lm)."""
     trained_per_row: int | None = None
-    """How many of them the loss counts (causal_lm, token_cls); without it, all but the first."""
+    """How many of them the loss counts (causal_lm, token_cls, seq2seq_lm); without it, all but the first, or
+    half of them (seq2seq_lm)."""
     labels: int = 2
     """Classes (seq_cls, token_cls), where there is no --data."""
     time: bool = True
@@ -50,8 +51,6 @@ class PlanConfig(TrainConfig):
 
     def _problems(self):
         yield from super()._problems()
-        if self.task not in PLANNED:
-            yield f"a plan does not know what --task {self.task} costs; known: {', '.join(PLANNED)}"
         if (self.rows is None) != (self.tokens_per_row is None):
             yield "--rows and --tokens-per-row go together"
         if self.data and self.rows is not None:
@@ -59,12 +58,20 @@ class PlanConfig(TrainConfig):
         for name, least in (("rows", 1), ("tokens_per_row", 2), ("trained_per_row", 1), ("labels", 2)):
             if getattr(self, name) is not None and getattr(self, name) < least:
                 yield f"--{name.replace('_', '-')} must be at least {least}, found {getattr(self, name)}"
-        if self.tokens_per_row is not None and self.tokens_per_row > self.max_length:
+        if max(self.texts_per_row, default=0) > self.max_length:
             yield f"--tokens-per-row {self.tokens_per_row} is above --max-length {self.max_length}"
         if self.trained_per_row and self.trained_per_row >= (self.tokens_per_row or 0):
             yield "--trained-per-row must be below --tokens-per-row: the first token of a row has no prediction"
         if self.recalibrate and not self.time:
             yield "--recalibrate measures this machine and --no-time leaves that out; give one of them"
+
+    @property
+    def texts_per_row(self) -> list[int]:
+        """Tokens of each text that the model reads of a row, where there is no data; a target comes last."""
+        tokens = self.tokens_per_row or 0
+        # The two texts of a pair go through the model as two rows.
+        last = {"embedding": tokens - tokens // 2, "seq2seq_lm": self.trained_per_row or tokens // 2}.get(self.task, 0)
+        return [tokens - last, last] if last else [tokens]
 
 
 def main(options: list[str]) -> int:
@@ -146,9 +153,8 @@ def _work(config: PlanConfig, shape: ModelShape, examples: list[Any]) -> tuple[l
     tokens = config.tokens_per_row
     if config.rows is None or tokens is None:
         return [], 0
-    # The two texts of a pair go through the model as two rows.
-    texts = [tokens // 2, tokens - tokens // 2] if config.task == "embedding" else [tokens]
-    most = len(texts) * shape.positions
+    texts = config.texts_per_row
+    most = sum(min(text, shape.positions) for text in texts)
     if tokens > most:
         raise ConfigError(
             f"{config.model} has positions for rows of at most {most:,} tokens (max_position_embeddings), "
@@ -159,6 +165,8 @@ def _work(config: PlanConfig, shape: ModelShape, examples: list[Any]) -> tuple[l
     steps = planned_steps([row] * config.rows, config)
     counted = 1 if shape.of_texts else config.trained_per_row or tokens - 1
     sizes = [len(batch) for step in steps.places for batch in step]
+    if config.task == "seq2seq_lm":
+        return [seq2seq_batch(texts[:1] * size, texts[1:] * size) for size in sizes], len(steps)
     return [unshared_batch(texts * size, size * counted, packs) for size in sizes], len(steps)
 
 

@@ -76,6 +76,6 @@ def _prediction(result: dict[str, Any]) -> str:
     """What `rankwise plan` said of the run before it began."""
     memory, seconds = result["predicted_peak_memory_bytes"], result["predicted_seconds"]
     if memory is None:
-        return "predicted before: nothing, since `rankwise plan` does not know this task, model or targets"
+        return "predicted before: nothing, since `rankwise plan` does not know this model or these targets"
     time = f"{seconds:.0f} s" if seconds else "no time (`rankwise plan` measures this machine once)"
     return f"predicted before: {time}, peak memory {memory / 1e9:.2f} GB"

@@ -1,22 +1,19 @@
-"""From a config.json to a ModelShape: the architectures that a plan knows.
-
-What a block keeps for its backward pass was read from transformers' code; tests compare it with what autograd saves.
-"""
+"""From a config.json to a ModelShape: the architectures that a plan knows."""
 
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Literal
 
 from rankwise.errors import ModelError, nearest
+from rankwise.plan.blocks import apart_block, plain_block
+from rankwise.plan.encoder_decoder import ENCODER_DECODERS, encoder_decoder
 from rankwise.plan.llama import LLAMAS, llama_block
 from rankwise.plan.settings import Settings, read_settings
-from rankwise.plan.shape import Block, Linear, ModelShape
+from rankwise.plan.shape import Attention, Block, Linear, ModelShape, Stack
 
-Attention = Literal["packed", "padded", "scores"]
 ENCODERS = ("bert", "roberta", "xlm-roberta", "camembert", "distilbert")
-PLANNED = ("causal_lm", "seq_cls", "token_cls", "embedding")
-"""The tasks whose cost a plan knows."""
+_LANGUAGE = {"causal_lm": "causal language model", "seq2seq_lm": "sequence-to-sequence model"}
+"""Tasks of models that write, and what such a model is called."""
 TAGGERS = {
     **dict.fromkeys(("llama", "mistral", "ministral", "qwen2", "qwen3", "smollm3", "gemma", "phi3"), "score"),
     **dict.fromkeys(("gpt2", "gpt_neox", "bloom", "falcon"), "classifier"),
@@ -30,36 +27,49 @@ def read_shape(source: Path | str, task: str, labels: int = 2) -> ModelShape:
     `source` is a config.json, a folder that holds one, or the name of a published model (settings.PUBLISHED).
     Raises ModelError for an architecture that is not known and for a file that lacks what is needed.
     """
-    if task not in PLANNED:
-        raise ModelError(f"a plan does not know what --task {task} costs; known: {', '.join(PLANNED)}")
     settings = read_settings(source)
     kind = str(settings.get("model_type", default="none"))
-    known = [*LLAMAS, *_FAMILIES, *ENCODERS]
+    known = [*LLAMAS, *_FAMILIES, *ENCODERS, *ENCODER_DECODERS]
     if kind not in known:
         raise ModelError(
             f"{settings.place} is of model_type {kind!r}, whose matrices a plan does not know{nearest(kind, known)}; "
             f"known: {', '.join(known)}"
         )
-    if kind in ENCODERS and task == "causal_lm":
-        raise ModelError(
-            f"a {kind} model is no causal language model; plan it with --task seq_cls, token_cls or embedding"
-        )
-    if task == "token_cls" and kind not in (*ENCODERS, *TAGGERS):
-        raise ModelError(
-            f"transformers has no token classifier for {kind}; it has for {', '.join((*ENCODERS, *TAGGERS))}"
-        )
-    if kind in LLAMAS:
-        shape = _llama(settings, kind)
-    else:
-        shape = _encoder(settings, kind, task, labels) if kind in ENCODERS else _FAMILIES[kind](settings, kind)
+    _check_task(kind, task)
+    shape = _whole(settings, kind, task, labels)
     settings.check()
     if task == "embedding":
         return _embedding(shape)
-    if kind in ENCODERS or task == "causal_lm":
+    if kind in ENCODERS or task in _LANGUAGE:
         return shape
     of_texts = task == "seq_cls"
     head = Linear("score" if of_texts else TAGGERS[kind], labels, shape.head.k, not of_texts, "final")
     return replace(shape, head=head, head_is_tied=False, of_texts=of_texts)
+
+
+def _check_task(kind: str, task: str) -> None:
+    """Raise ModelError for a task that models of this kind do not have."""
+    if kind in ENCODER_DECODERS:
+        if task != "seq2seq_lm":
+            raise ModelError(f"a {kind} model has an encoder and a decoder; plan it with --task seq2seq_lm")
+        return
+    tasks = ["causal_lm"] * (kind not in ENCODERS) + ["seq_cls", "token_cls", "embedding"]
+    if task in _LANGUAGE and task not in tasks:
+        known = f"{', '.join(tasks[:-1])} or {tasks[-1]}"
+        raise ModelError(f"a {kind} model is no {_LANGUAGE[task]}; plan it with --task {known}")
+    if task == "token_cls" and kind not in (*ENCODERS, *TAGGERS):
+        raise ModelError(
+            f"transformers has no token classifier for {kind}; it has for {', '.join((*ENCODERS, *TAGGERS))}"
+        )
+
+
+def _whole(s: Settings, kind: str, task: str, labels: int) -> ModelShape:
+    """With the head that its own kind of model has."""
+    if kind in LLAMAS:
+        return _llama(s, kind)
+    if kind in ENCODER_DECODERS:
+        return encoder_decoder(s, kind)
+    return _encoder(s, kind, task, labels) if kind in ENCODERS else _FAMILIES[kind](s, kind)
 
 
 def _embedding(shape: ModelShape) -> ModelShape:
@@ -73,7 +83,7 @@ def _embedding(shape: ModelShape) -> ModelShape:
     outside = tuple(replace(linear, name=own(linear.name)) for linear in shape.outside if linear.reads != "first token")
     return replace(
         shape,
-        path=own(shape.path),
+        stacks=tuple(replace(stack, path=own(stack.path)) for stack in shape.stacks),
         other=shape.other + sum(linear.parameters for linear in poolers),
         head=Linear("", 0, shape.width, False, "final"),
         head_is_tied=True,
@@ -97,9 +107,7 @@ def _decoder(
     vocabulary, table_width = s.number("vocab_size"), s.number("word_embed_proj_dim", default=d)
     return ModelShape(
         model_type=kind,
-        path=path,
-        block=block,
-        layers=layers,
+        stacks=(Stack(path, block, layers),),
         heads=heads,
         head_width=d // heads,
         causal=True,
@@ -124,59 +132,9 @@ def _llama(s: Settings, kind: str) -> ModelShape:
     return replace(shape, head_width=width)
 
 
-def plain_block(
-    names: tuple[str, str, str, str],
-    d: int,
-    f: int,
-    heads: int,
-    activation: str,
-    key_values: int | None = None,
-    bias: bool = True,
-    parallel: Literal["no", "two norms", "one norm"] = "no",
-    rotary: bool = False,
-    attention: Attention = "packed",
-) -> Block:
-    """A block with LayerNorm, one fused matrix for query, key and value, and an MLP of two matrices.
-
-    `names`: of the fused matrix, the attention's output and both MLP matrices. `parallel`: attention and MLP read the
-    same input. Padded attention makes tensors of their own of the three parts; packed attention works on views of the
-    fused one, unless it turns queries and keys.
-    """
-    mlp_reads = {"no": "mlp in", "two norms": "mlp in too", "one norm": "attention in"}[parallel]
-    fused = d + 2 * (d if key_values is None else key_values)
-    kept = {"residuals": d if parallel != "no" else 2 * d, "statistics": 2 if parallel == "one norm" else 4}
-    if attention == "packed":
-        kept |= {"fused": fused, "turned": 2 * d if rotary else 0, "attended": d, "log-sums": heads}
-    else:
-        kept |= {"queries, keys, values": 3 * d}
-    if attention == "padded":
-        kept |= {"attended": d, "log-sums": heads}
-    return Block(
-        linears=(
-            Linear(names[0], fused, d, bias, "attention in"),
-            Linear(names[1], d, d, bias, "attended" if attention == "padded" else "joined"),
-            Linear(names[2], f, d, bias, mlp_reads),
-            Linear(names[3], d, f, bias, "activated"),
-        ),
-        other=2 * d if parallel == "one norm" else 4 * d,
-        kept=kept | _activation(activation, f),
-        kept_by_length={"packed": 0, "padded": 1, "scores": heads}[attention],
-        from_input=("attention in",) if parallel == "no" else ("attention in", mlp_reads),
-        activations=f,
-    )
-
-
-def _activation(name: str, f: int) -> dict[str, int]:
-    """What an activation function keeps; its output is what the next matrix reads."""
-    if name == "relu":
-        return {"activated": f}
-    # Written out in elementary steps, each of which keeps its input.
-    return {"before activation": 4 * f if name in ("gelu_new", "gelu_fast") else f}
-
-
 def _gpt2(s: Settings, kind: str) -> ModelShape:
     d, heads = s.number("n_embd", "hidden_size"), s.number("n_head", "num_attention_heads")
-    _only(s, {"add_cross_attention": False})
+    s.only({"add_cross_attention": False})
     names = ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")
     f = s.number("n_inner", default=4 * d)
     block = plain_block(names, d, f, heads, s.get("activation_function", default="gelu_new"))
@@ -213,7 +171,7 @@ def _falcon(s: Settings, kind: str) -> ModelShape:
     d = s.number("hidden_size")
     heads, layers = s.number("num_attention_heads", "n_head"), s.number("num_hidden_layers", "n_layer")
     new = bool(s.get("new_decoder_architecture", default=False))
-    _only(s, {"alibi": False, **({} if new else {"multi_query": True, "parallel_attn": True})})
+    s.only({"alibi": False, **({} if new else {"multi_query": True, "parallel_attn": True})})
     names = ("self_attention.query_key_value", f"self_attention.{_DENSE[0]}", *_DENSE[1:])
     groups = s.number("num_kv_heads", "n_head_kv", default=heads) if new else 1
     two_norms = new and s.get("num_ln_in_parallel_attn", default=2) == 2
@@ -233,37 +191,13 @@ def _falcon(s: Settings, kind: str) -> ModelShape:
     return replace(_decoder(s, kind, "transformer.h", block, layers, heads, 2 * d, tied=True), attention=attention)
 
 
-def _only(s: Settings, wanted: dict[str, bool]) -> None:
-    """Raise ModelError if a setting has another value than the one that a plan knows."""
-    found = {name: s.get(name, default=value) for name, value in wanted.items()}
-    other = [f"{name} = {found[name]!r} (only {value!r})" for name, value in wanted.items() if found[name] != value]
-    if other:
-        raise ModelError(f"{s.place} has settings whose cost a plan does not know: {', '.join(other)}")
-
-
-def _apart_block(names: tuple[str, ...], d: int, f: int, heads: int, norms: dict[str, int], activation: str) -> Block:
-    """A block with query, key and value in matrices of their own, all with biases, LayerNorm and packed attention."""
-    reads = (*["attention in"] * 3, "joined", "mlp in", "activated")
-    sizes = [(d, d)] * 4 + [(f, d), (d, f)]
-    parts = zip(names, sizes, reads, strict=True)
-    kept = {"queries": d, "keys": d, "values": d, "attended": d, "log-sums": heads, "statistics": 4}
-    return Block(
-        linears=tuple(Linear(name, *size, True, tensor) for name, size, tensor in parts),
-        other=4 * d,
-        kept={**kept, **norms, **_activation(activation, f)},
-        kept_by_length=0,
-        from_input=("attention in",),
-        activations=f,
-    )
-
-
 def _opt(s: Settings, kind: str) -> ModelShape:
     d, heads = s.number("hidden_size"), s.number("num_attention_heads")
-    _only(s, dict.fromkeys(("enable_bias", "layer_norm_elementwise_affine", "do_layer_norm_before"), True))
+    s.only(dict.fromkeys(("enable_bias", "layer_norm_elementwise_affine", "do_layer_norm_before"), True))
     names = (*(f"self_attn.{part}_proj" for part in ("k", "v", "q", "out")), "fc1", "fc2")
     activation = s.get("activation_function", default="relu")
     f = s.number("ffn_dim")
-    block = _apart_block(names, d, f, heads, {"residuals": 2 * d}, activation)
+    block = apart_block(names, d, f, heads, {"residuals": 2 * d}, activation)
     narrow, layers = s.number("word_embed_proj_dim", default=d), s.number("num_hidden_layers")
     ends = (("project_in", d, narrow), ("project_out", narrow, d)) if narrow != d else ()
     outside = tuple(Linear(f"model.decoder.{name}", rows, columns, False, name) for name, rows, columns in ends)
@@ -283,17 +217,14 @@ def _encoder(s: Settings, kind: str, task: str, labels: int) -> ModelShape:
         names = (*(f"attention.{part}_lin" for part in ("q", "k", "v", "out")), "ffn.lin1", "ffn.lin2")
     activation = s.get("hidden_act", "activation", default="gelu")
     norms = {"before norms": 2 * d}
-    block = _apart_block(names, d, f, heads, norms, activation)
+    block = apart_block(names, d, f, heads, norms, activation)
     first = "pre_classifier" if distil else "bert.pooler.dense" if bert else "classifier.dense"
     vocabulary = s.number("vocab_size")
     types = 0 if distil else s.number("type_vocab_size", default=2)
+    paths = {"bert": "bert.encoder.layer", "distilbert": "distilbert.transformer.layer"}
     return ModelShape(
         model_type=kind,
-        path={"bert": "bert.encoder.layer", "distilbert": "distilbert.transformer.layer"}.get(
-            kind, "roberta.encoder.layer"
-        ),
-        block=block,
-        layers=s.number("num_hidden_layers", "n_layers"),
+        stacks=(Stack(paths.get(kind, "roberta.encoder.layer"), block, s.number("num_hidden_layers", "n_layers")),),
         heads=heads,
         head_width=d // heads,
         causal=False,

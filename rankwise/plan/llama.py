@@ -62,7 +62,6 @@ def llama_block(s: Settings, variant: Variant, d: int, heads: int, width: int) -
         ),
         other=_norm_parameters(variant, d, q, kv, width),
         kept=_kept(variant, d, q, kv, f, heads, groups),
-        kept_by_length=0,
         from_input=("attention in",),
         activations=f,
     )

@@ -13,7 +13,7 @@ from pathlib import Path
 from rankwise.lora.report import InjectReport
 from rankwise.plan.flops import places_of_head
 from rankwise.plan.memory_options import DEFAULT_OPTIONS, MemoryOptions
-from rankwise.plan.shape import ModelShape, is_dora
+from rankwise.plan.shape import SOURCE, ModelShape, is_dora
 from rankwise.plan.workload import Batch
 
 FLOAT = 4
@@ -29,6 +29,8 @@ SLACK = 0.45
 """Share of what comes and goes with each step that glibc's allocator holds beside it, in gaps that no tensor fits."""
 LOGITS_BYTES = 30 * 2**20
 """Logits and their gradient share one chunk of at most this size (engine/head.py)."""
+LOGITS = 3
+"""Tensors of their size where logits come whole (engine/seq2seq.py)."""
 
 _GROUP = Path("/sys/fs/cgroup")
 COPIES = 2
@@ -94,7 +96,7 @@ def lora_memory(
     """Of a run whose largest batch is `batch`."""
     ranks = {matrix.name: matrix.r for matrix in report.matrices}
     frozen = base_bytes(shape, report, options) + copied_bytes(report, options)
-    kept = kept_numbers(shape, ranks, batch.padded_to, options.recompute, is_dora(report))
+    kept = kept_numbers(shape, ranks, batch, options.recompute, is_dora(report))
     return _memory(shape, kept, batch, process_bytes, frozen, TRAINED * report.trainable_parameters)
 
 
@@ -121,32 +123,41 @@ def base_bytes(shape: ModelShape, report: InjectReport, options: MemoryOptions) 
 def full_memory(shape: ModelShape, batch: Batch, process_bytes: float) -> Memory:
     """The same for full fine-tuning: every matrix needs its input, and no number is frozen."""
     every = {linear.name: 0 for linear in shape.linears()}
-    kept = kept_numbers(shape, every, batch.padded_to)
+    kept = kept_numbers(shape, every, batch)
     return _memory(shape, kept, batch, process_bytes, 0, TRAINED * shape.total_parameters)
 
 
 def _memory(shape: ModelShape, kept: int, batch: Batch, process_bytes: float, frozen: float, trained: float) -> Memory:
-    """`kept`: numbers a token that the forward pass keeps."""
-    activations = FLOAT * batch.computed * kept
+    """`kept`: numbers that the forward pass keeps."""
+    activations = FLOAT * kept
     logits = FLOAT * places_of_head(shape, batch) * shape.head.d
-    block = batch.computed * (3 * shape.block.activations + 2 * shape.width)
-    working = max(min(logits, LOGITS_BYTES), FLOAT * block)
+    # A decoder's logits that read an encoder come whole: they, their logarithms and the gradient.
+    head = LOGITS * logits if len(shape.stacks) > 1 else min(logits, LOGITS_BYTES)
+    block = max(
+        run.computed * (3 * stack.block.activations + 2 * shape.width)
+        for stack, run in zip(shape.stacks, batch.runs, strict=True)
+    )
+    working = max(head, FLOAT * block)
     process = process_bytes + VOCABULARY_ENTRY * shape.vocabulary
     return Memory(process, frozen, trained, activations, working, SLACK * (activations + working))
 
 
 def kept_numbers(
-    shape: ModelShape, ranks: dict[str, int], padded_to: int, recompute: bool = False, dora: bool = False
+    shape: ModelShape, ranks: dict[str, int], batch: Batch, recompute: bool = False, dora: bool = False
 ) -> int:
-    """Numbers a token that all blocks from the lowest adapted one on keep for the backward pass.
+    """Numbers of a batch that all blocks from the lowest adapted one on keep for the backward pass.
 
-    With `recompute` all but the last keep their input alone. The others' numbers are there one block after the other,
-    once the last block's are gone.
+    `ranks`: of the adapted matrices, by whole name. With `recompute` all blocks of a stack but the last keep their
+    input alone. The others' numbers are there one block after the other, once the last block's are gone. What an
+    encoder puts out is kept once for all blocks that read it.
     """
-    adapted = [
-        any(f"{shape.path}.{index}.{linear.name}" in ranks for linear in shape.block.linears)
-        for index in range(shape.layers)
-    ]
-    lowest = adapted.index(True) if any(adapted) else shape.layers
-    kept = [shape.kept_in_block(ranks, index, padded_to, dora) for index in range(lowest, shape.layers)]
-    return shape.width * (len(kept) - 1) + max(kept) if recompute and kept else sum(kept)
+    total, reached = 0, False
+    for stack, run in zip(shape.stacks, batch.runs, strict=True):
+        adapted = [stack.adapted(ranks, index) for index in range(stack.layers)]
+        lowest = next((index for index, found in enumerate(adapted) if found or reached), stack.layers)
+        kept = [stack.kept_in_block(ranks, index, run, dora) for index in range(lowest, stack.layers)]
+        total += shape.width * run.computed * (len(kept) - 1) + max(kept) if recompute and kept else sum(kept)
+        reads_source = any(linear.reads == SOURCE for found in adapted for linear, _ in found)
+        total += shape.width * run.source * reads_source
+        reached = reached or lowest < stack.layers
+    return total

@@ -60,12 +60,20 @@ class Settings:
     def number(self, *names: str, default: int | None = None) -> int:
         """As `get`, for a whole number; without a default it must be there (`check` tells)."""
         value = self.get(*names, default=default)
-        least, most = int("type_vocab_size" not in names), MOST_LAYERS if "num_hidden_layers" in names else MOST
+        of_layers = any(name.endswith("layers") for name in names)
+        least, most = int("type_vocab_size" not in names), MOST_LAYERS if of_layers else MOST
         if isinstance(value, int) and not isinstance(value, bool) and least <= value <= most:
             return value
         wanted = f" as a whole number from {least} to {most:,}, found {str(value)[:40]}"
         self.missing.append(" or ".join(names) + ("" if value is None else wanted))
         return 1
+
+    def only(self, wanted: dict[str, bool]) -> None:
+        """Raise ModelError if a setting has another value than the one that a plan knows."""
+        found = {name: self.get(name, default=value) for name, value in wanted.items()}
+        other = [f"{name} = {found[name]!r} (only {value!r})" for name, value in wanted.items() if found[name] != value]
+        if other:
+            raise ModelError(f"{self.place} has settings whose cost a plan does not know: {', '.join(other)}")
 
     def check(self) -> None:
         """Raise ModelError that names everything that was missing."""

@@ -10,7 +10,12 @@ from typing import Literal
 from rankwise.errors import ConfigError, TargetError, listing, nearest
 from rankwise.lora.config import ALL_LINEAR, LoraConfig, lies_in_head, matches_target
 from rankwise.lora.report import AdaptedMatrix, InjectReport
+from rankwise.plan.workload import Run
 
+Attention = Literal["packed", "padded", "scores"]
+"""How rankwise's engine runs it: packed; padded; or padded with an attention that writes its scores down."""
+SOURCE = "source"
+"""What the keys and values of a decoder's cross attention read: what the encoder puts out, at the encoder's tokens."""
 _MAGNITUDES = "magnitudes"
 """What InjectReport.extra calls the lengths of rows that DoRA trains."""
 
@@ -30,6 +35,10 @@ class Linear:
     def parameters(self) -> int:
         return self.d * self.k + self.d * self.bias
 
+    def tokens(self, run: Run) -> int:
+        """Tokens that it runs on."""
+        return run.source if self.reads == SOURCE else run.computed
+
 
 @dataclass(frozen=True)
 class Block:
@@ -41,12 +50,61 @@ class Block:
     """Parameters that lie in no linear layer: norms."""
     kept: Mapping[str, int]
     """Numbers a token that the backward pass needs whatever is adapted, by what they are."""
-    kept_by_length: int
-    """More such numbers a token, for each token of the padded row: an attention that writes its scores down."""
     from_input: tuple[str, ...]
     """Tensors that linear layers read and that come from the block's input through norms alone."""
     activations: int
     """Values a token that go through an activation function."""
+    kept_by_pair: tuple[int, ...] = ()
+    """For each attention of a padded batch, more numbers that are kept, for each pair of a query and a key: a mask, or
+    the scores of an attention that writes them down."""
+    kept_by_pair_of_a_row: int = 0
+    """More such numbers for the pairs of the first attention, which all rows share: a bias by position."""
+    kept_of_source: int = 0
+    """Numbers that are kept for each token of the encoder: keys and values of cross attention."""
+
+    def kept_by_attention(self, run: Run) -> int:
+        """Numbers of a batch that no single token keeps."""
+        pairs = [rows * queries * keys for rows, queries, keys in run.attention]
+        by_pair = sum(number * count for number, count in zip(self.kept_by_pair, pairs, strict=False))
+        return by_pair + self.kept_by_pair_of_a_row * pairs[0] // run.attention[0][0] + self.kept_of_source * run.source
+
+
+@dataclass(frozen=True)
+class Stack:
+    """Equal blocks, one after the other."""
+
+    path: str
+    """Name of the list of blocks."""
+    block: Block
+    layers: int
+
+    def linears(self) -> Iterator[Linear]:
+        """With whole names."""
+        for index in range(self.layers):
+            for linear in self.block.linears:
+                yield replace(linear, name=f"{self.path}.{index}.{linear.name}")
+
+    @property
+    def parameters(self) -> int:
+        return self.layers * (self.block.other + sum(linear.parameters for linear in self.block.linears))
+
+    def adapted(self, ranks: Mapping[str, int], index: int) -> list[tuple[Linear, int]]:
+        """The adapted matrices of block `index`, each with its rank; `ranks` has them by whole name."""
+        named = [(f"{self.path}.{index}.{linear.name}", linear) for linear in self.block.linears]
+        return [(linear, ranks[name]) for name, linear in named if name in ranks]
+
+    def kept_in_block(self, ranks: Mapping[str, int], index: int, run: Run, dora: bool = False) -> int:
+        """Numbers that block `index` keeps for the backward pass of a batch, beside what the encoder puts out.
+
+        `ranks`: of the adapted matrices, by whole name. `dora`: they train magnitudes too.
+        """
+        adapted = self.adapted(ranks, index)
+        # A frozen matrix needs no input for its backward pass; an adapted one needs its input x, and A·x.
+        inputs = {linear.reads: linear.k for linear, _ in adapted if linear.reads != SOURCE}
+        # DoRA multiplies the base's output and the update's, and keeps both for the gradient of the magnitudes.
+        beside = sum((r + 2 * linear.d * dora) * linear.tokens(run) for linear, r in adapted)
+        by_token = sum({**inputs, **self.block.kept}.values())
+        return by_token * run.computed + beside + self.block.kept_by_attention(run)
 
 
 @dataclass(frozen=True)
@@ -54,15 +112,12 @@ class ModelShape:
     """All that a plan needs to know of a model."""
 
     model_type: str
-    path: str
-    """Name of the list of blocks."""
-    block: Block
-    layers: int
+    stacks: tuple[Stack, ...]
+    """A single one, or an encoder's and a decoder's."""
     heads: int
     head_width: int
     causal: bool
-    attention: Literal["packed", "padded", "scores"]
-    """How rankwise's engine runs it: packed; padded; or padded with an attention that writes its scores down."""
+    attention: Attention
     vocabulary: int
     width: int
     """Of the stream of hidden states."""
@@ -80,15 +135,14 @@ class ModelShape:
 
     def linears(self) -> Iterator[Linear]:
         """Every linear layer but the head, with whole names."""
-        for index in range(self.layers):
-            for linear in self.block.linears:
-                yield Linear(f"{self.path}.{index}.{linear.name}", linear.d, linear.k, linear.bias, linear.reads)
+        for stack in self.stacks:
+            yield from stack.linears()
         yield from self.outside
 
     @property
     def total_parameters(self) -> int:
         """A shared one counts once."""
-        blocks = self.layers * (self.block.other + sum(linear.parameters for linear in self.block.linears))
+        blocks = sum(stack.parameters for stack in self.stacks)
         outside = sum(linear.parameters for linear in self.outside)
         return self.other + blocks + outside + (0 if self.head_is_tied else self.head.parameters)
 
@@ -101,21 +155,6 @@ class ModelShape:
     def attended(self) -> int:
         """Width of all query heads together."""
         return self.heads * self.head_width
-
-    def kept_in_block(self, ranks: Mapping[str, int], index: int, padded_to: int, dora: bool = False) -> int:
-        """Numbers a token that block `index` keeps for the backward pass.
-
-        `ranks`: of the adapted matrices, by whole name. `padded_to`: tokens of a padded row. `dora`: they train
-        magnitudes too.
-        """
-        prefix = f"{self.path}.{index}."
-        adapted = [linear for linear in self.block.linears if prefix + linear.name in ranks]
-        # A frozen matrix needs no input for its backward pass; an adapted one needs its input x, and A·x.
-        inputs = {linear.reads: linear.k for linear in adapted}
-        hidden = sum(ranks[prefix + linear.name] for linear in adapted)
-        # DoRA multiplies the base's output and the update's, and keeps both for the gradient of the magnitudes.
-        outputs = 2 * sum(linear.d for linear in adapted) * dora
-        return sum({**inputs, **self.block.kept}.values()) + hidden + outputs + self.block.kept_by_length * padded_to
 
     def largest_ranks(self, lora: LoraConfig) -> dict[str, int]:
         """min(d, k) of each matrix that would be adapted, by name: no update can have a higher rank."""
@@ -148,11 +187,10 @@ class ModelShape:
         if wanted is None:
             return linears
         indices = {wanted} if isinstance(wanted, int) else set(wanted)
-        blocks = tuple(f"{self.path}.{index}." for index in indices)
-        if missing := sorted(index for index in indices if index >= self.layers):
-            raise TargetError(
-                f"layers_to_transform: there are {self.layers} blocks from 0 on, and none of index {missing}"
-            )
+        blocks = tuple(f"{stack.path}.{index}." for stack in self.stacks for index in indices)
+        deepest = max(stack.layers for stack in self.stacks)
+        if missing := sorted(index for index in indices if index >= deepest):
+            raise TargetError(f"layers_to_transform: there are {deepest} blocks from 0 on, and none of index {missing}")
         return [linear for linear in linears if linear.name.startswith(blocks)]
 
 

@@ -51,7 +51,7 @@ def lora_seconds(
 ) -> Seconds:
     """Of one batch with the adapter of `report`, without the optimiser."""
     ranks = {matrix.name: matrix.r for matrix in report.matrices}
-    kept = kept_numbers(shape, ranks, batch.padded_to, dora=is_dora(report))
+    kept = kept_numbers(shape, ranks, batch, dora=is_dora(report))
     flops = lora_flops(shape, report, batch, options)
     r = max(ranks.values(), default=1)
     return _seconds(shape, kept, r, flops, batch, machine, AGAIN if options.recompute else 1)
@@ -60,7 +60,7 @@ def lora_seconds(
 def full_seconds(shape: ModelShape, batch: Batch, machine: Machine) -> Seconds:
     """The same for full fine-tuning."""
     every = {linear.name: 0 for linear in shape.linears()}
-    kept = kept_numbers(shape, every, batch.padded_to)
+    kept = kept_numbers(shape, every, batch)
     return _seconds(shape, kept, 0, full_flops(shape, batch), batch, machine, 1)
 
 
@@ -80,15 +80,16 @@ def run_seconds(batches: Sequence[Seconds], steps: int, trained: int, copied: fl
 def _seconds(
     shape: ModelShape, kept: int, r: int, flops: Flops, batch: Batch, machine: Machine, passes: float
 ) -> Seconds:
-    """`kept`: numbers a token that the forward pass keeps.
+    """`kept`: numbers that the forward pass keeps.
 
     `passes`: how often forward and backward passes of the blocks' small operations run.
     """
-    rate = machine.product_rate(batch.computed)
+    pairs = list(zip(shape.stacks, batch.runs, strict=True))
+    rate = machine.product_rate(max(run.computed for run in batch.runs))
     places = places_of_head(shape, batch)
-    calls = len(batch.attention) * shape.layers
-    activations = batch.computed * shape.layers * shape.block.activations
-    moved = ACCESSES * FLOAT * batch.computed * kept
+    calls = sum(len(run.attention) * stack.layers for stack, run in pairs)
+    activations = sum(run.computed * stack.layers * stack.block.activations for stack, run in pairs)
+    moved = ACCESSES * FLOAT * kept
     elementwise = moved / machine.bytes_per_second + activations / machine.activations_per_second
     return Seconds(
         matrices=flops.matrices / rate,
@@ -96,5 +97,5 @@ def _seconds(
         attention=calls * machine.attention_call + flops.attention / machine.attention_flops,
         head=flops.head / machine.product_rate(places) + places * shape.head.d / machine.logits_per_second,
         elementwise=passes * elementwise,
-        starting=passes * shape.layers * OPERATIONS * machine.operation,
+        starting=passes * sum(stack.layers for stack in shape.stacks) * OPERATIONS * machine.operation,
     )

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from rankwise.data.pairs import PairExample
+from rankwise.data.seq2seq import Seq2SeqExample
 from rankwise.engine.batch import pack_whole, stream_of
 from rankwise.engine.contrast import Contrast
 from rankwise.errors import RankwiseError
@@ -16,7 +17,7 @@ from rankwise.plan.architectures import read_shape
 from rankwise.plan.machine import read_machine
 from rankwise.plan.memory import free_bytes
 from rankwise.plan.plan import make_plan
-from rankwise.plan.workload import Batch, packed_batch, padded_batch
+from rankwise.plan.workload import Batch, packed_batch, padded_batch, seq2seq_batch
 from rankwise.train.batches import Plan
 from rankwise.train.config import TrainConfig
 from rankwise.train.peak_memory import peak_memory_bytes
@@ -44,6 +45,8 @@ def counted_batches(plan: Sequence[Sequence[Sequence[Any]]], packs: bool) -> lis
 
 
 def _counted(examples: Sequence[Any], packs: bool) -> Batch:
+    if isinstance(examples[0], Seq2SeqExample):
+        return seq2seq_batch(*([len(example.texts[side]) for example in examples] for side in (0, 1)))
     of_pairs = isinstance(examples[0], PairExample)
     texts = Contrast.of(examples).texts if of_pairs else [example.ids for example in examples]
     lengths, counted = [len(text) for text in texts], sum(example.counted for example in examples)

@@ -20,6 +20,7 @@ from rankwise.lora.config import LoraConfig
 from rankwise.lora.inject import set_adapter_training
 from rankwise.plan.architectures import _FAMILIES, TAGGERS, read_shape
 from rankwise.plan.llama import LLAMAS
+from rankwise.plan.workload import unshared_batch
 
 SMALL = {
     "vocab_size": 96,
@@ -207,9 +208,10 @@ def test_a_block_keeps_what_autograd_saves(task, kind, class_name, other, tmp_pa
             kept_numbers(task, kind, class_name, other, layers, tmp_path, lora) for layers in (2, 3)
         )
         assert packs == (shape.attention == "packed")
-        in_block = [m for m in shape.adapted(lora).matrices if m.name.startswith(f"{shape.path}.1.")]
-        planned = shape.kept_in_block({m.name: m.r for m in in_block}, 1, padded_to=28, dora=dora)
-        assert (three - two) / tokens == planned
+        ranks = {m.name: m.r for m in shape.adapted(lora).matrices}
+        [run] = unshared_batch([20, 28], 4, packs).runs
+        assert run.computed == tokens
+        assert three - two == shape.stacks[0].kept_in_block(ranks, 1, run, dora)
 
 
 def _config(kind, class_name, other, folder):

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 import torch
-from conftest import ROOT, tiny
+from conftest import ROOT, added_product, tiny
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForTokenClassification
 
@@ -34,11 +34,6 @@ from rankwise.train.config import TrainConfig
 from rankwise.train.forecast import counted_batches
 
 ATTENTION = ("_scaled_dot_product_flash_attention_for_cpu", "_scaled_dot_product_flash_attention_for_cpu_backward")
-
-
-def added_product(_sum, one, other, **_):
-    """Operations of addmm_, which torch's counter leaves out; the arguments are shapes."""
-    return 2 * one[0] * one[1] * other[1]
 
 
 def texts(lengths, shared=0):
