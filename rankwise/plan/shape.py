@@ -163,12 +163,15 @@ class ModelShape:
     def adapted(self, lora: LoraConfig) -> InjectReport:
         """What `rankwise.inject_` would report of this model.
 
-        Raises TargetError for patterns that match no linear layer, ConfigError for a rank above min(d, k).
+        Raises TargetError if no linear layer is there, or none that a pattern names; ConfigError for a rank above
+        min(d, k).
         """
         in_full = [linear for linear in (*self.outside, self.head) if lies_in_head(linear.name, lora.heads)]
         free = [linear for linear in self.linears() if linear not in in_full]
         if lora.target_modules == ALL_LINEAR:
             chosen = [linear for linear in free if min(linear.d, linear.k) > 1]
+            if not chosen:
+                raise TargetError(f"this {self.model_type} model has no linear layer to adapt; see its widths")
         else:
             chosen = _matching(
                 lora, free if self.head in in_full or not self.head.d else [*free, self.head], self.model_type

@@ -2,6 +2,7 @@
 
 from collections import Counter
 from dataclasses import fields, replace
+from functools import partial
 from itertools import product
 
 import pytest
@@ -16,6 +17,7 @@ from rankwise.data.pairs import PairExample
 from rankwise.data.shapes import TASK_TYPES
 from rankwise.engine.elementwise import elementwise_by_hand
 from rankwise.engine.tasks import engine_for
+from rankwise.errors import TargetError
 from rankwise.lora.config import LoraConfig
 from rankwise.lora.inject import set_adapter_training
 from rankwise.plan.architectures import _FAMILIES, TAGGERS, read_shape
@@ -217,3 +219,23 @@ def test_a_block_keeps_what_autograd_saves(task, kind, class_name, other, tmp_pa
 def _config(kind, class_name, other, folder):
     build(kind, class_name, other, 2, folder)
     return folder
+
+
+def test_a_model_of_vectors_has_no_layer_to_adapt_as_inject_says(tmp_path):
+    config = AutoConfig.for_model(
+        "llama",
+        hidden_size=1,
+        intermediate_size=1,
+        num_attention_heads=1,
+        head_dim=1,
+        num_hidden_layers=1,
+        vocab_size=9,
+    )
+    config.save_pretrained(tmp_path)
+    model = transformers.AutoModelForCausalLM.from_config(config)
+    for adapted in (
+        partial(read_shape(tmp_path, "causal_lm").adapted, LoraConfig(r=1)),
+        partial(rankwise.inject_, model, LoraConfig(r=1)),
+    ):
+        with pytest.raises(TargetError, match="has no linear layer to adapt"):
+            adapted()
