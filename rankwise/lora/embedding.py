@@ -36,7 +36,12 @@ class LoraEmbedding(LoraLayer):
         its padding_idx, and a sparse one if it has that."""
         if getattr(self.base, "sparse", False) and A.is_leaf and A.requires_grad:
             return _SparseColumns.apply(A, x, self.base.padding_idx)
-        return F.embedding(x, A.T, getattr(self.base, "padding_idx", None))
+        by_frequency = getattr(self.base, "scale_grad_by_freq", False)
+        return F.embedding(x, A.T, getattr(self.base, "padding_idx", None), scale_grad_by_freq=by_frequency)
+
+    def is_sparse(self, adapter: str) -> bool:
+        """Whether the gradient of an adapter's A is: not with a start, which is computed with as one matrix."""
+        return getattr(self.base, "sparse", False) and not self.update(adapter).has_start
 
 
 class _SparseColumns(torch.autograd.Function):

@@ -32,8 +32,8 @@ def start_from_data_(
     weights and so as much memory as they take, in fp32. "eva" and "corda" keep Σ x·xᵀ [k, k] of each layer. Only linear
     layers can start from data. Returns each module's rank: "eva" spreads the sum of the ranks over the layers anew.
     Raises ConfigError, before the model is run, for another start or other layers, if the adapter is merged, in a block
-    of `adapters_off` or `adapters_by_row`, or if "corda" or "lora_ga" finds a weight that is not dense (quantised); the
-    model is then as it was.
+    of `adapters_off` or `adapters_by_row`, or if "corda" or "lora_ga" finds a weight that is not dense (quantised) or
+    not finite; after it for inputs or gradients that are not finite. The model is then as it was.
     """
     check_names(model, [adapter])
     check_outside_blocks(model)
@@ -47,11 +47,15 @@ def start_from_data_(
     if others:
         raise ConfigError(f"init_lora_weights {how!r} goes with linear layers alone, found {', '.join(others[:5])}")
     if how != "eva":
-        for layer in layers.values():
-            layer.needed_matrix(f"init_lora_weights {how!r}")
+        for name, layer in layers.items():
+            if not torch.isfinite(layer.needed_matrix(f"init_lora_weights {how!r}")).all():
+                raise ConfigError(f"the weight of {name} is not finite (NaN or infinite)")
     sums = (_gradients if how == "lora_ga" else _inputs)(model, layers, batches, loss)
     if unreached := sorted(layers.keys() - sums.keys()):
         raise ConfigError(f"the batches did not reach {', '.join(unreached[:5])}; nothing was changed")
+    if broken := sorted(name for name, found in sums.items() if not torch.isfinite(found).all()):
+        what = "gradients" if how == "lora_ga" else "inputs"
+        raise ConfigError(f"the {what} of {', '.join(broken[:5])} are not finite in these batches; nothing was changed")
     if how == "eva":
         return _start_eva(model, layers, sums, adapter)
     for name, layer in layers.items():

@@ -140,7 +140,10 @@ class TokenRows(Wrapper):
         # As in the base's own table, the row of padding gets no gradient.
         padding = getattr(self.base, "padding_idx", None)
         padding = rows.tokens.index(padding) if padding in rows.tokens else None
-        own = F.embedding(place.clamp_min(0), rows.values.to(result.dtype), padding)
+        # A token without a row (-1) reads one more row of zeros, so that none is counted too often.
+        table = F.pad(rows.values.to(result.dtype), (0, 0, 0, 1))
+        by_frequency = getattr(self.base, "scale_grad_by_freq", False)
+        own = F.embedding(place % len(table), table, padding, scale_grad_by_freq=by_frequency)
         own = own * getattr(self.base, "embed_scale", 1.0)
         return torch.where((place >= 0)[..., None], own, result)
 

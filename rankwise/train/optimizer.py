@@ -30,7 +30,8 @@ def lora_optimizer(
     `lora_plus_ratio`: B learns so many times faster than A (LoRA+, Hayou et al. 2024, arXiv 2402.12354).
     `weight_decay`: shrinks A and B by lr·weight_decay in each step, whatever their rank, and nothing else that trains
     (heads, magnitudes, biases). With W0 frozen this pulls ΔW towards zero, so towards the base.
-    `preconditioned`: gradients in the metric of ΔW (`PreconditionedAdamW`).
+    `preconditioned`: gradients in the metric of ΔW (`PreconditionedAdamW`); not of stacked experts, nor of
+    convolutions with groups.
     Raises ConfigError for a rate or ratio that is not positive, a negative decay, or an embedding whose gradients are
     sparse.
     """
@@ -45,15 +46,20 @@ def lora_optimizer(
             f"AdamW takes no sparse gradients, as embeddings with sparse=True give them: {', '.join(sparse)}; leave "
             "them out (exclude_modules), make the base's dense, or train them with torch.optim.SparseAdam"
         )
-    pairs = _pairs(model, {id(p) for p in trained})
-    of_A, of_B = {id(A) for A, _ in pairs}, {id(B) for _, B in pairs}
+    layers = [layer for _, layer in named_lora_layers(model)]
+    updates = [(layer, layer.update(name)) for layer in layers for name in layer.active]
+    of_A, of_B = {id(update.lora_A) for _, update in updates}, {id(update.lora_B) for _, update in updates}
     groups: list[dict[str, Any]] = [
         {"params": [p for p in trained if id(p) in of_A], "lr": lr, "weight_decay": weight_decay},
         {"params": [p for p in trained if id(p) in of_B], "lr": lr * lora_plus_ratio, "weight_decay": weight_decay},
         {"params": [p for p in trained if id(p) not in of_A | of_B], "lr": lr, "weight_decay": 0.0},
     ]
     groups = [group for group in groups if group["params"]]
-    return PreconditionedAdamW(pairs, groups, lr=lr) if preconditioned else AdamW(groups, lr=lr, fused=True)
+    if not preconditioned:
+        return AdamW(groups, lr=lr, fused=True)
+    # A stack of experts, or of a convolution's groups, is no pair of two matrices of one rank.
+    pairs = [(u.lora_A, u.lora_B) for layer, u in updates if layer.stacks == 1 and u.lora_A.requires_grad]
+    return PreconditionedAdamW(pairs, groups, lr=lr)
 
 
 class PreconditionedAdamW(AdamW):
@@ -94,15 +100,9 @@ def _sparse(model: nn.Module, trained: set[int]) -> list[str]:
         for name, layer in named_wrappers(model)
         if isinstance(layer, LoraEmbedding | TrainedCopy)
         and any(id(p) in trained for adapter in layer.active for p in layer.parameters_of(adapter))
-        and any(getattr(module, "sparse", False) for module in layer.chosen().modules())
-    ]
-
-
-def _pairs(model: nn.Module, trained: set[int]) -> list[Pair]:
-    """The factors of every update that trains, where they are two matrices of one rank (not stacks of experts)."""
-    updates = [layer.update(name) for _, layer in named_lora_layers(model) for name in layer.active]
-    return [
-        (update.lora_A, update.lora_B)
-        for update in updates
-        if id(update.lora_A) in trained and update.lora_A.shape[0] == update.lora_B.flatten(1).shape[1]
+        and (
+            any(map(layer.is_sparse, layer.active))
+            if isinstance(layer, LoraEmbedding)
+            else any(getattr(module, "sparse", False) for module in layer.chosen().modules())
+        )
     ]

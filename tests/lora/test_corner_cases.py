@@ -478,6 +478,39 @@ def test_a_sparse_embedding_trains_only_the_tokens_that_it_sees():
     assert torch.equal((before != A).all(0), torch.isin(torch.arange(10), torch.tensor([1, 3])))
 
 
+@pytest.mark.parametrize(
+    "config", [{"target_modules": ["0"]}, {"target_modules": (), "trainable_token_indices": {"0": [1, 4]}}]
+)
+def test_a_table_that_scales_gradients_by_frequency_does_so_for_what_trains_beside_it(config):
+    plain = nn.Sequential(nn.Embedding(6, 4, scale_grad_by_freq=True))
+    ids = torch.tensor([1, 1, 1, 2, 0, 0])
+    gradients = []
+    for scales in (True, False):
+        model = deepcopy(plain)
+        model[0].scale_grad_by_freq = scales
+        inject_(model, LoraConfig(r=2, **config))
+        torch.manual_seed(0)
+        randomise_adapter(model)
+        model(ids).square().sum().backward()
+        first = next(p for p in model.parameters() if p.requires_grad)
+        gradients.append(first.grad.T if config["target_modules"] else first.grad)
+    by_frequency, whole = gradients
+    rows = {1: 3, 2: 1, 0: 2} if config["target_modules"] else {0: 3}
+    assert whole.any()
+    for row, count in rows.items():
+        torch.testing.assert_close(by_frequency[row] * count, whole[row])
+
+
+def test_a_start_on_a_sparse_table_has_a_dense_gradient_which_the_optimiser_takes():
+    model = nn.Sequential(nn.Embedding(9, 4, sparse=True))
+    inject_(model, LoraConfig(r=2, target_modules=["0"], init_lora_weights="pissa"))
+    optimizer = lora_optimizer(model, lr=1e-3)
+    before = model[0].update("default").lora_A.detach().clone()
+    model(torch.tensor([1, 2])).square().sum().backward()
+    optimizer.step()
+    assert not torch.equal(model[0].update("default").lora_A, before)
+
+
 @pytest.mark.parametrize("how", ["target_modules", "modules_to_save"])
 def test_an_optimiser_that_takes_no_sparse_gradients_says_so(how):
     model = nn.Sequential(nn.Embedding(10, 4, sparse=True), nn.Linear(4, 4))

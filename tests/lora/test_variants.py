@@ -338,3 +338,27 @@ def test_dora_sees_base_values_that_are_loaded_after_injection():
     changed = base.weight + update.low_rank().delta(torch.float64)
     expected = F.linear(x, changed * (update.magnitude / changed.norm(dim=1))[:, None], base.bias)
     close(model(x), expected)
+
+
+@pytest.mark.parametrize(
+    ("start", "broken"),
+    # EVA looks at no weight.
+    [("eva", "input"), ("corda", "input"), ("lora_ga", "input"), ("corda", "weight"), ("lora_ga", "weight")],
+)
+def test_a_start_from_what_is_not_finite_names_the_layer_and_changes_nothing(start, broken):
+    model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
+    if broken == "weight":
+        with torch.no_grad():
+            model[1].weight[0, 0] = torch.nan
+    inject_(model, LoraConfig(r=2, init_lora_weights=start))
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+
+    def loss(x):
+        # The second layer's input, and so the first one's gradient too, is not finite.
+        return model[1](model[0](x) / (0.0 if broken == "input" else 1.0)).square().mean()
+
+    with pytest.raises(ConfigError, match=r"\b1\b.* (are|is) not finite"):
+        start_from_data_(model, [torch.ones(4, 8)], loss)
+    after = model.state_dict()
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[name].nan_to_num(), after[name].nan_to_num()) for name in before)

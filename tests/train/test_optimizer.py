@@ -114,6 +114,40 @@ def test_a_convolution_with_groups_trains_without_preconditioner():
     assert torch.equal(updates(model)[0].lora_A.grad, gradient)
 
 
+class Experts(nn.Module):
+    """Two experts' weights in one parameter, of which a pass uses the first."""
+
+    def __init__(self):
+        super().__init__()
+        self.w = nn.Parameter(torch.randn(2, 4, 4, dtype=torch.float64))
+
+    def forward(self, x):
+        return x @ self.w[0].T
+
+
+def stacked(kind):
+    model = nn.Sequential(nn.Conv1d(4, 4, 3, groups=2) if kind == "groups" else Experts()).double()
+    places = {"target_modules": ["0"]} if kind == "groups" else {"target_modules": (), "target_parameters": ["0.w"]}
+    inject_(model, LoraConfig(r=2, init_lora_weights=False, **places))
+    return model
+
+
+@pytest.mark.parametrize("kind", ["groups", "experts"])
+def test_factors_of_stacked_matrices_have_their_rate_and_decay(kind):
+    optimizer = lora_optimizer(stacked(kind), 1e-3, lora_plus_ratio=8.0, weight_decay=0.1)
+    assert [(group["lr"], group["weight_decay"]) for group in optimizer.param_groups] == [(1e-3, 0.1), (8e-3, 0.1)]
+
+
+def test_an_expert_that_no_token_met_is_not_moved_by_the_preconditioner():
+    model = stacked("experts")
+    optimizer = lora_optimizer(model, 1e-2, preconditioned=True)
+    before = updates(model)[0].lora_A.detach().clone()
+    model(torch.randn(3, 4, dtype=torch.float64)).sum().backward()
+    optimizer.step()
+    moved = (updates(model)[0].lora_A - before).abs().sum(1) > 0
+    assert moved.tolist() == [True, True, False, False]
+
+
 @pytest.mark.parametrize("wrong", [{"lr": 0}, {"lora_plus_ratio": -1}, {"weight_decay": -0.1}])
 def test_impossible_settings_are_refused(wrong):
     with pytest.raises(ConfigError, match="above 0"):
