@@ -34,14 +34,15 @@ class LoraEmbedding(LoraLayer):
     def _columns(self, A: Tensor, x: Tensor) -> Tensor:
         """A [r, k] at the tokens x [...] → [..., r], with the gradient that the base's own table would have: none at
         its padding_idx, and a sparse one if it has that."""
-        if getattr(self.base, "sparse", False) and A.is_leaf and A.requires_grad:
-            return _SparseColumns.apply(A, x, self.base.padding_idx)
         by_frequency = getattr(self.base, "scale_grad_by_freq", False)
+        if getattr(self.base, "sparse", False) and not by_frequency and A.is_leaf and A.requires_grad:
+            return _SparseColumns.apply(A, x, self.base.padding_idx)
         return F.embedding(x, A.T, getattr(self.base, "padding_idx", None), scale_grad_by_freq=by_frequency)
 
     def is_sparse(self, adapter: str) -> bool:
-        """Whether the gradient of an adapter's A is: not with a start, which is computed with as one matrix."""
-        return getattr(self.base, "sparse", False) and not self.update(adapter).has_start
+        """Whether an adapter's A gets a sparse gradient: not with a start, which is computed with as one matrix."""
+        sparse = getattr(self.base, "sparse", False) and not getattr(self.base, "scale_grad_by_freq", False)
+        return sparse and self.update(adapter).lora_A.requires_grad and not self.update(adapter).has_start
 
 
 class _SparseColumns(torch.autograd.Function):

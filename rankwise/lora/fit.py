@@ -2,7 +2,8 @@
 
 from collections.abc import Iterable, Mapping
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from rankwise.errors import ConfigError, MergeError, listing, nearest
 from rankwise.lora.config import LoraConfig, pattern_matches
@@ -10,6 +11,7 @@ from rankwise.lora.places import named_base_modules, named_lora_layers, named_wr
 from rankwise.lora.report import AdaptedMatrix
 from rankwise.lora.targets import is_inside
 from rankwise.lora.trained import TrainedBias, TrainedCopy
+from rankwise.lora.variants import from_weight
 
 
 def configured_as(name: str, modules: dict[str, nn.Module]) -> str:
@@ -89,6 +91,23 @@ def check_nesting(model: nn.Module, parts: Iterable[str], heads: list[str]) -> N
 def check_biases_of_B(names: list[str], modules: dict[str, nn.Module], config: LoraConfig) -> None:
     if config.lora_bias and (without := [name for name in names if isinstance(modules[name], nn.Embedding)]):
         raise ConfigError(f"lora_bias: an embedding has no bias to merge it into, found {listing(without)}")
+
+
+def check_weights(names: list[str], modules: dict[str, nn.Module], config: LoraConfig) -> None:
+    """Raise ConfigError if the adapter starts from weights (PiSSA, OLoRA) that are not finite."""
+    if from_weight(config.init_lora_weights) is None:
+        return
+    weights = {name: getattr(modules[name], "weight", None) for name in names}
+    broken = [
+        name
+        for name, weight in weights.items()
+        if isinstance(weight, Tensor) and not weight.is_meta and not torch.isfinite(weight).all()
+    ]
+    if broken:
+        raise ConfigError(
+            f"init_lora_weights {config.init_lora_weights!r} starts from the weights, and these are not finite (NaN or "
+            "infinite):\n" + listing(broken)
+        )
 
 
 def check_ranks(matrices: tuple[AdaptedMatrix, ...], modules: dict[str, nn.Module], in_file: int | None) -> None:

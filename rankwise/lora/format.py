@@ -102,10 +102,12 @@ def paths(wrappers: Iterable[tuple[str, Wrapper]], adapter: str) -> Callable[[st
     around = {name: sum(adapter in part.shares for _, part in layer.lora_layers()) for name, layer in wrappers}
 
     def path(name: str) -> str:
-        parts = name.split(".")
-        for end in range(len(parts) - 1, 0, -1):
-            parts[end - 1] += ".base_layer" * around.get(".".join(parts[:end]), 0)
-        return ".".join(parts)
+        found, end = name, name.rfind(".")
+        while end > 0:
+            if count := around.get(name[:end]):
+                found = found[:end] + ".base_layer" * count + found[end:]
+            end = name.rfind(".", 0, end)
+        return found
 
     return path
 

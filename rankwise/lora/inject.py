@@ -111,6 +111,7 @@ def _plan(model: nn.Module, config: LoraConfig, in_file: int | None = None) -> _
         fit.check_merged(model, config, [*heads, *tokens], merged, present.biases)
         fit.refuse_change_of_merged_biases(model, present.biases, merged)
     fit.check_biases_of_B(names, modules, config)
+    fit.check_weights(names, modules, config)
     if not from_file:
         fit.check_patterns([fit.configured_as(matrix.name, modules) for matrix in matrices], config)
     fit.check_ranks(matrices, modules, in_file)

@@ -47,9 +47,9 @@ def start_from_data_(
     if others:
         raise ConfigError(f"init_lora_weights {how!r} goes with linear layers alone, found {', '.join(others[:5])}")
     if how != "eva":
-        for name, layer in layers.items():
-            if not torch.isfinite(layer.needed_matrix(f"init_lora_weights {how!r}")).all():
-                raise ConfigError(f"the weight of {name} is not finite (NaN or infinite)")
+        weights = {name: layer.needed_matrix(f"init_lora_weights {how!r}") for name, layer in layers.items()}
+        if broken := sorted(name for name, weight in weights.items() if not torch.isfinite(weight).all()):
+            raise ConfigError(f"the weights of {', '.join(broken[:5])} are not finite (NaN or infinite)")
     sums = (_gradients if how == "lora_ga" else _inputs)(model, layers, batches, loss)
     if unreached := sorted(layers.keys() - sums.keys()):
         raise ConfigError(f"the batches did not reach {', '.join(unreached[:5])}; nothing was changed")

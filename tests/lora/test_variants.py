@@ -362,3 +362,13 @@ def test_a_start_from_what_is_not_finite_names_the_layer_and_changes_nothing(sta
     after = model.state_dict()
     assert before.keys() == after.keys()
     assert all(torch.equal(before[name].nan_to_num(), after[name].nan_to_num()) for name in before)
+
+
+@pytest.mark.parametrize("start", ["pissa", "olora"])
+def test_a_start_from_a_weight_that_is_not_finite_is_told_before_anything_is_changed(start):
+    model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
+    with torch.no_grad():
+        model[1].weight[0, 0] = torch.inf
+    with pytest.raises(ConfigError, match=r"starts from the weights, and these are not finite(.|\n)*\b1\b"):
+        inject_(model, LoraConfig(r=2, init_lora_weights=start))
+    assert [type(module) for module in model] == [nn.Linear, nn.Linear]
