@@ -87,6 +87,28 @@ def added_product(_sum: Any, one: Any, other: Any, **_: Any) -> int:
     return 2 * one[0] * one[1] * other[1]
 
 
+def numbers_kept(engine: Any, examples: Any) -> float:
+    """Numbers that autograd keeps of the batch for the backward pass."""
+    from rankwise.engine.elementwise import elementwise_by_hand
+    from rankwise.lora.inject import set_adapter_training
+
+    model = engine.model
+    base = {p.untyped_storage().data_ptr() for p in (*model.parameters(), *model.buffers())}
+    kept: dict[int, tuple[float, torch.Tensor]] = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in base and tensor.shape[:-1].numel() > 1:
+            # The tensor stays referenced, so that no later one takes its place.
+            kept[storage.data_ptr()] = (storage.nbytes() / 4, tensor)
+        return tensor
+
+    set_adapter_training(model, True)
+    with elementwise_by_hand(model), torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        engine.loss(examples)
+    return sum(size for size, _ in kept.values())
+
+
 def with_options(usual: list[str], *others: str) -> list[str]:
     """The usual options of a command, `others` in place of those with the same names."""
     kept, keep = [], True

@@ -34,15 +34,20 @@ class LoraEmbedding(LoraLayer):
     def _columns(self, A: Tensor, x: Tensor) -> Tensor:
         """A [r, k] at the tokens x [...] → [..., r], with the gradient that the base's own table would have: none at
         its padding_idx, and a sparse one if it has that."""
-        by_frequency = getattr(self.base, "scale_grad_by_freq", False)
-        if getattr(self.base, "sparse", False) and not by_frequency and A.is_leaf and A.requires_grad:
+        if self._has_sparse_gradient and A.is_leaf and A.requires_grad:
             return _SparseColumns.apply(A, x, self.base.padding_idx)
+        by_frequency = getattr(self.base, "scale_grad_by_freq", False)
         return F.embedding(x, A.T, getattr(self.base, "padding_idx", None), scale_grad_by_freq=by_frequency)
 
     def is_sparse(self, adapter: str) -> bool:
         """Whether an adapter's A gets a sparse gradient: not with a start, which is computed with as one matrix."""
-        sparse = getattr(self.base, "sparse", False) and not getattr(self.base, "scale_grad_by_freq", False)
-        return sparse and self.update(adapter).lora_A.requires_grad and not self.update(adapter).has_start
+        update = self.update(adapter)
+        return self._has_sparse_gradient and update.lora_A.requires_grad and not update.has_start
+
+    @property
+    def _has_sparse_gradient(self) -> bool:
+        """Whether the base's own table would have one; torch knows none that is scaled by frequency."""
+        return getattr(self.base, "sparse", False) and not getattr(self.base, "scale_grad_by_freq", False)
 
 
 class _SparseColumns(torch.autograd.Function):

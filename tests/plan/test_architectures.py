@@ -8,6 +8,7 @@ from itertools import product
 import pytest
 import torch
 import transformers
+from conftest import numbers_kept
 from transformers import AutoConfig
 
 import rankwise
@@ -15,11 +16,9 @@ from rankwise.data.examples import TextExample
 from rankwise.data.labelled import LabelExample, TagExample
 from rankwise.data.pairs import PairExample
 from rankwise.data.shapes import TASK_TYPES
-from rankwise.engine.elementwise import elementwise_by_hand
 from rankwise.engine.tasks import engine_for
 from rankwise.errors import TargetError
 from rankwise.lora.config import LoraConfig
-from rankwise.lora.inject import set_adapter_training
 from rankwise.plan.architectures import _FAMILIES, TAGGERS, read_shape
 from rankwise.plan.llama import LLAMAS
 from rankwise.plan.workload import unshared_batch
@@ -182,20 +181,7 @@ def kept_numbers(task, kind, class_name, other, layers, folder, lora):
     else:
         examples = [TextExample(row, (False,) * (len(row) - 4) + (True,) * 4, "") for row in rows]
     engine = engine_for(task, model, 0, examples)
-    base = {p.untyped_storage().data_ptr() for p in (*model.parameters(), *model.buffers())}
-    kept = {}
-
-    def keep(tensor):
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in base and tensor.shape[:-1].numel() > 1:
-            # The tensor stays referenced, so that no later one takes its place.
-            kept[storage.data_ptr()] = (storage.nbytes() / 4, tensor)
-        return tensor
-
-    set_adapter_training(model, True)
-    with elementwise_by_hand(model), torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        engine.loss(examples)
-    return sum(size for size, _ in kept.values()), 48 if engine.packs else 56, engine.packs
+    return numbers_kept(engine, examples), 48 if engine.packs else 56, engine.packs
 
 
 @pytest.mark.parametrize(ARGUMENTS, PLAIN, ids=named)

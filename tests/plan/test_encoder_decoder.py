@@ -6,17 +6,15 @@ from dataclasses import replace
 import pytest
 import torch
 import transformers
-from conftest import added_product
+from conftest import added_product, numbers_kept
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoConfig
 
 import rankwise
 from rankwise.cli.main import main
 from rankwise.data.seq2seq import Seq2SeqExample
-from rankwise.engine.elementwise import elementwise_by_hand
 from rankwise.engine.tasks import engine_for
 from rankwise.lora.config import LoraConfig
-from rankwise.lora.inject import set_adapter_training
 from rankwise.lora.narrow import compute_in_
 from rankwise.plan.architectures import read_shape
 from rankwise.plan.encoder_decoder import ENCODER_DECODERS
@@ -148,20 +146,7 @@ def kept_by_autograd(model, lora, examples):
     """Numbers that autograd keeps for a batch."""
     rankwise.inject_(model, lora)
     engine = engine_for("seq2seq_lm", model, 0, examples)
-    base = {p.untyped_storage().data_ptr() for p in (*model.parameters(), *model.buffers())}
-    kept = {}
-
-    def keep(tensor):
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in base and tensor.shape[:-1].numel() > 1:
-            # The tensor stays referenced, so that no later one takes its place.
-            kept[storage.data_ptr()] = (storage.nbytes() / 4, tensor)
-        return tensor
-
-    set_adapter_training(model, True)
-    with elementwise_by_hand(model), torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        engine.loss(examples)
-    return sum(size for size, _ in kept.values())
+    return numbers_kept(engine, examples)
 
 
 @pytest.mark.parametrize("dora", [False, True])
