@@ -24,6 +24,16 @@ class LoraAttention(LoraLayer):
         """nn.TransformerEncoderLayer asks this before it reads the weights past this layer in inference."""
         return False
 
+    @property
+    def in_proj_weight(self) -> Any:
+        """The joint weight; with what the adapters at work add to it, where the model computes with it."""
+        return self.effective_weight() if self.is_read_as_one() else self.base.in_proj_weight
+
+    @property
+    def in_proj_bias(self) -> Any:
+        """The joint bias, in the same way."""
+        return self.effective_bias(self.base.in_proj_bias)
+
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """As nn.MultiheadAttention.forward."""
         if "forward" in self.base.__dict__ or not does_more_than_its_class(self.base):

@@ -2,7 +2,7 @@
 
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from dataclasses import dataclass
 from math import isfinite
 from pathlib import Path
@@ -274,8 +274,7 @@ def _read_files(folder: Path, trainable: bool) -> tuple[LoraConfig, dict[str, Te
     if weights.is_file():
         try:
             with safe_open(weights, framework="pt") as file:
-                names = file.keys()
-                tensors = {name.removeprefix(format.PREFIX): file.get_tensor(name) for name in names}
+                tensors = {name.removeprefix(format.PREFIX): tensor for name, tensor in file.get_tensors().items()}
         except SafetensorError as error:
             problems.append(f"{weights.name} is damaged or not a safetensors file: {error}")
     if config is None or not weights.is_file() or (not tensors and problems):
@@ -307,51 +306,50 @@ def _sort_tensors(
         if tensor.is_floating_point() and not isfinite(tensor.sum().item()) and not torch.isfinite(tensor).all():
             count = int((~torch.isfinite(tensor)).sum())
             problems.append(f"{name}: {count:,} of {tensor.numel():,} values are not finite (NaN or infinite)")
-    for end_A, end_B in (("lora_A.weight", "lora_B.weight"), ("lora_embedding_A", "lora_embedding_B")):
-        for name in [name for name in tensors if name.endswith("." + end_A)]:
-            place = name.removesuffix("." + end_A)
-            module, other = format.module_of(place), f"{place}.{end_B}"
-            A, B = rest.pop(name), rest.pop(other, None)
-            if B is None or A.ndim != B.ndim or A.ndim < 2:
-                problems.append(f"{other}: missing or not a matrix")
-                continue
-            bare = _parameters_in(module, config, stacked=A.shape[0] != config.rank_of(module))
-            full_name = bare[0] if bare else _configured_as(place, config)
-            r = config.rank_of(full_name)
-            if bare and A.shape[0] == B.shape[1] and (len(bare) > 1 or A.shape[0] != r):
-                rest |= {name: A, other: B}
-                continue
-            low_rank[module] = LowRank(*as_matrices(A, B), config.scale_of(full_name))
-            # The second factor of a convolution with groups holds a group's share of r.
-            if A.shape[0] != r or (B.shape[1] != r and not (B.ndim > 2 and r % B.shape[1] == 0)):
-                problems.append(f"{module}: r is {r}, found A {list(A.shape)} and B {list(B.shape)}")
+    adapted = format.adapted_places(tensors)
+    for place, end_A in adapted.items():
+        name, other = f"{place}.{end_A}", f"{place}.{format.END_OF_B[end_A]}"
+        A, B = rest.pop(name), rest.pop(other, None)
+        if B is None or A.ndim != B.ndim or A.ndim < 2:
+            problems.append(f"{other}: missing or not a matrix")
+            continue
+        module, owner = format.module_of(place, adapted), format.owner_of(place, adapted)
+        bare = _parameters_in(owner, config, stacked=A.shape[0] != config.rank_of(module))
+        full_name = bare[0] if bare else _configured_as(place, adapted, config)
+        r = config.rank_of(full_name)
+        if bare and A.shape[0] == B.shape[1] and (len(bare) > 1 or A.shape[0] != r):
+            rest |= {name: A, other: B}
+            continue
+        low_rank[module] = LowRank(*as_matrices(A, B), config.scale_of(full_name))
+        # The second factor of a convolution with groups holds a group's share of r.
+        if A.shape[0] != r or (B.shape[1] != r and not (B.ndim > 2 and r % B.shape[1] == 0)):
+            problems.append(f"{module}: r is {r}, found A {list(A.shape)} and B {list(B.shape)}")
     return low_rank, rest
 
 
-def _configured_as(place: str, config: LoraConfig) -> str:
+def _configured_as(place: str, adapted: Container[str], config: LoraConfig) -> str:
     """The name that decides the rank and scale of the module at a place in the file.
 
     An attention's output projection, which PEFT reaches through the wrapper around it, has the attention's.
     """
-    attention, inside, _ = place.rpartition(".base_layer.out_proj")
-    module = format.module_of(attention if inside else place).partition(".base_layer")[0]
+    attention = place.removesuffix(".base_layer.out_proj")
+    inside = attention != place and attention in adapted
+    module = format.owner_of(attention if inside else place, adapted)
     return f"{module}.out_proj" if inside and _parameters_in(module, config, stacked=False) else module
 
 
 def _largest_rank(tensors: dict[str, Tensor]) -> int:
     """The most rows of an A in the file, whatever they belong to."""
-    return max(
-        (len(tensor) for name, tensor in tensors.items() if name.endswith(format.ENDS_OF_A) and tensor.ndim), default=0
-    )
+    As = [tensors[f"{place}.{end}"] for place, end in format.adapted_places(tensors).items()]
+    return max((len(A) for A in As if A.ndim), default=0)
 
 
 def _parameters_in(module: str, config: LoraConfig, stacked: bool) -> list[str]:
-    """The full names that target_parameters may mean in a module, whose name may end as a wrapper's in the file.
+    """The full names that target_parameters may mean in a module.
 
     An entry of one word means the parameter in any module, which shows where A has other rows than the module's rank
     (`stacked`).
     """
-    module = module.partition(".base_layer")[0]
     entries = [entry.rpartition(".") for entry in config.target_parameters or ()]
     return [f"{module}.{end}" for owner, _, end in entries if (matches_name(module, owner) if owner else stacked)]
 
@@ -367,15 +365,16 @@ def _mismatches(expected: dict[str, Tensor], tensors: dict[str, Tensor], model: 
         # With bias="all" PEFT writes the bias of a module that is trained in full twice.
         twin = name.replace(".modules_to_save.default.", ".").replace(".modules_to_save.", ".")
         twice = twin in expected and twin in tensors and torch.equal(tensors[twin], tensors[name])
-        if not twice and not _is_unchanged_base_weight(name, tensors[name], model):
+        if not twice and not _is_unchanged_base_weight(name, tensors, model):
             problems.append(f"{name}: the model has no place for it{nearest(name, expected)}")
     return sorted(problems)
 
 
-def _is_unchanged_base_weight(name: str, tensor: Tensor, model: nn.Module) -> bool:
+def _is_unchanged_base_weight(name: str, tensors: dict[str, Tensor], model: nn.Module) -> bool:
     """PEFT stores some base weights beside the adapter (an adapted embedding's, a head's bias); they must be this
     model's."""
-    module, _, parameter = format.module_of(name.replace(".original_module.", ".")).rpartition(".")
+    plain = format.module_of(name.replace(".original_module.", "."), format.adapted_places(tensors))
+    (module, _, parameter), tensor = plain.rpartition("."), tensors[name]
     own = getattr(dict(named_base_modules(model)).get(module), parameter, None)
     if not isinstance(own, Tensor) or own.shape != tensor.shape:
         return False

@@ -1,7 +1,7 @@
 """One adapter from several: the exact weighted sum of their ΔW, TIES and DARE, at a rank of choice."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 from typing import Literal
@@ -68,7 +68,8 @@ def combine_adapters_(
             A, B, lost[name] = _compress(*stacked, None if r is None else _share(layer, r))
         factors[name] = A, B
     ranks = {name: _rank(layer, factors[name][0]) for name, layer in layers.items()}
-    inject_(model, _config(layers, ranks), adapter=adapter)
+    configs = injection(model).configs
+    inject_(model, _config(layers, ranks, [configs[source] for source in weights]), adapter=adapter)
     for name, layer in layers.items():
         layer.set_row_factors(layer.update(adapter), *factors[name])
     return CombineReport(ranks, lost)
@@ -172,14 +173,19 @@ def _rank(layer: LoraLayer, A: Tensor) -> int:
     return A.shape[-2] * layer.groups
 
 
-def _config(layers: Mapping[str, LoraLayer], ranks: Mapping[str, int]) -> LoraConfig:
-    """A configuration in which every update has its own rank and the scale 1."""
+def _config(layers: Mapping[str, LoraLayer], ranks: Mapping[str, int], sources: Sequence[LoraConfig]) -> LoraConfig:
+    """A configuration in which every update has its own rank and the scale 1; base and task are those of the sources
+    that name one, where these agree."""
+    tasks = {source.task_type for source in sources} - {None}
+    bases = {source.base_model_name_or_path for source in sources} - {None}
     modules = [name for name, layer in layers.items() if layer.is_module and not layer.inside_attention]
     r = max(ranks.values())
     # An attention's output projection has the settings of the attention, whose ranks are the same.
     ranks = {name: rank for name, rank in ranks.items() if not layers[name].inside_attention}
     own = exact_patterns({name: rank for name, rank in ranks.items() if rank != r}, ranks)
     return LoraConfig(
+        task_type=tasks.pop() if len(tasks) == 1 else None,
+        base_model_name_or_path=bases.pop() if len(bases) == 1 else None,
         r=r,
         lora_alpha=r,
         target_modules="|".join(map(re.escape, modules)) if modules else (),

@@ -1,7 +1,7 @@
 """PEFT's adapter folder (0.21): names of files, tensors and settings, translated to and from ours."""
 
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Container, Iterable, Mapping
 from dataclasses import fields
 from typing import Any
 
@@ -19,7 +19,9 @@ CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
 PICKLE_FILE = "adapter_model.bin"
 PREFIX = "base_model.model."
-ENDS_OF_A = ("lora_A.weight", "lora_embedding_A")
+END_OF_B = {"lora_A.weight": "lora_B.weight", "lora_embedding_A": "lora_embedding_B"}
+"""What the file calls the two factors of a module: A → B."""
+_BASE_LAYERS = re.compile(r"(\.base_layer)+\.(?!base_layer)")
 _NO_TARGETS = "dummy-target-modules"
 """What PEFT takes for target_modules where rows of embeddings or whole modules alone train."""
 
@@ -82,9 +84,9 @@ def named_tensors(name: str, layer: Wrapper, adapter: str, stored: bool = False)
 
 def _of_update(name: str, layer: LoraLayer, update: Update, stored: bool) -> dict[str, Tensor]:
     embedding = isinstance(layer, LoraEmbedding)
-    end_A, end_B = ("lora_embedding_A", "lora_embedding_B") if embedding else ("lora_A.weight", "lora_B.weight")
+    end_A = "lora_embedding_A" if embedding else "lora_A.weight"
     A, B = layer.stored_factors(update) if stored else (update.lora_A, update.lora_B)
-    tensors: dict[str, Tensor] = {f"{name}.{end_A}": A, f"{name}.{end_B}": B}
+    tensors: dict[str, Tensor] = {f"{name}.{end_A}": A, f"{name}.{END_OF_B[end_A]}": B}
     if update.lora_bias is not None:
         tensors[f"{name}.lora_B.bias"] = update.lora_bias
     if update.magnitude is not None:
@@ -112,17 +114,31 @@ def paths(wrappers: Iterable[tuple[str, Wrapper]], adapter: str) -> Callable[[st
     return path
 
 
-def module_of(name: str) -> str:
-    """The module in the base model that the file calls `name`; what stands at the end there is left as it is."""
-    return re.sub(r"(\.base_layer)+\.(?!base_layer)", ".", name)
+def adapted_places(names: Iterable[str]) -> dict[str, str]:
+    """The places that have an A of their own among the names in a file, each with what the file calls that A."""
+    ends = [(name, end) for name in names for end in END_OF_B if name.endswith(f".{end}")]
+    return {name.removesuffix(f".{end}"): end for name, end in ends}
+
+
+def module_of(place: str, adapted: Container[str]) -> str:
+    """The module in the base model that a file calls `place`; what stands at the end there is left as it is.
+
+    A base_layer is PEFT's if it lies in one of the `adapted_places`, and otherwise a module of the user's own.
+    """
+    return _BASE_LAYERS.sub(lambda found: "." if place[: found.start()] in adapted else found[0], place)
+
+
+def owner_of(place: str, adapted: Container[str]) -> str:
+    """As `module_of`, without the wrappers at the end too, of which one stands for each adapted parameter."""
+    return module_of(f"{place}.", adapted).removesuffix(".")
 
 
 def forms(tensors: Mapping[str, Tensor]) -> dict[str, str]:
     """For each module what the file calls A, and A's shape, whatever the rank."""
-    ends = [(name, end) for name in tensors for end in ENDS_OF_A if name.endswith(f".{end}")]
+    adapted = adapted_places(tensors)
     return {
-        module_of(name.removesuffix(f".{end}")): f"{end} of {['r', *tensors[name].shape[1:]]}".replace("'", "")
-        for name, end in ends
+        module_of(place, adapted): f"{end} of {['r', *tensors[f'{place}.{end}'].shape[1:]]}".replace("'", "")
+        for place, end in adapted.items()
     }
 
 

@@ -222,28 +222,29 @@ class LoraLayer(Wrapper):
     @property
     def weight(self) -> Any:
         """The base's weight; with what the adapters at work add to it, where the model computes with it."""
-        return self.effective_weight() if self.weight_is_read and self._reads_as_one() else self.base.weight
+        return self.effective_weight() if self.is_read_as_one() else self.base.weight
 
     @property
     def bias(self) -> Any:
         """The base's bias, in the same way."""
-        bias = self.base.bias
-        if self.weight_is_read and self._reads_as_one():
-            for adapter, weight in self.beside().items():
-                own = self.bias_delta(adapter, self.base.weight.dtype)
-                bias = bias if own is None else own * weight if bias is None else bias + own * weight
-        return bias
+        return self.effective_bias(self.base.bias)
 
-    def _reads_as_one(self) -> bool:
-        """Whether adapters change the weight. Raises ConfigError if there is not one such weight for all inputs."""
-        if self.by_row is not None or any(
-            (own := self.update(name)).dropout and own.training for name in self.beside()
-        ):
+    def is_read_as_one(self) -> bool:
+        """Whether the model computes with a weight that adapters change; ConfigError if inputs have several such."""
+        dropped = any((own := self.update(name)).dropout and own.training for name in self.beside())
+        if self.weight_is_read and (self.by_row is not None or dropped):
             raise ConfigError(
                 "the model computes with the weight of an adapted layer without calling the layer, so lora_dropout and "
                 "adapters by row cannot be; leave such layers out (exclude_modules), or use no dropout"
             )
-        return bool(self.beside())
+        return self.weight_is_read and bool(self.beside())
+
+    def effective_bias(self, bias: Any) -> Any:
+        """`bias`, the base's own, and what the adapters at work add to it, where the model computes with it."""
+        dtype = self.own(self.weight_name).dtype
+        changes = [(self.bias_delta(adapter, dtype), weight) for adapter, weight in self.beside().items()]
+        own = [change * weight for change, weight in changes if change is not None]
+        return sum(own, 0.0 if bias is None else bias) if own and self.is_read_as_one() else bias
 
     def effective_weight(self) -> Tensor:
         """The weight with the sum of the updates at work, in its stored form, as part of the gradient graph."""

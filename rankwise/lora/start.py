@@ -13,6 +13,7 @@ from rankwise.lora.adapters import check_names, check_unmerged
 from rankwise.lora.base_weight import as_matrix, dimensions, working_dtype
 from rankwise.lora.config import exact_patterns
 from rankwise.lora.inject import DEFAULT_ADAPTER, adapters_off, check_outside_blocks, injection, set_active
+from rankwise.lora.layers import LoraLayer
 from rankwise.lora.linear import LoraLinear
 from rankwise.lora.places import named_lora_layers
 from rankwise.lora.variants.corda import corda
@@ -58,14 +59,16 @@ def start_from_data_(
         raise ConfigError(f"the {what} of {', '.join(broken[:5])} are not finite in these batches; nothing was changed")
     if how == "eva":
         return _start_eva(model, layers, sums, adapter)
-    for name, layer in layers.items():
-        update = layer.update(adapter)
-        if how == "corda":
-            update.begin_at(*corda(layer.base_matrix(), sums[name], update.r, update.scale))
-        else:
-            update.begin_at(*lora_ga(sums[name], update.r))
-        layer.reset_magnitude(update)
-    return {name: layer.update(adapter).r for name, layer in layers.items()}
+    updates = {name: layer.update(adapter) for name, layer in layers.items()}
+    # All of them before the first is taken, so that one that fails changes nothing.
+    if how == "corda":
+        starts = {n: corda(layers[n].base_matrix(), sums[n], update.r, update.scale) for n, update in updates.items()}
+    else:
+        starts = {name: lora_ga(sums[name], update.r) for name, update in updates.items()}
+    for name, update in updates.items():
+        update.begin_at(*starts[name])
+        layers[name].reset_magnitude(update)
+    return {name: update.r for name, update in updates.items()}
 
 
 @torch.no_grad()
@@ -74,8 +77,8 @@ def start_from_original_(model: nn.Module, original: Mapping[str, Tensor], adapt
 
     `original`: the base's weights [d, k] before they were quantised, by parameter name ("…q_proj.weight"). A quantised
     weight is read by what the layer makes of the unit vectors, so any kind of layer will do.
-    Raises ConfigError, before anything is changed, for a weight that is missing or has another shape, for layers that
-    are not linear, and for an adapter that is merged.
+    Raises ConfigError, before anything is changed, for a weight that is missing, has another shape or is not finite,
+    for layers that are not linear, and for an adapter that is merged.
     """
     check_names(model, [adapter])
     check_unmerged(model, adapter)
@@ -88,19 +91,30 @@ def start_from_original_(model: nn.Module, original: Mapping[str, Tensor], adapt
         elif weight is None or tuple(weight.shape) != shape:
             found = "it is missing" if weight is None else f"found {list(weight.shape)}"
             problems.append(f"{name}.weight: {list(shape)} is wanted, {found}")
+        elif not torch.isfinite(weight).all():
+            problems.append(f"{name}.weight: there are values that are not finite (NaN or infinite)")
     if problems:
         raise ConfigError("the original weights do not fit the adapted layers:\n" + listing(problems))
+    starts = {}
     for name, layer in layers.items():
-        update = layer.update(adapter)
-        kind: Any = {"dtype": update.lora_A.dtype, "device": update.lora_A.device}
-        weight = layer.own(layer.weight_name)
-        units = torch.eye(update.lora_A.shape[1], device=weight.device)
-        with layer.off():  # Another adapter may be merged.
-            outputs = layer.base(units.to(weight.dtype) if weight.is_floating_point() else units).to(**kind)
-        bias = layer.own(layer.bias_name)
-        quantised = (outputs if bias is None else outputs - bias.to(**kind)).T
-        update.set(*loftq(original[f"{name}.weight"].to(**kind) - quantised, update.r, update.scale))
-        layer.reset_magnitude(update)
+        update, quantised = layer.update(adapter), _dense_weight(layer)
+        missing = original[f"{name}.weight"].to(quantised) - quantised
+        if not torch.isfinite(missing).all():
+            raise ConfigError(f"the quantised weight of {name} is not finite (NaN or infinite); nothing was changed")
+        starts[name] = loftq(missing, update.r, update.scale)
+    for name, layer in layers.items():
+        layer.update(adapter).set(*starts[name])
+        layer.reset_magnitude(layer.update(adapter))
+
+
+def _dense_weight(layer: LoraLayer) -> Tensor:
+    """The weight [d, k] that a linear layer computes with, in the form of its adapters'; it may be quantised."""
+    weight, bias = layer.own(layer.weight_name), layer.own(layer.bias_name)
+    _, k = dimensions(layer.base)
+    units = torch.eye(k, device=weight.device)
+    with layer.off():  # Another adapter may be merged.
+        outputs = layer.base(units.to(weight.dtype) if weight.is_floating_point() else units).to(working_dtype(weight))
+    return (outputs if bias is None else outputs - bias.to(outputs)).T
 
 
 def _start_eva(model: nn.Module, layers: dict[str, Any], sums: dict[str, Tensor], adapter: str) -> dict[str, int]:

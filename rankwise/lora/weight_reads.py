@@ -16,7 +16,7 @@ from types import CodeType, FunctionType
 
 from torch import nn
 
-READ = ("weight", "bias")
+READ = ("weight", "bias", "in_proj_weight", "in_proj_bias")
 EACH = "*"
 """Stands in a path for every element of a container."""
 Path = tuple[str, ...]

@@ -21,7 +21,7 @@ from rankwise import (
     unmerge_,
 )
 from rankwise.errors import ConfigError, MergeError
-from rankwise.lora.inject import trainable_parameters
+from rankwise.lora.inject import injection, trainable_parameters
 from rankwise.lora.places import named_lora_layers
 
 IDS = torch.tensor([[3, 4, 5, 6], [9, 8, 7, 6], [1, 1, 2, 2]])
@@ -316,3 +316,15 @@ def test_heads_and_rows_of_embeddings_that_train_differ_by_row(family, first, se
     for one, other in zip(found, gradients["one"], strict=True):
         torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-10)
     torch.testing.assert_close(model(ids).logits, expected["one"])
+
+
+def test_a_combined_adapter_names_the_base_and_the_task_on_which_its_sources_agree():
+    model = nn.Sequential(nn.Linear(6, 6))
+    for name, base in (("one", "org/base"), ("two", None), ("other", "org/other")):
+        config = LoraConfig(r=2, task_type="CAUSAL_LM", base_model_name_or_path=base)
+        inject_(model, config, adapter=name)
+    combine_adapters_(model, {"one": 1.0, "two": 0.5}, "same")
+    combine_adapters_(model, {"one": 1.0, "other": 0.5}, "mixed")
+    same, mixed = (injection(model).configs[name] for name in ("same", "mixed"))
+    assert (same.base_model_name_or_path, same.task_type) == ("org/base", "CAUSAL_LM")
+    assert (mixed.base_model_name_or_path, mixed.task_type) == (None, "CAUSAL_LM")

@@ -23,7 +23,17 @@ from transformers import (
     XLNetModel,
 )
 
-from rankwise import LoraConfig, adapters_by_row, inject_, load_adapter_, merge_, save_adapter, unmerge_
+from rankwise import (
+    LoraConfig,
+    adapters_by_row,
+    inject_,
+    load_adapter_,
+    merge_,
+    read_adapter,
+    save_adapter,
+    swap_adapter_,
+    unmerge_,
+)
 from rankwise.errors import CheckpointError, ConfigError, TargetError
 
 IDS = torch.tensor([[3, 4, 5, 6], [9, 8, 7, 6]])
@@ -327,3 +337,40 @@ def test_an_adapter_with_heads_of_the_user_and_the_task_is_saved_to_the_same_byt
     save_adapter(second, tmp_path / "second")
     for name in ("adapter_config.json", "adapter_model.safetensors"):
         assert (tmp_path / "first" / name).read_bytes() == (tmp_path / "second" / name).read_bytes()
+
+
+def test_a_module_of_the_users_own_may_be_called_base_layer(tmp_path):
+    class Inner(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.up, self.att = nn.Linear(8, 8), Attending()
+
+        def forward(self, x):
+            return self.att(self.up(x))
+
+    def build():
+        torch.manual_seed(0)
+        return nn.ModuleDict({"one": Inner(), "base_layer": Inner()}).double().eval()
+
+    config = {
+        "r": 4,
+        "target_modules": ["up", "att.att"],
+        "rank_pattern": {"base_layer.up": 2, "base_layer.att.att": 3},
+    }
+    theirs = peft.get_peft_model(build(), peft.LoraConfig(init_lora_weights=False, **config))
+    for name, parameter in theirs.named_parameters():
+        if "out_proj.lora_B" in name:  # PEFT adds this one's update twice.
+            parameter.data.zero_()
+    theirs.save_pretrained(tmp_path)
+    low_rank = read_adapter(tmp_path).low_rank
+    assert {name: update.rank for name, update in low_rank.items() if name.startswith("base_layer")} == {
+        "base_layer.up": 2,
+        "base_layer.att.att": 3,
+        "base_layer.att.att.out_proj": 3,
+    }
+    x = torch.randn(2, 3, 8, dtype=torch.float64)
+    ours = build()
+    load_adapter_(ours, tmp_path)
+    swap_adapter_(ours, tmp_path)
+    for name in ("one", "base_layer"):
+        torch.testing.assert_close(ours[name](x), theirs.base_model.model[name](x), rtol=1e-12, atol=1e-12)

@@ -21,6 +21,7 @@ from rankwise import (
     start_from_original_,
 )
 from rankwise.errors import CheckpointError, ConfigError, TargetError
+from rankwise.lora import start as start_module
 from rankwise.lora.inject import adapters_off, trainable_parameters
 from rankwise.lora.places import named_lora_layers
 
@@ -372,3 +373,37 @@ def test_a_start_from_a_weight_that_is_not_finite_is_told_before_anything_is_cha
     with pytest.raises(ConfigError, match=r"starts from the weights, and these are not finite(.|\n)*\b1\b"):
         inject_(model, LoraConfig(r=2, init_lora_weights=start))
     assert [type(module) for module in model] == [nn.Linear, nn.Linear]
+
+
+@pytest.mark.parametrize("broken", ["original", "base"])
+def test_loftq_over_what_is_not_finite_names_the_layer_and_changes_nothing(broken):
+    model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
+    original = {name: value.detach().clone() for name, value in model.named_parameters()}
+    with torch.no_grad():
+        (original["1.weight"] if broken == "original" else model[1].weight)[0, 0] = torch.nan
+    inject_(model, LoraConfig(r=2))
+    before = [parameter.detach().clone() for parameter in trainable_parameters(model)]
+    with pytest.raises(ConfigError, match=r"\b1\b.* not finite"):
+        start_from_original_(model, original)
+    assert all(torch.equal(old, new) for old, new in zip(before, trainable_parameters(model), strict=True))
+
+
+@pytest.mark.parametrize("start", ["corda", "lora_ga"])
+def test_a_start_from_data_that_fails_at_a_later_layer_changes_none(start, monkeypatch):
+    model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
+    inject_(model, LoraConfig(r=2, init_lora_weights=start))
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    real, calls = getattr(start_module, start), []
+
+    def fails_second(*arguments):
+        calls.append(arguments)
+        if len(calls) == 2:
+            raise torch.linalg.LinAlgError("did not converge")
+        return real(*arguments)
+
+    monkeypatch.setattr(start_module, start, fails_second)
+    with pytest.raises(torch.linalg.LinAlgError):
+        start_from_data_(model, [torch.randn(4, 8)], lambda x: model(x).square().mean())
+    after = model.state_dict()
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[name], after[name]) for name in before)

@@ -134,6 +134,39 @@ def test_a_read_weight_gives_the_outputs_and_gradients_of_a_called_layer(config)
         torch.testing.assert_close(read, called, rtol=1e-12, atol=1e-12)
 
 
+class Attends(nn.Module):
+    def __init__(self, reads):
+        super().__init__()
+        self.att, self.reads = nn.MultiheadAttention(8, 2), reads
+
+    def forward(self, x):
+        """x: [length, N, 8]"""
+        if not self.reads:
+            return self.att(x, x, x, need_weights=False)[0]
+        att = self.att
+        joint = (8, 2, att.in_proj_weight, att.in_proj_bias, None, None, False, 0.0)
+        return F.multi_head_attention_forward(
+            x, x, x, *joint, att.out_proj.weight, att.out_proj.bias, need_weights=False
+        )[0]
+
+
+@pytest.mark.parametrize("config", [{}, {"use_dora": True}, {"lora_bias": True}], ids=str)
+def test_an_attentions_joint_weight_that_is_read_holds_what_the_adapter_adds(config):
+    x, results = torch.randn(5, 3, 8, dtype=torch.float64), []
+    for reads in (False, True):
+        torch.manual_seed(0)
+        model = Attends(reads).double().eval()
+        inject_(model, LoraConfig(r=2, target_modules=["att"], **config))
+        randomise_adapter(model)
+        output = model(x)
+        output.square().sum().backward()
+        results.append([output, *(p.grad for p in trainable_parameters(model))])
+        merge_(model)
+        torch.testing.assert_close(model(x), output, rtol=1e-12, atol=1e-12)
+    for called, read in zip(*results, strict=True):
+        torch.testing.assert_close(read, called, rtol=1e-12, atol=1e-12)
+
+
 @pytest.mark.parametrize("gradients", [False, True])
 def test_the_inference_kernel_of_a_transformer_encoder_sees_the_adapter(gradients):
     torch.manual_seed(0)
