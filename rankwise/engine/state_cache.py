@@ -24,9 +24,9 @@ from rankwise import atomic
 from rankwise.engine.batch import Stream
 from rankwise.engine.engine import Engine
 from rankwise.engine.frozen_states import FrozenStates
-from rankwise.lora.layers import Wrapper
 from rankwise.lora.places import named_base_modules, named_wrappers
 from rankwise.lora.trained import TrainedCopy
+from rankwise.lora.wrapper import Wrapper
 from rankwise.models.gguf import cache_folder
 
 GROUP_TOKENS = 2048

@@ -21,12 +21,13 @@ from rankwise.lora.base_weight import is_conv1d
 from rankwise.lora.config import LoraConfig, matches_name
 from rankwise.lora.convolution import MIXES, LoraConv, as_matrices, by_group
 from rankwise.lora.inject import DEFAULT_ADAPTER, check_free, inject_unset_, injection, set_active
-from rankwise.lora.layers import LoraLayer, Wrapper
+from rankwise.lora.layers import LoraLayer
 from rankwise.lora.low_rank import LowRank
 from rankwise.lora.places import named_base_modules, named_lora_layers, named_places, named_wrappers
 from rankwise.lora.report import InjectReport
 from rankwise.lora.targets import shortest_names
 from rankwise.lora.update import whole
+from rankwise.lora.wrapper import Wrapper
 
 _METADATA = {"format": "pt"}
 

@@ -10,10 +10,11 @@ from torch import Tensor
 from rankwise.errors import CheckpointError
 from rankwise.lora.config import LoraConfig
 from rankwise.lora.embedding import LoraEmbedding
-from rankwise.lora.layers import LoraLayer, Wrapper
+from rankwise.lora.layers import LoraLayer
 from rankwise.lora.parameters import ParametersWrapper
 from rankwise.lora.trained import TokenRows, TrainedCopy
 from rankwise.lora.update import Update
+from rankwise.lora.wrapper import Wrapper
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"

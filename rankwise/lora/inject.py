@@ -13,7 +13,7 @@ from rankwise.lora import fit
 from rankwise.lora.base_weight import dimensions
 from rankwise.lora.config import LoraConfig
 from rankwise.lora.kinds import layer_kind
-from rankwise.lora.layers import LoraLayer, Wrapper
+from rankwise.lora.layers import LoraLayer
 from rankwise.lora.parameters import ParametersWrapper, parameter_dimensions
 from rankwise.lora.places import (
     ATTRIBUTE,
@@ -39,6 +39,7 @@ from rankwise.lora.trained import (
     tied_to,
 )
 from rankwise.lora.weight_reads import weight_is_read
+from rankwise.lora.wrapper import Wrapper
 
 DEFAULT_ADAPTER = "default"
 

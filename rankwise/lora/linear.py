@@ -24,6 +24,9 @@ class LoraLinear(LoraLayer):
     """The layers that are called with the same input as this one, this one included."""
     parts: Parts | None = None
     """Which adapter computes which part of the input, while several work in one pass."""
+    _alone: tuple[Update | None] = (None,)
+    """The update of the one adapter at work, if it is plain and of weight 1; looked up once, as for a token that takes
+    as long as a product, and in a tuple, so that nn.Module does not list it as a child."""
 
     def forward(self, x: Tensor | None = None, *args: Any, **kwargs: Any) -> Tensor:
         """x: [..., k] → [..., d]"""
@@ -102,15 +105,14 @@ class LoraLinear(LoraLayer):
         updates = [self.update(name) if name in self.shares else None for name in self.parts.adapters]
         return updates if all(update is None or update.is_plain for update in updates) else []
 
+    def _let_work(self, adapters: dict[str, float]) -> None:
+        super()._let_work(adapters)
+        update = self.update(next(iter(adapters))) if list(adapters.values()) == [1] else None
+        self._alone = (update if update is not None and update.is_plain else None,)
+
     def _only_plain_update(self) -> Update | None:
         """The one update at work, if its change is scale·B·A·x and nothing more."""
-        active = self.active
-        if len(active) != 1 or self.merged or self.by_row is not None or self.parts is not None:
-            return None
-        [(adapter, weight)] = active.items()
-        shares: Any = self.shares._modules
-        update = shares[adapter]
-        return update if weight == 1 and update.is_plain else None
+        return None if self.merged or self.by_row is not None or self.parts is not None else self._alone[0]
 
     def _frozen_matrix(self, x: Tensor) -> tuple[Tensor, Tensor | None] | None:
         """(W, bias) if base(x) is W·x + bias and nothing else, with both frozen."""

@@ -14,8 +14,9 @@ from torch.func import functional_call
 
 from rankwise.errors import ConfigError
 from rankwise.lora.config import LoraConfig
-from rankwise.lora.layers import LoraLayer, Wrapper
+from rankwise.lora.layers import LoraLayer
 from rankwise.lora.update import Update
+from rankwise.lora.wrapper import Wrapper
 
 
 class LoraParameter(LoraLayer):

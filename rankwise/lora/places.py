@@ -6,7 +6,8 @@ from typing import Any
 from torch import nn
 
 from rankwise.errors import ConfigError
-from rankwise.lora.layers import LoraLayer, Wrapper
+from rankwise.lora.layers import LoraLayer
+from rankwise.lora.wrapper import Wrapper
 
 ATTRIBUTE = "_rankwise_injection"
 """Under this a model keeps what is in it (`Injection`)."""

@@ -15,8 +15,8 @@ from torch.nn import functional as F
 from rankwise.errors import ConfigError
 from rankwise.lora.base_weight import BaseLayer, working_dtype
 from rankwise.lora.config import LoraConfig
-from rankwise.lora.layers import Wrapper
 from rankwise.lora.parts import Parts
+from rankwise.lora.wrapper import Wrapper
 
 
 class TrainedCopy(Wrapper):

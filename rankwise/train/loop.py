@@ -17,9 +17,9 @@ from rankwise.engine.heap import keep_freed_memory
 from rankwise.engine.state_cache import states_kept
 from rankwise.errors import ConfigError, RankwiseError
 from rankwise.lora.inject import injection, set_adapter_training, trainable_parameters
-from rankwise.lora.layers import Wrapper
 from rankwise.lora.places import named_wrappers
 from rankwise.lora.prepared import prepared_weights, shared_inputs
+from rankwise.lora.wrapper import Wrapper
 from rankwise.plan.memory import most_bytes_of_copies
 from rankwise.train.batches import planned_steps
 from rankwise.train.config import TrainConfig
