@@ -117,7 +117,8 @@ def run(case: Case, r: int, processor_time: bool, scratch: Path) -> dict[str, An
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    # Without abbreviations: the --r of a child's command would stand for --ranks and --repeats.
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0], allow_abbrev=False)
     parser.add_argument("--only", nargs="+", metavar="NAME", help=", ".join(case.name for case in CASES))
     parser.add_argument("--ranks", nargs="+", type=int, default=[4, 32])
     parser.add_argument("--repeats", type=int, default=1)
@@ -132,18 +133,17 @@ def main() -> None:
     kinds = [(case, r) for case in chosen for r in options.ranks]
     runs: list[dict[str, Any]] = []
     print(f"{'case':<16} {'model':<13} {'r':>3} {'memory, GB':>20} {'ratio':>6} {'time, s':>17} {'ratio':>6}")
-    with tempfile.TemporaryDirectory() as scratch:
-        for _ in range(options.repeats):
-            for case, r in kinds:
-                figures = run(case, r, options.processor_time, Path(scratch))
-                runs.append(figures)
-                memory, seconds = figures["peak_memory_bytes"], figures["seconds"]
-                print(
-                    f"{case.name:<16} {case.model:<13} {r:>3} {memory['predicted'] / 1e9:>9.2f} "
-                    f"{memory['measured'] / 1e9:>10.2f} {memory['ratio']:>6.2f} {seconds['predicted']:>8.1f} "
-                    f"{seconds['measured']:>8.1f} {seconds['ratio']:>6.2f}",
-                    flush=True,
-                )
+    for case, r in kinds * options.repeats:
+        with tempfile.TemporaryDirectory() as scratch:
+            figures = run(case, r, options.processor_time, Path(scratch))
+        runs.append(figures)
+        memory, seconds = figures["peak_memory_bytes"], figures["seconds"]
+        print(
+            f"{case.name:<16} {case.model:<13} {r:>3} {memory['predicted'] / 1e9:>9.2f} "
+            f"{memory['measured'] / 1e9:>10.2f} {memory['ratio']:>6.2f} {seconds['predicted']:>8.1f} "
+            f"{seconds['measured']:>8.1f} {seconds['ratio']:>6.2f}",
+            flush=True,
+        )
     print(json.dumps(summary(runs, options.processor_time)))
 
 
