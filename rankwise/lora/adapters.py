@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from rankwise.errors import ConfigError, listing, nearest
-from rankwise.lora.fit import refuse_change_of_merged_biases
+from rankwise.lora.fit import check_weights_are_finite, refuse_change_of_merged_biases
 from rankwise.lora.inject import (
     DEFAULT_ADAPTER,
     biases_off,
@@ -129,9 +129,11 @@ def reset_adapter_(model: nn.Module, adapter: str = DEFAULT_ADAPTER, generator: 
     check_names(model, [adapter])
     check_unmerged(model, adapter)
     injected = injection(model)
-    for _, layer in named_lora_layers(model):
-        if adapter in layer.shares:
-            layer.reset(adapter, injected.configs[adapter], generator)
+    layers = {name: layer for name, layer in named_lora_layers(model) if adapter in layer.shares}
+    weights = {name: layer.own(layer.weight_name) for name, layer in layers.items()}
+    check_weights_are_finite(weights, injected.configs[adapter])
+    for layer in layers.values():
+        layer.reset(adapter, injected.configs[adapter], generator)
     for _, layer in named_wrappers(model):
         if isinstance(layer, TrainedCopy | TokenRows) and adapter in layer.shares:
             with biases_off_in(layer.base, injected.biases):
@@ -221,11 +223,12 @@ def adapters_by_part(model: nn.Module, adapters: Sequence[str], sizes: Mapping[i
 
 
 def _let_train_too(model: nn.Module, adapters: Iterable[str]) -> None:
-    """Let adapters train that work in a block. They go on after it, where the backward pass may come."""
+    """Let adapters train that work in a block. They go on after it, where the backward pass may come, until the next
+    choice of those at work."""
     resting = injection(model).resting
     for adapter in adapters:
         if any(resting.get(adapter, ())):
-            wake(parameters_of(model, adapter), resting[adapter])
+            wake(parameters_of(model, adapter), resting.pop(adapter))
 
 
 def _puts_time_first(model: nn.Module) -> str | None:

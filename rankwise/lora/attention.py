@@ -31,8 +31,13 @@ class LoraAttention(LoraLayer):
 
     @property
     def in_proj_bias(self) -> Any:
-        """The joint bias, in the same way."""
-        return self.effective_bias(self.base.in_proj_bias)
+        """The joint bias, in the same way.
+
+        Where rows or dropout give no one weight, the read of the weight says so: of the bias a model may only ask
+        whether it is there, as nn.TransformerEncoderLayer does.
+        """
+        bias = self.base.in_proj_bias
+        return self.effective_bias(bias) if self.weight_is_read and self.by_row is None else bias
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """As nn.MultiheadAttention.forward."""
@@ -70,15 +75,21 @@ class LoraAttention(LoraLayer):
         k, v, extra = self._append(k, v)
         q, k, v = (x.unflatten(-1, (base.num_heads, -1)).transpose(1, 2) for x in (q, k, v))
         mask = self._mask(attn_mask, key_padding_mask, q, extra, is_causal and attn_mask is None)
-        scores = q @ k.transpose(-2, -1) / math.sqrt(q.shape[-1])
-        weights = (scores if mask is None else scores + mask).softmax(-1)
-        weights = F.dropout(weights, base.dropout, base.training)
-        output = base.out_proj((weights @ v).transpose(1, 2).flatten(-2))
+        dropout = base.dropout if base.training else 0.0
+        weights = None
+        if need_weights:
+            scores = q @ k.transpose(-2, -1) / math.sqrt(q.shape[-1])
+            weights = F.dropout((scores if mask is None else scores + mask).softmax(-1), dropout)
+            attended = weights @ v
+        else:
+            # As the base does: a query that may see no key gets zeros here, and NaN above.
+            attended = F.scaled_dot_product_attention(q, k, v, mask, dropout)
+        output = base.out_proj(attended.transpose(1, 2).flatten(-2))
         if not batched:
             output = output[0]
         elif not base.batch_first:
             output = output.transpose(0, 1)
-        if not need_weights:
+        if weights is None:
             return output, None
         weights = weights.mean(1) if average_attn_weights else weights
         return output, weights if batched else weights[0]

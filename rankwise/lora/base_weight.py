@@ -54,6 +54,17 @@ def bias_name(base: BaseLayer) -> str:
     return "in_proj_bias" if isinstance(base, nn.MultiheadAttention) else "bias"
 
 
+def is_offloaded(module: nn.Module) -> bool:
+    """Whether accelerate keeps what the module holds elsewhere, and lends it while the module computes."""
+    return any(p.is_meta for p in module.parameters(recurse=False)) and hasattr(module, "_hf_hook")
+
+
+def device_of(base: BaseLayer) -> torch.device:
+    """Where the layer computes."""
+    device = getattr(base, weight_name(base)).device
+    return torch.device(base._hf_hook.execution_device) if is_offloaded(base) else device
+
+
 def rounded(values: Tensor, dtype: torch.dtype) -> Tensor:
     """The nearest numbers of another type, a tie to the even one.
 

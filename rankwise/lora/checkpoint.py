@@ -17,7 +17,7 @@ from rankwise import atomic
 from rankwise.errors import CheckpointError, ConfigError, RankwiseError, listing, nearest
 from rankwise.lora import format
 from rankwise.lora.adapters import adapter_names, check_names, check_unmerged, delete_adapter_
-from rankwise.lora.base_weight import is_conv1d
+from rankwise.lora.base_weight import is_conv1d, is_offloaded
 from rankwise.lora.config import LoraConfig, matches_name
 from rankwise.lora.convolution import MIXES, LoraConv, as_matrices, by_group
 from rankwise.lora.inject import DEFAULT_ADAPTER, check_free, inject_unset_, injection, set_active
@@ -144,7 +144,7 @@ def load_adapter_(
     """
     folder = Path(folder)
     check_free(model, adapter)
-    if any(parameter.is_meta for parameter in model.parameters()):
+    if any(p.is_meta for m in model.modules() if not is_offloaded(m) for p in m.parameters(recurse=False)):
         raise ConfigError("this model has no values yet (meta device), so an adapter's cannot be put in; load it first")
     config, tensors, problems = _read_files(folder, trainable)
     _sort_tensors(config, tensors, problems)

@@ -95,12 +95,17 @@ def _check(
         problems.append("an adapter that trains the model's biases cannot be combined")
     if r is None and (method != "sum" or any(update.magnitude is not None for _, update in updates)):
         problems.append("r is needed: the combined change has full rank (DoRA, TIES, DARE)")
-    if r is not None and r < 1:
-        problems.append(f"r must be at least 1, found {r}")
+    if r is not None and (not isinstance(r, int) or r < 1):
+        problems.append(f"r must be a whole number of at least 1, found {r!r}")
     if method not in ("sum", "ties", "dare", "dare_ties"):
         problems.append(f'method must be "sum", "ties", "dare" or "dare_ties", found {method!r}')
-    if not 0 < density <= 1:
-        problems.append(f"density must lie in (0, 1], found {density}")
+    if not isinstance(density, int | float) or not 0 < density <= 1:
+        problems.append(f"density must lie in (0, 1], found {density!r}")
+    problems += [
+        f"{name}: there are values that are not finite (NaN or infinite)"
+        for name, update in updates
+        if not all(torch.isfinite(parameter).all() for parameter in update.parameters())
+    ]
     if problems:
         raise ConfigError("these adapters cannot be combined:\n" + listing(problems))
 
@@ -175,8 +180,8 @@ def _rank(layer: LoraLayer, A: Tensor) -> int:
 
 def _config(layers: Mapping[str, LoraLayer], ranks: Mapping[str, int], sources: Sequence[LoraConfig]) -> LoraConfig:
     """A configuration in which every update has its own rank and the scale 1; base and task are those of the sources
-    that name one, where these agree."""
-    tasks = {source.task_type for source in sources} - {None}
+    that name one, where these agree; a task whose head would train is none, as no source trains one here."""
+    tasks = {source.task_type for source in sources if not source.task_heads} - {None}
     bases = {source.base_model_name_or_path for source in sources} - {None}
     modules = [name for name, layer in layers.items() if layer.is_module and not layer.inside_attention]
     r = max(ranks.values())

@@ -120,6 +120,9 @@ class LoraConfig:
         by_name = tokens if isinstance(tokens, Mapping) else {"": tokens}
         if tokens is not None and not all(isinstance(key, str) and _are_indices(own) for key, own in by_name.items()):
             yield f"trainable_token_indices must be indices from 0, or {{name of a module: indices}}, found {tokens!r}"
+        for name in _SWITCHES:
+            if not isinstance(getattr(self, name), bool):
+                yield f"{name} must be True or False, found {getattr(self, name)!r}"
         if self.bias not in ("none", "all", "lora_only"):
             yield f'bias must be "none", "all" or "lora_only", found {self.bias!r}'
         start = self.init_lora_weights
@@ -135,11 +138,11 @@ class LoraConfig:
                 yield f"{name} must map names to numbers, found {patterns!r}"
                 continue
             for key, value in patterns.items():
-                fits = _is_whole(value, 1) if least else _is_number(value) and value > 0
+                fits = _is_whole(value, 1) if least else _is_number(value) and 0 < value < inf
                 if not fits:
                     wanted = "a whole number of at least 1" if least else "above 0"
                     yield f"{name}[{key!r}] must be {wanted}, found {value!r}"
-                if not _compiles(key):
+                if not isinstance(key, str) or not _compiles(key):
                     yield f"{name} key {key!r} is not a regular expression"
         indices = self.layers_to_transform
         if indices is not None:
@@ -185,6 +188,7 @@ class LoraConfig:
 
 
 _LISTS = ("target_modules", "modules_to_save", "exclude_modules", "target_parameters", "layers_pattern")
+_SWITCHES = ("lora_bias", "use_rslora", "use_dora", "fan_in_fan_out", "inference_mode")
 STARTS = ("gaussian", "orthogonal", "pissa", "pissa_niter_<n>", "olora", "eva", "lora_ga", "corda")
 _STARTS = re.compile("|".join(STARTS).replace("<n>", "[1-9][0-9]*"))
 

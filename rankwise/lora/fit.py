@@ -93,11 +93,10 @@ def check_biases_of_B(names: list[str], modules: dict[str, nn.Module], config: L
         raise ConfigError(f"lora_bias: an embedding has no bias to merge it into, found {listing(without)}")
 
 
-def check_weights(names: list[str], modules: dict[str, nn.Module], config: LoraConfig) -> None:
+def check_weights_are_finite(weights: Mapping[str, object], config: LoraConfig) -> None:
     """Raise ConfigError if the adapter starts from weights (PiSSA, OLoRA) that are not finite."""
     if from_weight(config.init_lora_weights) is None:
         return
-    weights = {name: getattr(modules[name], "weight", None) for name in names}
     broken = [
         name
         for name, weight in weights.items()

@@ -10,7 +10,7 @@ from torch import nn
 
 from rankwise.errors import ConfigError
 from rankwise.lora import fit
-from rankwise.lora.base_weight import dimensions
+from rankwise.lora.base_weight import dimensions, weight_name
 from rankwise.lora.config import LoraConfig
 from rankwise.lora.kinds import layer_kind
 from rankwise.lora.layers import LoraLayer
@@ -59,6 +59,9 @@ class Injection:
     """For each adapter that is not at work or is merged: which of its parameters train once it is at work again."""
     blocks: int = 0
     """How many blocks of `adapters_off` or `adapters_by_row` last, at whose end the adapters at work come back."""
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "blocks": 0}  # For a copy that is made in a block no end will come.
 
 
 def check_free(model: nn.Module, adapter: str) -> None:
@@ -112,7 +115,9 @@ def _plan(model: nn.Module, config: LoraConfig, in_file: int | None = None) -> _
         fit.check_merged(model, config, [*heads, *tokens], merged, present.biases)
         fit.refuse_change_of_merged_biases(model, present.biases, merged)
     fit.check_biases_of_B(names, modules, config)
-    fit.check_weights(names, modules, config)
+    fit.check_weights_are_finite(
+        {name: getattr(modules[name], weight_name(modules[name]), None) for name in names}, config
+    )
     if not from_file:
         fit.check_patterns([fit.configured_as(matrix.name, modules) for matrix in matrices], config)
     fit.check_ranks(matrices, modules, in_file)

@@ -16,6 +16,7 @@ from rankwise.lora.base_weight import (
     as_matrix,
     as_stored,
     bias_name,
+    device_of,
     dimensions,
     weight_name,
     working_dtype,
@@ -72,8 +73,8 @@ class LoraLayer(Wrapper):
         Without `draw`, random start values are left out, for one that is about to be overwritten.
         """
         shapes = self.factor_shapes(config.rank_of(name))
-        weight = self.own(self.weight_name)
-        update = Update(config, name, *shapes, dtype=working_dtype(weight), device=weight.device)
+        dtype = working_dtype(self.own(self.weight_name))
+        update = Update(config, name, *shapes, dtype=dtype, device=device_of(self.base))
         if draw or from_weight(config.init_lora_weights):
             self.start(update, config, generator)
         self.reset_magnitude(update)
@@ -154,7 +155,7 @@ class LoraLayer(Wrapper):
     @property
     def bias(self) -> Any:
         """The base's bias, in the same way."""
-        return self.effective_bias(self.base.bias)
+        return self.effective_bias(self.base.bias) if self.is_read_as_one() else self.base.bias
 
     def is_read_as_one(self) -> bool:
         """Whether the model computes with a weight that adapters change; ConfigError if inputs have several such."""
@@ -167,11 +168,11 @@ class LoraLayer(Wrapper):
         return self.weight_is_read and bool(self.beside())
 
     def effective_bias(self, bias: Any) -> Any:
-        """`bias`, the base's own, and what the adapters at work add to it, where the model computes with it."""
+        """`bias`, the base's own, and the sum of what the adapters at work add to it."""
         dtype = self.own(self.weight_name).dtype
         changes = [(self.bias_delta(adapter, dtype), weight) for adapter, weight in self.beside().items()]
         own = [change * weight for change, weight in changes if change is not None]
-        return sum(own, 0.0 if bias is None else bias) if own and self.is_read_as_one() else bias
+        return sum(own, 0.0 if bias is None else bias) if own else bias
 
     def effective_weight(self) -> Tensor:
         """The weight with the sum of the updates at work, in its stored form, as part of the gradient graph."""
@@ -283,7 +284,9 @@ class LoraLayer(Wrapper):
         if update.magnitude is not None:
             weight = self.base_matrix().to(dtype)
             changed = weight + change
-            change = changed * (update.magnitude.to(dtype) / changed.detach().norm(dim=1))[:, None] - weight
+            # As in row_lengths, so that a row of zeros stays one.
+            lengths = changed.detach().norm(dim=1).clamp_min(torch.finfo(dtype).tiny ** 0.5)
+            change = changed * (update.magnitude.to(dtype) / lengths)[:, None] - weight
         return change
 
     def bias_delta(self, adapter: str, dtype: torch.dtype) -> Tensor | None:
@@ -324,4 +327,6 @@ class LoraLayer(Wrapper):
                 yield
         finally:
             for name, parameter in merged.items():
+                own = getattr(self.base, name)  # Module.to has reached this one alone.
+                parameter.data = parameter.data.to(own.device, own.dtype)
                 setattr(self.base, name, parameter)

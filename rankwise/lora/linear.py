@@ -30,14 +30,12 @@ class LoraLinear(LoraLayer):
 
     def forward(self, x: Tensor | None = None, *args: Any, **kwargs: Any) -> Tensor:
         """x: [..., k] → [..., d]"""
-        if args or kwargs or x is None:
+        if args or kwargs or x is None or is_transformed():
             return super().forward(x, *args, **kwargs)
         # The autograd function is there for its backward pass, and costs more than a token's arithmetic to call.
         has_more = has_own_forward
         if torch.is_grad_enabled():
             has_more = does_more_than_its_class
-            if is_transformed():
-                return super().forward(x)
             if (terms := self.terms(x)) is not None:
                 if self.shared_input is not None:
                     return self.shared_input.result(self, x)
@@ -71,7 +69,7 @@ class LoraLinear(LoraLayer):
 
     def terms(self, x: Tensor) -> list[Term] | None:
         """The layer as linear_function computes it on this input, a term a part; None where it is more than that."""
-        updates, matrix = self._plain_updates(), self._frozen_matrix(x)
+        updates, matrix = self._plain_updates(), None if x.is_nested else self._frozen_matrix(x)
         if matrix is None or any(update.dropout and update.training for update in updates if update):
             return None
         return [self._term(matrix, update, x.dtype) for update in updates] or None

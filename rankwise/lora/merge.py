@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from rankwise.errors import ConfigError, MergeError, listing
-from rankwise.lora.base_weight import rounded
+from rankwise.lora.base_weight import is_offloaded, rounded
 from rankwise.lora.inject import check_outside_blocks, injection, let_train
 from rankwise.lora.layers import LoraLayer
 from rankwise.lora.places import ATTRIBUTE, merged_adapters, named_lora_layers, named_wrappers, replace_
@@ -86,6 +86,8 @@ def merge_(
 def _check_parameters(layer: LoraLayer, adapters: Iterable[str]) -> None:
     """Raise MergeError if a sum cannot take the place of the layer's weight, or of its bias where that is needed."""
     own = layer.base._parameters
+    if is_offloaded(layer.base):
+        raise MergeError("its weight is offloaded (accelerate); merge into a model that is in memory")
     if layer.weight_name not in own:
         raise MergeError(
             f"its {layer.weight_name} is no parameter but computed from others (torch's parametrizations, weight_norm, "

@@ -134,10 +134,12 @@ def _start_eva(model: nn.Module, layers: dict[str, Any], sums: dict[str, Tensor]
     config = replace(config, rank_pattern=exact_patterns(ranks, ranks), alpha_pattern=exact_patterns(alphas, ranks))
     active = dict(injected.active)
     for name, layer in layers.items():
-        trains = layer.update(adapter).lora_A.requires_grad
+        trains = {key: parameter.requires_grad for key, parameter in layer.update(adapter).named_parameters()}
         layer.remove(adapter)
         layer.add(adapter, config, name)
-        update = layer.update(adapter).requires_grad_(trains)
+        update = layer.update(adapter)
+        for key, parameter in update.named_parameters():
+            parameter.requires_grad_(trains[key])
         update.set(found[name][0][: ranks[name]], torch.zeros_like(update.lora_B))
     injected.configs[adapter] = config
     set_active(model, active)
@@ -151,13 +153,14 @@ def _inputs(
     sums: dict[str, Tensor] = {}
 
     def note(name: str) -> Callable[..., None]:
-        def on_forward(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-            x = inputs[0].flatten(0, -2).to(working_dtype(inputs[0]))
+        def on_forward(_: nn.Module, inputs: tuple[Tensor, ...], named: dict[str, Tensor]) -> None:
+            x = inputs[0] if inputs else next(iter(named.values()))
+            x = x.reshape(-1, x.shape[-1]).to(working_dtype(x))
             sums[name] = x.T @ x + sums[name] if name in sums else x.T @ x
 
         return on_forward
 
-    handles = [layer.base.register_forward_pre_hook(note(name)) for name, layer in layers.items()]
+    handles = [layer.base.register_forward_pre_hook(note(name), with_kwargs=True) for name, layer in layers.items()]
     try:
         with adapters_off(model), torch.no_grad():
             for batch in batches:
@@ -171,19 +174,21 @@ def _inputs(
 def _gradients(
     model: nn.Module, layers: dict[str, Any], batches: Iterable[Any], loss: Callable[[Any], Tensor]
 ) -> dict[str, Tensor]:
-    """Σ ∂L/∂W0 [d, k] of each layer over the batches."""
+    """Σ ∂L/∂W0 [d, k] of each layer over the batches, in fp32 at least."""
     weights = {name: layer.own(layer.weight_name) for name, layer in layers.items()}
+    sums: dict[str, Tensor] = {}
     try:
         for weight in weights.values():
             weight.requires_grad_(True)
         with adapters_off(model), torch.enable_grad():
             for batch in batches:
                 loss(batch).backward()
-        return {
-            name: as_matrix(layers[name].base, weight.grad)
-            for name, weight in weights.items()
-            if weight.grad is not None
-        }
+                for name, weight in weights.items():
+                    if weight.grad is not None:
+                        own = as_matrix(layers[name].base, weight.grad).to(working_dtype(weight))
+                        sums[name] = sums[name] + own if name in sums else own
+                        weight.grad = None
+        return sums
     finally:
         for weight in weights.values():
             weight.requires_grad_(False)

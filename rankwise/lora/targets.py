@@ -27,8 +27,11 @@ def _maps_to_one_vector(module: nn.Module) -> bool:
     weight = module.weight
     if not weight.is_floating_point():  # A quantised layer, which has to have its own forward.
         return True
-    with torch.no_grad():
-        result = module(torch.zeros(1, module.in_features, dtype=weight.dtype, device=weight.device))
+    try:
+        with torch.no_grad():
+            result = module(torch.zeros(1, module.in_features, dtype=weight.dtype, device=weight.device))
+    except Exception:  # It takes something else than one vector.
+        return False
     return isinstance(result, torch.Tensor) and result.shape == (1, module.out_features)
 
 
@@ -47,6 +50,11 @@ def select_heads(modules: Mapping[str, nn.Module], config: LoraConfig, kind: str
         f"{name} is a {type(modules[name]).__name__}, which a model never calls itself; name what is in it"
         for name in chosen
         if isinstance(modules[name], _CONTAINERS)
+    ]
+    problems += [
+        f"{name} holds numbers that cannot train (quantised?)"
+        for name in chosen
+        if not all(parameter.is_floating_point() for parameter in modules[name].parameters())
     ]
     if config.task_heads and not chosen and not from_file:
         wanted = " or ".join(config.task_heads)
@@ -138,7 +146,10 @@ def select_tokens(
     if not wanted:
         return {}
     if not isinstance(wanted, Mapping):
-        embeddings = getattr(model, "get_input_embeddings", lambda: None)()
+        try:
+            embeddings = getattr(model, "get_input_embeddings", lambda: None)()
+        except NotImplementedError:  # transformers' way to say that there are none
+            embeddings = None
         found = [name for name, module in modules.items() if module is getattr(embeddings, "base", embeddings)]
         if not found:
             raise TargetError("trainable_token_indices: the model names no input embedding; give {name: indices}")

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
+from rankwise.errors import ConfigError
 from rankwise.lora.base_weight import BaseLayer
 from rankwise.lora.rows import ByRow
 
@@ -40,6 +41,12 @@ class Wrapper(nn.Module):
             if name in ("base", "shares", "active"):
                 raise
             return getattr(self.chosen(), name)
+
+    def _replicate_for_data_parallel(self) -> "Wrapper":
+        raise ConfigError(
+            "nn.DataParallel copies a model for each call, and its copies lose their adapters; take one device "
+            "(CUDA_VISIBLE_DEVICES=0) or DistributedDataParallel (torchrun)"
+        )
 
     @property
     def shares(self) -> nn.ModuleDict:
