@@ -59,10 +59,9 @@ def is_offloaded(module: nn.Module) -> bool:
     return any(p.is_meta for p in module.parameters(recurse=False)) and hasattr(module, "_hf_hook")
 
 
-def device_of(base: BaseLayer) -> torch.device:
-    """Where the layer computes."""
-    device = getattr(base, weight_name(base)).device
-    return torch.device(base._hf_hook.execution_device) if is_offloaded(base) else device
+def device_of(base: BaseLayer, weight: Tensor) -> torch.device:
+    """Where a layer computes with its weight."""
+    return torch.device(base._hf_hook.execution_device) if is_offloaded(base) else weight.device
 
 
 def rounded(values: Tensor, dtype: torch.dtype) -> Tensor:

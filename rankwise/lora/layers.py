@@ -73,8 +73,8 @@ class LoraLayer(Wrapper):
         Without `draw`, random start values are left out, for one that is about to be overwritten.
         """
         shapes = self.factor_shapes(config.rank_of(name))
-        dtype = working_dtype(self.own(self.weight_name))
-        update = Update(config, name, *shapes, dtype=dtype, device=device_of(self.base))
+        weight = self.own(self.weight_name)
+        update = Update(config, name, *shapes, dtype=working_dtype(weight), device=device_of(self.base, weight))
         if draw or from_weight(config.init_lora_weights):
             self.start(update, config, generator)
         self.reset_magnitude(update)
@@ -327,6 +327,7 @@ class LoraLayer(Wrapper):
                 yield
         finally:
             for name, parameter in merged.items():
-                own = getattr(self.base, name)  # Module.to has reached this one alone.
-                parameter.data = parameter.data.to(own.device, own.dtype)
+                # Module.to has reached the base's own alone; it may lack a bias.
+                own = self.unmerged[name] if self.unmerged[name] is not None else self.unmerged[self.weight_name]
+                parameter.data = parameter.data.to(own)
                 setattr(self.base, name, parameter)

@@ -271,7 +271,7 @@ def test_what_cannot_be_is_refused_before_anything_changes():
         inject_(model, CONFIGS["two"], adapter="one")
     with pytest.raises(ConfigError, match="cannot name an adapter"):
         inject_(model, CONFIGS["two"], adapter="a.b")
-    with pytest.raises(ConfigError, match=r"r must be at least 1[\s\S]*density"):
+    with pytest.raises(ConfigError, match=r"r must be a whole number of at least 1[\s\S]*density"):
         combine_adapters_(model, {"one": 1.0}, "mix", r=0, density=2.0)
     with pytest.raises(ConfigError, match=r"even"):
         inject_(model, LoraConfig(r=3, init_lora_weights="orthogonal"), adapter="odd")
