@@ -24,6 +24,7 @@ from rankwise.lora.inject import DEFAULT_ADAPTER, check_free, inject_unset_, inj
 from rankwise.lora.layers import LoraLayer
 from rankwise.lora.low_rank import LowRank
 from rankwise.lora.places import named_base_modules, named_lora_layers, named_places, named_wrappers
+from rankwise.lora.repeated import is_of_base, is_repeated
 from rankwise.lora.report import InjectReport
 from rankwise.lora.targets import shortest_names
 from rankwise.lora.update import whole
@@ -157,7 +158,7 @@ def load_adapter_(
     wrappers = named_wrappers(model)
     problems += _separate_groups(wrappers, adapter, tensors)
     slots = _slots(model, adapter, wrappers)
-    problems += _mismatches(slots, tensors, model)
+    problems += _mismatches(slots, tensors, model, adapter)
     if problems:
         delete_adapter_(model, adapter)
         if before:
@@ -355,32 +356,17 @@ def _parameters_in(module: str, config: LoraConfig, stacked: bool) -> list[str]:
     return [f"{module}.{end}" for owner, _, end in entries if (matches_name(module, owner) if owner else stacked)]
 
 
-def _mismatches(expected: dict[str, Tensor], tensors: dict[str, Tensor], model: nn.Module) -> list[str]:
-    problems = []
+def _mismatches(expected: dict[str, Tensor], tensors: dict[str, Tensor], model: nn.Module, adapter: str) -> list[str]:
+    problems, wrappers = [], dict(named_wrappers(model))
     for name, slot in expected.items():
         if name not in tensors:
             problems.append(f"{name}: missing from the file")
         elif tensors[name].shape != slot.shape:
             problems.append(f"{name}: the model needs {list(slot.shape)}, the file holds {list(tensors[name].shape)}")
     for name in tensors.keys() - expected.keys():
-        # With bias="all" PEFT writes the bias of a module that is trained in full twice.
-        twin = name.replace(".modules_to_save.default.", ".").replace(".modules_to_save.", ".")
-        twice = twin in expected and twin in tensors and torch.equal(tensors[twin], tensors[name])
-        if not twice and not _is_unchanged_base_weight(name, tensors, model):
+        if not (is_repeated(name, tensors, expected, wrappers, adapter) or is_of_base(name, tensors, model, adapter)):
             problems.append(f"{name}: the model has no place for it{nearest(name, expected)}")
     return sorted(problems)
-
-
-def _is_unchanged_base_weight(name: str, tensors: dict[str, Tensor], model: nn.Module) -> bool:
-    """PEFT stores some base weights beside the adapter (an adapted embedding's, a head's bias); they must be this
-    model's."""
-    plain = format.module_of(name.replace(".original_module.", "."), format.adapted_places(tensors))
-    (module, _, parameter), tensor = plain.rpartition("."), tensors[name]
-    own = getattr(dict(named_base_modules(model)).get(module), parameter, None)
-    if not isinstance(own, Tensor) or own.shape != tensor.shape:
-        return False
-    own = own.detach().cpu()
-    return torch.equal(own.to(tensor.dtype), tensor) or torch.equal(own, tensor.to(own.dtype))
 
 
 def _raise_if(problems: list[str], folder: Path) -> None:

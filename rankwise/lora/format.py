@@ -1,6 +1,5 @@
 """PEFT's adapter folder (0.21): names of files, tensors and settings, translated to and from ours."""
 
-import re
 from collections.abc import Callable, Container, Iterable, Mapping
 from dataclasses import fields
 from typing import Any
@@ -22,7 +21,6 @@ PICKLE_FILE = "adapter_model.bin"
 PREFIX = "base_model.model."
 END_OF_B = {"lora_A.weight": "lora_B.weight", "lora_embedding_A": "lora_embedding_B"}
 """What the file calls the two factors of a module: A → B."""
-_BASE_LAYERS = re.compile(r"(\.base_layer)+\.(?!base_layer)")
 _NO_TARGETS = "dummy-target-modules"
 """What PEFT takes for target_modules where rows of embeddings or whole modules alone train."""
 
@@ -126,7 +124,12 @@ def module_of(place: str, adapted: Container[str]) -> str:
 
     A base_layer is PEFT's if it lies in one of the `adapted_places`, and otherwise a module of the user's own.
     """
-    return _BASE_LAYERS.sub(lambda found: "." if place[: found.start()] in adapted else found[0], place)
+    parts = place.split(".")
+    end = max((index for index, part in enumerate(parts) if part != "base_layer"), default=0)
+    wrappers = {
+        index for index, part in enumerate(parts[:end]) if part == "base_layer" and ".".join(parts[:index]) in adapted
+    }
+    return ".".join(part for index, part in enumerate(parts) if index not in wrappers)
 
 
 def owner_of(place: str, adapted: Container[str]) -> str:

@@ -33,7 +33,12 @@ def named_places(model: nn.Module) -> list[tuple[str, nn.Module]]:
         # Past nn.Module's search for attributes and for names that stand for the same child, which take longest here.
         base: Any = module._modules["base"] if isinstance(module, Wrapper) else module
         front = f"{name}." if name else ""
-        stack += [(front + key, child) for key, child in reversed(base._modules.items()) if child is not None]
+        # A part that torch.compile has a module around (_orig_mod) keeps its name.
+        stack += [
+            (name if key == "_orig_mod" else front + key, child)
+            for key, child in reversed(base._modules.items())
+            if child is not None
+        ]
     return found
 
 

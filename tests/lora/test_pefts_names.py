@@ -16,6 +16,8 @@ from transformers import (
     BertModel,
     DistilBertConfig,
     DistilBertForSequenceClassification,
+    LlamaConfig,
+    LlamaForCausalLM,
     LlamaForSequenceClassification,
     MixtralConfig,
     MixtralForCausalLM,
@@ -374,3 +376,80 @@ def test_a_module_of_the_users_own_may_be_called_base_layer(tmp_path):
     swap_adapter_(ours, tmp_path)
     for name in ("one", "base_layer"):
         torch.testing.assert_close(ours[name](x), theirs.base_model.model[name](x), rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.filterwarnings("ignore:Could not identify embedding layer")
+@pytest.mark.parametrize("kind", ["attention", "embedding"])
+def test_an_adapted_module_of_the_users_own_may_be_called_base_layer_itself(kind, tmp_path):
+    def build():
+        torch.manual_seed(0)
+        layer = nn.MultiheadAttention(8, 2) if kind == "attention" else nn.Embedding(5, 8)
+        return nn.ModuleDict({"block": nn.ModuleDict({"base_layer": layer})}).double()
+
+    config = peft.LoraConfig(r=2, target_modules=r".*\.base_layer", init_lora_weights=False)
+    theirs = peft.get_peft_model(build(), config)
+    theirs.save_pretrained(tmp_path, save_embedding_layers=kind == "embedding")
+    inside = ["block.base_layer", *(["block.base_layer.out_proj"] if kind == "attention" else [])]
+    assert sorted(read_adapter(tmp_path).low_rank) == inside
+    ours = build()
+    load_adapter_(ours, tmp_path)
+    save_adapter(ours, tmp_path / "again")
+    swap_adapter_(ours, tmp_path / "again")
+    written, again = load_file(tmp_path / "adapter_model.safetensors"), tmp_path / "again" / "adapter_model.safetensors"
+    assert all(torch.equal(written[name], tensor) for name, tensor in load_file(again).items())
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_rows_of_tokens_that_were_added_load_beside_the_table_that_peft_writes(tied, tmp_path):
+    def build(fill=0.0):
+        torch.manual_seed(0)
+        sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "vocab_size": 20}
+        config = LlamaConfig(**sizes, num_attention_heads=2, num_key_value_heads=2, tie_word_embeddings=tied)
+        model = LlamaForCausalLM(config).double().eval()
+        size = model.config.vocab_size
+        model.resize_token_embeddings(size + 2, mean_resizing=False)
+        with torch.no_grad():
+            for layer in (model.get_input_embeddings(), model.get_output_embeddings()):
+                layer.weight[size:] = fill
+        return model, size
+
+    base, size = build()
+    tokens = [size, size + 1]
+    config = peft.LoraConfig(r=2, target_modules=["q_proj"], trainable_token_indices=tokens, init_lora_weights=False)
+    theirs = peft.get_peft_model(base, config)
+    for name, parameter in theirs.named_parameters():
+        if "trainable_tokens" in name:
+            parameter.data.normal_()
+    # PEFT does so by itself where the folder that the base came from has fewer tokens.
+    theirs.save_pretrained(tmp_path, save_embedding_layers=True)
+    assert any("token_adapter.base_layer.weight" in name for name in load_file(tmp_path / "adapter_model.safetensors"))
+    ids = torch.tensor([[3, *tokens]])
+    # The rows that train may stand in the table as anything.
+    ours, _ = build(fill=1.0 if tied else 0.0)
+    load_adapter_(ours, tmp_path)
+    torch.testing.assert_close(output(ours, ids), output(theirs, ids), rtol=1e-10, atol=1e-10)
+    other, _ = build()
+    other.get_input_embeddings().weight.data[0, 0] += 1
+    with pytest.raises(CheckpointError, match=r"embed_tokens.token_adapter.base_layer.weight"):
+        load_adapter_(other, tmp_path)
+
+
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
+def test_parts_that_are_compiled_keep_their_names_in_the_file(tmp_path):
+    def build():
+        torch.manual_seed(0)
+        return nn.Sequential(*(nn.Sequential(nn.Linear(4, 4)) for _ in range(2))).double()
+
+    model, x = build(), torch.randn(3, 4, dtype=torch.float64)
+    for index in range(2):
+        model[index] = torch.compile(model[index], backend="eager")
+    report = inject_(model, LoraConfig(r=2))
+    assert [matrix.name for matrix in report.matrices] == ["0.0", "1.0"]
+    randomise_adapter(model)
+    save_adapter(model, tmp_path)
+    plain = build()
+    load_adapter_(plain, tmp_path)
+    with torch.no_grad():
+        torch.testing.assert_close(model(x), plain(x), rtol=1e-12, atol=1e-12)
+        merge_(model)
+        torch.testing.assert_close(model(x), plain(x), rtol=1e-12, atol=1e-12)
