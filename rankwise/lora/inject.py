@@ -38,7 +38,7 @@ from rankwise.lora.trained import (
     show_biases,
     tied_to,
 )
-from rankwise.lora.weight_reads import weight_is_read
+from rankwise.lora.weight_reads import modules_read
 from rankwise.lora.wrapper import Wrapper
 
 DEFAULT_ADAPTER = "default"
@@ -234,8 +234,9 @@ def _put_in(
             layer.remove(adapter)
         raise
     _freeze(model)
-    for name, layer in grown.items():
-        if weight_is_read(name, modules):
+    read = modules_read(modules.values())
+    for layer in grown.values():
+        if layer.base in read:
             layer.weight_is_read = True
     replace_(model, {layer.base: layer for layer in grown.values()})
     injected: Injection = getattr(model, ATTRIBUTE)
