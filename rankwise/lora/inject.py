@@ -38,7 +38,7 @@ from rankwise.lora.trained import (
     show_biases,
     tied_to,
 )
-from rankwise.lora.weight_reads import modules_read
+from rankwise.lora.weight_reads import members_reading, modules_read
 from rankwise.lora.wrapper import Wrapper
 
 DEFAULT_ADAPTER = "default"
@@ -236,8 +236,8 @@ def _put_in(
     _freeze(model)
     read = modules_read(modules.values())
     for layer in grown.values():
-        if layer.base in read:
-            layer.weight_is_read = True
+        layer.reading = members_reading(type(layer.base))
+        layer.weight_is_read |= layer.base in read or bool(layer.reading)
     replace_(model, {layer.base: layer for layer in grown.values()})
     injected: Injection = getattr(model, ATTRIBUTE)
     for layer in grown.values():

@@ -16,9 +16,8 @@ from types import CodeType, FunctionType
 
 from torch import nn
 
-from rankwise.lora.wrapper import Wrapper
+from rankwise.lora.wrapper import READ, Wrapper
 
-READ = ("weight", "bias", "in_proj_weight", "in_proj_bias")
 EACH = "*"
 """Stands in a path for every child."""
 BELOW = "**"
@@ -57,6 +56,24 @@ def _paths_read(kind: type[nn.Module]) -> frozenset[Path]:
     own = [base for base in kind.__mro__ if base not in (nn.Module, object)]
     methods = [method for base in own for name, method in vars(base).items() if not _prepares(name)]
     return frozenset(path for method in methods for path in _paths_in(method) if path)
+
+
+@cache
+def members_reading(kind: type[nn.Module]) -> frozenset[str]:
+    """The public methods and properties that a layer's class adds to torch's, and that compute with its own weight or
+    bias, by themselves or by others that they use."""
+    added = [base for base in kind.__mro__ if base is not object and not base.__module__.startswith("torch.")]
+    members = [(name, member) for base in added for name, member in vars(base).items()]
+    own = [(name, member) for name, member in members if not (hasattr(nn.Module, name) or _prepares(name))]
+    found = {name for name, member in own if () in _paths_in(member)}
+    while more := {name for name, member in own if _uses(member, {"forward", *found})} - found:
+        found |= more
+    return frozenset(name for name in found if not name.startswith("_"))
+
+
+def _uses(member: object, names: set[str]) -> bool:
+    function = _function_of(member)
+    return isinstance(function, FunctionType) and not names.isdisjoint(_names(function.__code__))
 
 
 def _prepares(name: str) -> bool:

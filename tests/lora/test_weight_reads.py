@@ -8,10 +8,10 @@ from conftest import randomise_adapter
 from torch import nn
 from torch.nn import functional as F
 
-from rankwise import LoraConfig, adapters_off, inject_, merge_, merge_and_remove_, unmerge_
+from rankwise import LoraConfig, adapters_by_row, adapters_off, inject_, merge_, merge_and_remove_, unmerge_
 from rankwise.errors import ConfigError
 from rankwise.lora.inject import set_adapter_training, trainable_parameters
-from rankwise.lora.weight_reads import modules_read
+from rankwise.lora.weight_reads import members_reading, modules_read
 
 
 class Calls(nn.Module):
@@ -227,6 +227,86 @@ def test_a_weight_that_is_read_in_the_second_place_of_its_module_holds_what_the_
     output = model(ids)
     merge_and_remove_(model)
     torch.testing.assert_close(model(ids), output, rtol=1e-12, atol=1e-12)
+
+
+class Attending(nn.Embedding):
+    """Computes with its table by methods of its own too."""
+
+    def attend(self, x):
+        return F.linear(x, self.weight)
+
+    def _scores(self, x):
+        return F.linear(x, self.weight)
+
+    def softly(self, x):
+        return self._scores(x).softmax(-1)
+
+    def scaled(self, ids):
+        return super().forward(ids) * 3
+
+    @property
+    def mean(self):
+        return self.weight.mean(0)
+
+    def of_width(self, x):
+        return x.view(-1, self.weight.shape[1])
+
+
+class UsesMethods(nn.Module):
+    def __init__(self, use):
+        super().__init__()
+        self.emb, self.use = Attending(10, 4), use
+
+    def get_input_embeddings(self):
+        return self.emb
+
+    def forward(self, ids):
+        return self.use(self.emb, ids)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [{"target_modules": ["emb"]}, {"target_modules": (), "trainable_token_indices": [2]}, {"modules_to_save": ["emb"]}],
+    ids=["adapter", "rows", "copy"],
+)
+@pytest.mark.parametrize(
+    "use",
+    [
+        lambda emb, ids: emb.attend(x=emb(ids)),
+        lambda emb, ids: emb.softly(emb(ids)),
+        lambda emb, ids: emb.scaled(ids),
+        lambda emb, ids: emb(ids) * emb.mean,
+        lambda emb, ids: emb.of_width(emb(ids)),
+    ],
+    ids=["attend", "softly", "scaled", "mean", "of_width"],
+)
+def test_a_layers_own_methods_compute_with_what_the_adapter_adds(use, config):
+    torch.manual_seed(0)
+    model, ids = nn.ModuleDict({"own": UsesMethods(use), "lin": nn.Linear(4, 4)}).double(), torch.tensor([[1, 2, 3]])
+    model.get_input_embeddings = model.own.get_input_embeddings
+    plain = model.own(ids)
+    inject_(model, LoraConfig(r=2, **{"target_modules": ["lin"], **config}))
+    randomise_adapter(model)
+    output = model.own(ids)
+    assert not torch.allclose(output, plain)
+    output.square().sum().backward()
+    assert any(p.grad is not None and p.grad.any() for p in trainable_parameters(model))
+    with adapters_off(model):
+        assert torch.equal(model.own(ids), plain)
+    merge_and_remove_(model)
+    torch.testing.assert_close(model.own(ids), output, rtol=1e-12, atol=1e-12)
+
+
+def test_only_public_members_that_compute_with_the_weight_are_a_layers_own_reads():
+    assert members_reading(Attending) == {"attend", "softly", "scaled", "mean"}
+    assert members_reading(nn.Linear) == set()
+
+
+def test_a_layers_own_method_cannot_differ_by_row():
+    model = UsesMethods(lambda emb, ids: emb.attend(emb(ids)))
+    inject_(model, LoraConfig(r=2, target_modules=["emb"]))
+    with adapters_by_row(model, ["default", None]), pytest.raises(ConfigError, match="exclude_modules"):
+        model(torch.tensor([[1], [2]]))
 
 
 def test_a_weight_is_seen_to_be_read_through_an_adapted_module():
