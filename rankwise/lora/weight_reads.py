@@ -4,7 +4,7 @@ Mamba multiplies with `self.dt_proj.weight`, MobileBERT concatenates two weights
 of its weights to one kernel in inference. An adapter that acts in a layer's forward alone would be ignored there in
 silence. The code of the modules above a layer says so: as self.up.weight, or by a name that an assignment or a loop
 gives to self.up or to the elements of self.layers. A layer that is handed to a function which reads its weight is not
-found; leave such out (exclude_modules).
+found, and one that a loop tells by its class is no more of that class; leave such out (exclude_modules).
 """
 
 import ast
