@@ -38,7 +38,7 @@ from rankwise.lora.trained import (
     show_biases,
     tied_to,
 )
-from rankwise.lora.weight_reads import weight_is_read
+from rankwise.lora.weight_reads import members_reading, modules_read
 from rankwise.lora.wrapper import Wrapper
 
 DEFAULT_ADAPTER = "default"
@@ -239,9 +239,10 @@ def _put_in(
             layer.remove(adapter)
         raise
     _freeze(model)
-    for name, layer in grown.items():
-        if weight_is_read(name, modules):
-            layer.weight_is_read = True
+    read = modules_read(modules.values())
+    for layer in grown.values():
+        layer.reading = members_reading(type(layer.base))
+        layer.weight_is_read |= layer.base in read or bool(layer.reading)
     replace_(model, {layer.base: layer for layer in grown.values()})
     injected: Injection = getattr(model, ATTRIBUTE)
     for layer in grown.values():

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 from rankwise.lora.config import lies_in_head
 from rankwise.lora.frozen_product import frozen_linear, frozen_product
-from rankwise.lora.weight_reads import weight_is_read
+from rankwise.lora.weight_reads import modules_read
 
 
 class NarrowLinear(nn.Linear):
@@ -77,10 +77,11 @@ def compute_in_(model: nn.Module, dtype: torch.dtype, widened: Sequence[str] = (
     name or dotted suffix), which are about to train.
     """
     modules = dict(model.named_modules(remove_duplicate=False))
+    read = modules_read(modules.values())
     fit = {
         name: module
         for name, module in modules.items()
-        if _has_a_narrow_kind(module) and not lies_in_head(name, widened) and not weight_is_read(name, modules)
+        if _has_a_narrow_kind(module) and not lies_in_head(name, widened) and module not in read
     }
     wide = {id(p) for name, module in modules.items() for key, p in _own(module) if name not in fit or key != "weight"}
     # A weight that two modules share stays narrow only if both can do with it.

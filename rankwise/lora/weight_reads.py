@@ -4,56 +4,95 @@ Mamba multiplies with `self.dt_proj.weight`, MobileBERT concatenates two weights
 of its weights to one kernel in inference. An adapter that acts in a layer's forward alone would be ignored there in
 silence. The code of the modules above a layer says so: as self.up.weight, or by a name that an assignment or a loop
 gives to self.up or to the elements of self.layers. A layer that is handed to a function which reads its weight is not
-found; leave such out (exclude_modules).
+found, and one that a loop tells by its class is no more of that class; leave such out (exclude_modules).
 """
 
 import ast
 import inspect
 import textwrap
-from collections.abc import Iterator
-from functools import cache
+from collections.abc import Iterable, Iterator
+from functools import cache, cached_property
 from types import CodeType, FunctionType
 
 from torch import nn
 
-READ = ("weight", "bias", "in_proj_weight", "in_proj_bias")
+from rankwise.lora.wrapper import READ, Wrapper
+
 EACH = "*"
-"""Stands in a path for every element of a container."""
+"""Stands in a path for every child."""
+BELOW = "**"
+"""Stands in a path for every module below."""
 Path = tuple[str, ...]
 """The names that lead from a module to one below."""
 _ABOUT_IT_ONLY = ("dtype", "device", "shape", "size", "ndim", "is_meta", "requires_grad")
 
 
-def weight_is_read(name: str, modules: dict[str, nn.Module]) -> bool:
-    """Whether a module above the one of this name computes with its weight or bias; `modules` are all, by name."""
-    parts = name.split(".")
-    return any(
-        _leads_to(path, parts[depth:])
-        for depth in range(len(parts))
-        if (parent := modules.get(".".join(parts[:depth]))) is not None
-        for path in _paths_read(type(parent))
-    )
+def modules_read(modules: Iterable[nn.Module]) -> set[nn.Module]:
+    """Those with whose weight or bias one of these computes; a module may stand in several places below them."""
+    parents = [module for module in modules if module._modules]
+    return {found for parent in parents for path in _paths_read(type(parent)) for found in _at(path, parent)}
 
 
-def _leads_to(path: Path, parts: list[str]) -> bool:
-    return len(path) == len(parts) and all(own in (EACH, part) for own, part in zip(path, parts, strict=True))
+def _at(path: Path, parent: nn.Module) -> list[nn.Module]:
+    found = [parent]
+    for name in path:
+        below = [child for module in found for child in _below(module, name)]
+        found = [child.base if isinstance(child, Wrapper) else child for child in below]
+    return found
+
+
+def _below(module: nn.Module, name: str) -> Iterable[nn.Module]:
+    if name == BELOW:
+        return module.modules()
+    if name == EACH:
+        return module.children()
+    child = module._modules.get(name)
+    return () if child is None else (child,)
 
 
 @cache
 def _paths_read(kind: type[nn.Module]) -> frozenset[Path]:
     """The paths below a module of this type to layers whose weight or bias its methods use as a value."""
-    own = kind.__mro__[: kind.__mro__.index(nn.Module)] if nn.Module in kind.__mro__ else ()
+    own = [base for base in kind.__mro__ if base not in (nn.Module, object)]
     methods = [method for base in own for name, method in vars(base).items() if not _prepares(name)]
-    return frozenset(path for method in methods for path in _paths_in(method))
+    return frozenset(path for method in methods for path in _paths_in(method) if path)
+
+
+@cache
+def members_reading(kind: type[nn.Module]) -> frozenset[str]:
+    """The public methods and properties that a layer's class adds to torch's, and that compute with its own weight or
+    bias, by themselves or by others that they use."""
+    added = [base for base in kind.__mro__ if base is not object and not base.__module__.startswith("torch.")]
+    members = [(name, member) for base in added for name, member in vars(base).items()]
+    own = [(name, member) for name, member in members if not (hasattr(nn.Module, name) or _prepares(name))]
+    found = {name for name, member in own if () in _paths_in(member)}
+    while more := {name for name, member in own if _uses(member, {"forward", *found})} - found:
+        found |= more
+    return frozenset(name for name in found if not name.startswith("_"))
+
+
+def _uses(member: object, names: set[str]) -> bool:
+    function = _function_of(member)
+    return isinstance(function, FunctionType) and not names.isdisjoint(_names(function.__code__))
 
 
 def _prepares(name: str) -> bool:
     """Whether a method of this name builds or fills the module, and computes nothing with it."""
-    return any(word in name for word in ("init", "reset", "tie", "resize", "load"))
+    return not {"init", "initialize", "initialise", "reset", "tie", "resize", "load"}.isdisjoint(name.split("_"))
+
+
+def _function_of(member: object) -> object:
+    """The code behind an attribute of a class."""
+    match member:
+        case property():
+            return member.fget
+        case cached_property():
+            return member.func
+    return inspect.unwrap(member) if callable(member) else None
 
 
 def _paths_in(method: object) -> Iterator[Path]:
-    function = inspect.unwrap(method) if callable(method) else None
+    function = _function_of(method)
     if not isinstance(function, FunctionType) or not any(name in _names(function.__code__) for name in READ):
         return
     try:
@@ -66,7 +105,7 @@ def _paths_in(method: object) -> Iterator[Path]:
         if not (isinstance(node, ast.Attribute) and node.attr in READ and isinstance(node.ctx, ast.Load)):
             continue
         if not (_asks_about_it(parents[node]) or _changes_it(parents[node], parents)):
-            yield from filter(None, _paths_of(node.value, names))
+            yield from _paths_of(node.value, names)
 
 
 def _names(code: CodeType) -> set[str]:
@@ -83,6 +122,8 @@ def _names_given(tree: ast.AST) -> dict[str, set[Path]]:
                 targets, paths = [node.target], _elements_of(node.iter, names)
             elif isinstance(node, ast.Assign):
                 targets, paths = node.targets, _paths_of(node.value, names)
+            elif isinstance(node, ast.AnnAssign | ast.NamedExpr) and node.value is not None:
+                targets, paths = [node.target], _paths_of(node.value, names)
             else:
                 continue
             given = [part.id for target in targets for part in ast.walk(target) if isinstance(part, ast.Name)]
@@ -100,9 +141,11 @@ def _paths_of(node: ast.AST, names: dict[str, set[Path]]) -> set[Path]:
             return {(*path, name) for path in _paths_of(owner, names)}
         case ast.Subscript(value=owner, slice=ast.Slice()):
             return _paths_of(owner, names)
-        case ast.Subscript(value=owner, slice=key):
+        case ast.Subscript(value=owner, slice=key) | ast.Call(func=ast.Name(id="getattr"), args=[owner, key, *_]):
             name = str(key.value) if isinstance(key, ast.Constant) else EACH
             return {(*path, name) for path in _paths_of(owner, names)}
+        case ast.NamedExpr(value=value):
+            return _paths_of(value, names)
         case ast.IfExp(body=one, orelse=other):
             return _paths_of(one, names) | _paths_of(other, names)
         case ast.Tuple(elts=parts) | ast.List(elts=parts):
@@ -119,8 +162,10 @@ def _elements_of(node: ast.AST, names: dict[str, set[Path]]) -> set[Path]:
             return _paths_of(node, names)
         case ast.Call(func=ast.Name(id="enumerate" | "zip" | "reversed" | "list"), args=parts):
             return {path for part in parts for path in _elements_of(part, names)}
-        case ast.Call(func=ast.Attribute(value=owner, attr="values" | "items" | "children")):
+        case ast.Call(func=ast.Attribute(value=owner, attr="values" | "items" | "children" | "named_children")):
             return _elements_of(owner, names)
+        case ast.Call(func=ast.Attribute(value=owner, attr="modules" | "named_modules")):
+            return {(*path, BELOW) for path in _paths_of(owner, names)}
     return {(*path, EACH) for path in _paths_of(node, names)}
 
 

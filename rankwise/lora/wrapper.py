@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from copy import copy
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
@@ -13,6 +14,9 @@ from rankwise.lora.rows import ByRow
 if TYPE_CHECKING:
     from rankwise.lora.layers import LoraLayer
 
+READ = ("weight", "bias", "in_proj_weight", "in_proj_bias")
+"""The parameters that a model may compute with itself."""
+
 
 class Wrapper(nn.Module):
     """A module in the place of another one, `base`, whose attributes (in_features, weight, …) it passes on."""
@@ -20,6 +24,8 @@ class Wrapper(nn.Module):
     base: BaseLayer
     weight_is_read = False
     """Whether the model computes with the weight itself, past this layer."""
+    reading: frozenset[str] = frozenset()
+    """The base's methods and properties, beside forward, that compute with its weight (`members_reading`)."""
     by_row: ByRow | None = None
     """Given while every row of the batch uses an adapter of its own."""
     injection: object | None = None
@@ -40,7 +46,14 @@ class Wrapper(nn.Module):
         except AttributeError:
             if name in ("base", "shares", "active"):
                 raise
-            return getattr(self.chosen(), name)
+            return getattr(self._as_one() if name in self.reading else self.chosen(), name)
+
+    def _as_one(self) -> nn.Module:
+        """The module that this one stands for, with the weight and bias of this one. All else in it is shared."""
+        result: Any = copy(self.chosen())
+        own = result._parameters
+        result._parameters = {name: getattr(self, name) if name in READ else own[name] for name in own}
+        return result
 
     def _replicate_for_data_parallel(self) -> "Wrapper":
         raise ConfigError(

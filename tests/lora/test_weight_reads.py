@@ -1,15 +1,17 @@
 """Models that compute with a layer's weight without calling the layer."""
 
+from functools import cached_property
+
 import pytest
 import torch
 from conftest import randomise_adapter
 from torch import nn
 from torch.nn import functional as F
 
-from rankwise import LoraConfig, adapters_off, inject_, merge_, unmerge_
+from rankwise import LoraConfig, adapters_by_row, adapters_off, inject_, merge_, merge_and_remove_, unmerge_
 from rankwise.errors import ConfigError
 from rankwise.lora.inject import set_adapter_training, trainable_parameters
-from rankwise.lora.weight_reads import weight_is_read
+from rankwise.lora.weight_reads import members_reading, modules_read
 
 
 class Calls(nn.Module):
@@ -76,8 +78,8 @@ class Loops(nn.Module):
 
 
 def read_names(model):
-    modules = dict(model.named_modules())
-    return [name for name in modules if name and weight_is_read(name, modules)]
+    read = modules_read(model.modules())
+    return [name for name, module in model.named_modules() if module in read]
 
 
 def test_only_layers_whose_values_are_used_count_as_read():
@@ -88,6 +90,239 @@ def test_only_layers_whose_values_are_used_count_as_read():
     assert read_names(nn.Sequential(Reads(), Calls())) == ["0.up", "0.down"]
     containers = ["layers.0", "layers.1", "blocks.0.up", "blocks.1.up", "byname.a", "byname.b"]
     assert read_names(Loops()) == [*containers, "heads.0", "heads.1", "heads.2", "one"]
+
+
+class One(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.lin0 = nn.Linear(6, 6)
+
+
+class Names(One):
+    """The name of a method holds "tie", and not as a word."""
+
+    def probabilities(self, x):
+        return F.linear(x, self.lin0.weight)
+
+    def forward(self, x):
+        return self.probabilities(x)
+
+
+class Properties(One):
+    @property
+    def table(self):
+        return self.lin0.weight
+
+    def forward(self, x):
+        return F.linear(x, self.table)
+
+
+class CachedProperties(One):
+    @cached_property
+    def layers(self):
+        return [self.lin0.weight.shape, lambda x: F.linear(x, self.lin0.weight)]
+
+    def forward(self, x):
+        return self.layers[1](x)
+
+
+class Mixin:
+    def project(self, x):
+        return F.linear(x, self.lin0.weight)
+
+
+class MixedIn(One, Mixin):
+    def forward(self, x):
+        return self.project(x)
+
+
+class Annotates(One):
+    def forward(self, x):
+        lin: nn.Linear = self.lin0
+        return F.linear(x, lin.weight)
+
+
+class Walrus(One):
+    def forward(self, x):
+        return F.linear(x, (lin := self.lin0).weight) + F.linear(x, lin.weight)
+
+
+class NamedChildren(One):
+    def forward(self, x):
+        for _, child in self.named_children():
+            x = F.linear(x, child.weight)
+        return x
+
+
+class NamedModules(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.inner = nn.ModuleDict({"one": One()})
+
+    def forward(self, x):
+        for name, module in self.named_modules():
+            if name.endswith("lin0"):
+                x = F.linear(x, module.weight)
+        return x
+
+
+class Getattr(One):
+    def forward(self, x):
+        return F.linear(x, getattr(self, f"lin{len(x) * 0}").weight)
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [Names, Properties, CachedProperties, MixedIn, Annotates, Walrus, NamedChildren, NamedModules, Getattr],
+    ids=lambda kind: kind.__name__,
+)
+def test_a_weight_is_seen_to_be_read_however_the_code_comes_by_it(kind):
+    model, x = kind().double(), torch.randn(2, 6, dtype=torch.float64)
+    inject_(model, LoraConfig(r=2, target_modules=["lin0"]))
+    plain = model(x)
+    randomise_adapter(model)
+    output = model(x)
+    assert not torch.allclose(output, plain)
+    merge_(model)
+    torch.testing.assert_close(model(x), output, rtol=1e-12, atol=1e-12)
+
+
+def test_what_prepares_a_module_does_not_read_it():
+    class Prepares(One):
+        def _init_weights(self):
+            return self.lin0.weight + 1
+
+        initialize = reset_parameters = tie_weights = resize_it = load_it = _init_weights
+
+    assert read_names(Prepares()) == []
+
+
+class Decoder(nn.Module):
+    def __init__(self, embed):
+        super().__init__()
+        self.embed = embed
+
+    def forward(self, x):
+        return F.linear(x, self.embed.weight)
+
+
+class Shares(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.shared = nn.Embedding(10, 4)
+        self.decoders = nn.ModuleList([Decoder(self.shared)])
+
+    def forward(self, ids):
+        return self.decoders[0](self.shared(ids))
+
+
+@pytest.mark.parametrize(
+    "config", [{"target_modules": ["shared"]}, {"target_modules": (), "trainable_token_indices": [2]}], ids=str
+)
+def test_a_weight_that_is_read_in_the_second_place_of_its_module_holds_what_the_adapter_adds(config):
+    model, ids = Shares().double(), torch.tensor([[1, 2, 3]])
+    model.get_input_embeddings = lambda: model.shared
+    inject_(model, LoraConfig(r=2, **config))
+    randomise_adapter(model)
+    output = model(ids)
+    merge_and_remove_(model)
+    torch.testing.assert_close(model(ids), output, rtol=1e-12, atol=1e-12)
+
+
+class Attending(nn.Embedding):
+    """Computes with its table by methods of its own too."""
+
+    def attend(self, x):
+        return F.linear(x, self.weight)
+
+    def _scores(self, x):
+        return F.linear(x, self.weight)
+
+    def softly(self, x):
+        return self._scores(x).softmax(-1)
+
+    def scaled(self, ids):
+        return super().forward(ids) * 3
+
+    @property
+    def mean(self):
+        return self.weight.mean(0)
+
+    def of_width(self, x):
+        return x.view(-1, self.weight.shape[1])
+
+
+class UsesMethods(nn.Module):
+    def __init__(self, use):
+        super().__init__()
+        self.emb, self.use = Attending(10, 4), use
+
+    def get_input_embeddings(self):
+        return self.emb
+
+    def forward(self, ids):
+        return self.use(self.emb, ids)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [{"target_modules": ["emb"]}, {"target_modules": (), "trainable_token_indices": [2]}, {"modules_to_save": ["emb"]}],
+    ids=["adapter", "rows", "copy"],
+)
+@pytest.mark.parametrize(
+    "use",
+    [
+        lambda emb, ids: emb.attend(x=emb(ids)),
+        lambda emb, ids: emb.softly(emb(ids)),
+        lambda emb, ids: emb.scaled(ids),
+        lambda emb, ids: emb(ids) * emb.mean,
+        lambda emb, ids: emb.of_width(emb(ids)),
+    ],
+    ids=["attend", "softly", "scaled", "mean", "of_width"],
+)
+def test_a_layers_own_methods_compute_with_what_the_adapter_adds(use, config):
+    torch.manual_seed(0)
+    model, ids = nn.ModuleDict({"own": UsesMethods(use), "lin": nn.Linear(4, 4)}).double(), torch.tensor([[1, 2, 3]])
+    model.get_input_embeddings = model.own.get_input_embeddings
+    plain = model.own(ids)
+    inject_(model, LoraConfig(r=2, **{"target_modules": ["lin"], **config}))
+    randomise_adapter(model)
+    output = model.own(ids)
+    assert not torch.allclose(output, plain)
+    output.square().sum().backward()
+    assert any(p.grad is not None and p.grad.any() for p in trainable_parameters(model))
+    with adapters_off(model):
+        assert torch.equal(model.own(ids), plain)
+    merge_and_remove_(model)
+    torch.testing.assert_close(model.own(ids), output, rtol=1e-12, atol=1e-12)
+
+
+def test_only_public_members_that_compute_with_the_weight_are_a_layers_own_reads():
+    assert members_reading(Attending) == {"attend", "softly", "scaled", "mean"}
+    assert members_reading(nn.Linear) == set()
+
+
+def test_a_layers_own_method_cannot_differ_by_row():
+    model = UsesMethods(lambda emb, ids: emb.attend(emb(ids)))
+    inject_(model, LoraConfig(r=2, target_modules=["emb"]))
+    with adapters_by_row(model, ["default", None]), pytest.raises(ConfigError, match="exclude_modules"):
+        model(torch.tensor([[1], [2]]))
+
+
+def test_a_weight_is_seen_to_be_read_through_an_adapted_module():
+    class Scaled(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = One()
+            self.inner.factors = nn.Parameter(torch.ones(6, 6))
+
+        def forward(self, x):
+            return F.linear(x, self.inner.lin0.weight * self.inner.factors)
+
+    model = Scaled()
+    inject_(model, LoraConfig(r=2, target_modules=(), target_parameters=["inner.factors"]), adapter="one")
+    inject_(model, LoraConfig(r=2, target_modules=["lin0"]), adapter="two")
+    assert model.inner.lin0.weight_is_read
 
 
 def test_a_weight_that_is_read_in_a_loop_holds_what_the_adapter_adds():
