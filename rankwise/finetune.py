@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from rankwise.data.examples import Prompt, questions_of
-from rankwise.data.labelled import label_counts, problem_type, why_no_classifier
+from rankwise.data.labelled import in_order, label_counts, problem_type, why_no_classifier
 from rankwise.data.lazy import LazyExamples
 from rankwise.data.report import measure
 from rankwise.data.rows import Row, divide
@@ -26,7 +26,8 @@ from rankwise.errors import ConfigError, DataError
 from rankwise.lora.config import LoraConfig
 from rankwise.lora.inject import adapters_off, inject_, largest_ranks
 from rankwise.lora.start import FROM_DATA, start_from_data_
-from rankwise.models.load import base_sha256, load_model, load_tokenizer, longest_input_of, pad_id
+from rankwise.models.adapted import label_names, renew_head_
+from rankwise.models.load import base_config, base_sha256, load_model, load_tokenizer, longest_input_of, pad_id
 from rankwise.models.pooling import unread_layers
 from rankwise.rank.inspect import inspect_adapter
 from rankwise.rank.shrink import ShrinkReport, different_left, shrink_, split_examples
@@ -91,7 +92,7 @@ def finetune(config: TrainConfig, reporter: Reporter | None = None, resume: bool
 
 def _finetune(config: TrainConfig, run: RunFolder, reporter: Reporter) -> dict[str, Any]:
     train_rows, held_out_rows = read_data(config, reporter.say)
-    labels = labels_of(train_rows)
+    labels = labels_of(train_rows, config.model)
     with reporter.stage("tokenising"):
         tokenizer = on_day(load_tokenizer(config.model), run.day)
         data = _tokenise(config, train_rows, held_out_rows, tokenizer, labels, reporter.say)
@@ -100,6 +101,8 @@ def _finetune(config: TrainConfig, run: RunFolder, reporter: Reporter) -> dict[s
     torch.manual_seed(config.seed)
     with reporter.stage(f"loading {config.model}"):
         model = load_model(config.model, config.task, labels, problem_type(train_rows), config.base_dtype)
+        if renew_head_(model, config.model):
+            reporter.say("the base's head is for other labels than those of the data, and is drawn anew")
     lora, rank_rule = _ranks_that_fit(model, config, data.choosing)
     report = inject_(model, lora)
     engine = engine_for(config.task, model, pad_id(tokenizer), data.train)
@@ -225,15 +228,17 @@ def rows_sha256(config: TrainConfig) -> str:
     return digest.hexdigest()
 
 
-def labels_of(rows: Sequence[Row]) -> list[str]:
+def labels_of(rows: Sequence[Row], base: str) -> list[str]:
     """The labels' names in the order of a classifier's outputs; none for rows that have no labels by their shape.
 
+    A base that is a classifier of these very labels keeps its order, which its head was trained for.
     Raises DataError if they leave nothing to learn.
     """
     labels = label_counts(rows)
     if reason := why_no_classifier(rows, labels):
         raise DataError(f"{rows[0].file}: {reason}")
-    return sorted(labels)
+    own = label_names(base_config(base)) if labels else []
+    return own if sorted(own) == sorted(labels) else in_order(labels)
 
 
 def _tokenise(

@@ -99,14 +99,14 @@ def _show_example(report: "DataReport", tokenizer: Any, console: Any) -> None:
     from rich.text import Text
 
     from rankwise.data.examples import TextExample
-    from rankwise.data.labelled import LabelledExample
+    from rankwise.data.labelled import LabelledExample, in_order
     from rankwise.data.report import stretches
 
     example = report.example
     if example is None:
         return
     if isinstance(example, LabelledExample):
-        answer = example.written(example.answer, tokenizer, sorted(report.labels))
+        answer = example.written(example.answer, tokenizer, in_order(report.labels))
         console.print(f"\n{example.place}: {tokenizer.decode(example.ids)} → {answer}", markup=False)
         return
     if not isinstance(example, TextExample):

@@ -126,11 +126,11 @@ def _examples(config: PlanConfig) -> tuple[list[Any], int, int]:
     from rankwise.models.load import load_tokenizer
     from rankwise.rank.shrink import different_left
 
-    rows, held_out = read_data(config)
-    labels = labels_of(rows)
     source = config.model
     if source in PUBLISHED or Path(source).suffix == ".json":
         raise ConfigError(f"{source} has no tokenizer for --data; give --rows and --tokens-per-row instead")
+    rows, held_out = read_data(config)
+    labels = labels_of(rows, source)
     tokenizer = load_tokenizer(source)
     limit = read_shape(_source(source), config.task, len(labels)).positions
     length = min(config.max_length, limit)

@@ -8,7 +8,7 @@ from typing import Any
 
 from rankwise.data.examples import Example, LongRows, TextExample, fitted, longest_text, untrained_because
 from rankwise.data.files import Problem, Row
-from rankwise.data.labelled import label_counts, why_no_classifier
+from rankwise.data.labelled import in_order, label_counts, why_no_classifier
 from rankwise.data.rows import Division, why_no_split
 from rankwise.data.tasks import tokenised
 from rankwise.data.transcripts import Tokenizer, TrainOn
@@ -125,7 +125,7 @@ def report_on(
     sides: list[list[Any]] = []
     dropped = 0
     for rows in (division.train, division.held_out):
-        examples, refused = tokenised(task, rows, tokenizer, sorted(labels), train_on)
+        examples, refused = tokenised(task, rows, tokenizer, in_order(labels), train_on)
         problems += refused
         kept = fitted(examples, max_length, long_rows)
         problems += _problems(kept, max_length)
