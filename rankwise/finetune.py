@@ -36,6 +36,7 @@ from rankwise.train.batches import ROWS_AT_FIRST, Plan, planned_steps
 from rankwise.train.config import TrainConfig
 from rankwise.train.evaluate import Evaluation, evaluate
 from rankwise.train.forecast import forecast
+from rankwise.train.interrupt import sigterm_as_ctrl_c
 from rankwise.train.loop import Training
 from rankwise.train.peak_memory import peak_memory_bytes
 from rankwise.train.progress import Reporter
@@ -98,11 +99,7 @@ def _finetune(config: TrainConfig, run: RunFolder, reporter: Reporter) -> dict[s
         data = _tokenise(config, train_rows, held_out_rows, tokenizer, labels, reporter.say)
     # A plan that cannot be is found before anything is loaded, measured or written.
     plan = planned_steps(data.train, config)
-    torch.manual_seed(config.seed)
-    with reporter.stage(f"loading {config.model}"):
-        model = load_model(config.model, config.task, labels, problem_type(train_rows), config.base_dtype)
-        if renew_head_(model, config.model):
-            reporter.say("the base's head is for other labels than those of the data, and is drawn anew")
+    model = _load(config, labels, problem_type(train_rows), reporter)
     lora, rank_rule = _ranks_that_fit(model, config, data.choosing)
     report = inject_(model, lora)
     engine = engine_for(config.task, model, pad_id(tokenizer), data.train)
@@ -120,15 +117,16 @@ def _finetune(config: TrainConfig, run: RunFolder, reporter: Reporter) -> dict[s
     run.save_adapter(model)
     shrunk, uncut_because = None, config.why_rank_is_fixed(data.choosing)
     before = after = None
-    try:
-        if not interrupted:
-            if not uncut_because:
-                shrunk, uncut_because = _shrink(engine, data, config, run, reporter)
-            before, after = _evaluate_both(engine, tokenizer, data, config, reporter)
-    except KeyboardInterrupt:
-        interrupted, before = True, None
-        if not shrunk:
-            run.take_full_adapter_back()
+    with sigterm_as_ctrl_c() as interrupt:
+        try:
+            if not interrupted:
+                if not uncut_because:
+                    shrunk, uncut_because = _shrink(engine, data, config, run, reporter)
+                before, after = _evaluate_both(engine, tokenizer, data, config, reporter)
+        except KeyboardInterrupt:
+            interrupted, before = True, None
+            if not shrunk:
+                run.take_full_adapter_back()
     result = {
         **_evaluation_fields(before, after),
         "trainable_parameters": report.trainable_parameters,
@@ -137,7 +135,7 @@ def _finetune(config: TrainConfig, run: RunFolder, reporter: Reporter) -> dict[s
         "adapter_step": outcome.adapter_step,
         "stopped_early": outcome.stopped_early,
         "interrupted": interrupted,
-        "signal": outcome.signal,
+        "signal": outcome.signal or interrupt.signal,
         "learning_rate": training.rate,
         "seconds": steps[-1].seconds if steps else 0.0,
         "useful_tokens": sum(step.tokens for step in steps),
@@ -152,6 +150,17 @@ def _finetune(config: TrainConfig, run: RunFolder, reporter: Reporter) -> dict[s
     }
     run.finish(result, render_report(config.as_dict(), result, steps, described, inspect_adapter(run.adapter).matrices))
     return result
+
+
+def _load(config: TrainConfig, labels: list[str], problem_type: str | None, reporter: Reporter) -> Any:
+    """The base model, a new head as the seed draws it."""
+    torch.manual_seed(config.seed)
+    with reporter.stage(f"loading {config.model}"):
+        model = load_model(config.model, config.task, labels, problem_type, config.base_dtype)
+        renewed = renew_head_(model, config.model)
+    if renewed:
+        reporter.say("the base's head is for other labels than those of the data, and is drawn anew")
+    return model
 
 
 def _ranks_that_fit(model: Any, config: TrainConfig, held_out: int) -> tuple[LoraConfig, str]:
