@@ -333,6 +333,7 @@ def _evaluation_fields(before: Evaluation | None, after: Evaluation | None) -> d
 
 
 def _describe(data: Dataset, engine: Engine[Any], dropped: int) -> str:
+    """What is trained and measured, and how; `dropped`: training rows that are left out."""
     path = "packed, no padding" if engine.packs else f"padded, because {engine.padded_because}"
     if later := len(data.train) - len(data.first):
         rest = f"; these are the first that run, the other {later:,} are looked at while training goes on"
@@ -340,4 +341,9 @@ def _describe(data: Dataset, engine: Engine[Any], dropped: int) -> str:
         rest = f"; {dropped:,} too long and left out"
     else:
         rest = ""
-    return f"training: {measure(data.first)}{rest}\n{len(data.held_out):,} rows are held out; {path}"
+    held_out = f"{len(data.held_out):,} rows are held out"
+    if cut := sum(example.cut > 0 for example in data.held_out):
+        held_out += f", {cut:,} of them cut off at their end"
+    if left_out := len(data.held_out_rows) - len(data.held_out):
+        held_out += f"; {left_out:,} more are too long and left out"
+    return f"training: {measure(data.first)}{rest}\n{held_out}; {path}"
