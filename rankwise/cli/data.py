@@ -57,6 +57,8 @@ def main(options: list[str]) -> int:
         raise ConfigError("name at least one file, folder or hub data set")
     if config.max_length < 2:
         raise ConfigError(f"--max-length must be at least 2, found {config.max_length}")
+    if config.train_on != "completion" and config.task != "causal_lm":
+        raise ConfigError(f"--train-on {config.train_on} needs --task causal_lm; leave it out")
     layout = Layout.parse(config.format, config.columns)
     from rankwise.data.report import report_on
     from rankwise.data.rows import divide
