@@ -42,7 +42,7 @@ def prepare(base: str, adapters: int) -> tuple[Engine[Any], list[Any]]:
     """The engine of a model that carries the adapters, and the rows to train on."""
     task, folder = TASKS[base]
     rows = read_rows(EXAMPLES / folder / "train.jsonl", task)
-    labels = labels_of(rows) if task == "seq_cls" else []
+    labels = labels_of(rows, base) if task == "seq_cls" else []
     tokenizer, model = load_tokenizer(base), load_model(base, task, labels)
     examples = examples_for(task, rows, tokenizer, labels, 512, "error")
     for index in range(adapters):

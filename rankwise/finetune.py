@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from rankwise.data.examples import Prompt, questions_of
-from rankwise.data.labelled import label_counts, problem_type, why_no_classifier
+from rankwise.data.labelled import in_order, label_counts, problem_type, why_no_classifier
 from rankwise.data.lazy import LazyExamples
 from rankwise.data.report import measure
 from rankwise.data.rows import Row, divide
@@ -26,7 +26,8 @@ from rankwise.errors import ConfigError, DataError
 from rankwise.lora.config import LoraConfig
 from rankwise.lora.inject import adapters_off, inject_, largest_ranks
 from rankwise.lora.start import FROM_DATA, start_from_data_
-from rankwise.models.load import base_sha256, load_model, load_tokenizer, longest_input_of, pad_id
+from rankwise.models.adapted import label_names, renew_head_
+from rankwise.models.load import base_config, base_sha256, load_model, load_tokenizer, longest_input_of, pad_id
 from rankwise.models.pooling import unread_layers
 from rankwise.rank.inspect import inspect_adapter
 from rankwise.rank.shrink import ShrinkReport, different_left, shrink_, split_examples
@@ -35,6 +36,7 @@ from rankwise.train.batches import ROWS_AT_FIRST, Plan, planned_steps
 from rankwise.train.config import TrainConfig
 from rankwise.train.evaluate import Evaluation, evaluate
 from rankwise.train.forecast import forecast
+from rankwise.train.interrupt import sigterm_as_ctrl_c
 from rankwise.train.loop import Training
 from rankwise.train.peak_memory import peak_memory_bytes
 from rankwise.train.progress import Reporter
@@ -91,15 +93,13 @@ def finetune(config: TrainConfig, reporter: Reporter | None = None, resume: bool
 
 def _finetune(config: TrainConfig, run: RunFolder, reporter: Reporter) -> dict[str, Any]:
     train_rows, held_out_rows = read_data(config, reporter.say)
-    labels = labels_of(train_rows)
+    labels = labels_of(train_rows, config.model)
     with reporter.stage("tokenising"):
         tokenizer = on_day(load_tokenizer(config.model), run.day)
         data = _tokenise(config, train_rows, held_out_rows, tokenizer, labels, reporter.say)
     # A plan that cannot be is found before anything is loaded, measured or written.
     plan = planned_steps(data.train, config)
-    torch.manual_seed(config.seed)
-    with reporter.stage(f"loading {config.model}"):
-        model = load_model(config.model, config.task, labels, problem_type(train_rows), config.base_dtype)
+    model = _load(config, labels, problem_type(train_rows), reporter)
     lora, rank_rule = _ranks_that_fit(model, config, data.choosing)
     report = inject_(model, lora)
     engine = engine_for(config.task, model, pad_id(tokenizer), data.train)
@@ -117,15 +117,16 @@ def _finetune(config: TrainConfig, run: RunFolder, reporter: Reporter) -> dict[s
     run.save_adapter(model)
     shrunk, uncut_because = None, config.why_rank_is_fixed(data.choosing)
     before = after = None
-    try:
-        if not interrupted:
-            if not uncut_because:
-                shrunk, uncut_because = _shrink(engine, data, config, run, reporter)
-            before, after = _evaluate_both(engine, tokenizer, data, config, reporter)
-    except KeyboardInterrupt:
-        interrupted, before = True, None
-        if not shrunk:
-            run.take_full_adapter_back()
+    with sigterm_as_ctrl_c() as interrupt:
+        try:
+            if not interrupted:
+                if not uncut_because:
+                    shrunk, uncut_because = _shrink(engine, data, config, run, reporter)
+                before, after = _evaluate_both(engine, tokenizer, data, config, reporter)
+        except KeyboardInterrupt:
+            interrupted, before = True, None
+            if not shrunk:
+                run.take_full_adapter_back()
     result = {
         **_evaluation_fields(before, after),
         "trainable_parameters": report.trainable_parameters,
@@ -134,7 +135,7 @@ def _finetune(config: TrainConfig, run: RunFolder, reporter: Reporter) -> dict[s
         "adapter_step": outcome.adapter_step,
         "stopped_early": outcome.stopped_early,
         "interrupted": interrupted,
-        "signal": outcome.signal,
+        "signal": outcome.signal or interrupt.signal,
         "learning_rate": training.rate,
         "seconds": steps[-1].seconds if steps else 0.0,
         "useful_tokens": sum(step.tokens for step in steps),
@@ -149,6 +150,17 @@ def _finetune(config: TrainConfig, run: RunFolder, reporter: Reporter) -> dict[s
     }
     run.finish(result, render_report(config.as_dict(), result, steps, described, inspect_adapter(run.adapter).matrices))
     return result
+
+
+def _load(config: TrainConfig, labels: list[str], problem_type: str | None, reporter: Reporter) -> Any:
+    """The base model, a new head as the seed draws it."""
+    torch.manual_seed(config.seed)
+    with reporter.stage(f"loading {config.model}"):
+        model = load_model(config.model, config.task, labels, problem_type, config.base_dtype)
+        renewed = renew_head_(model, config.model)
+    if renewed:
+        reporter.say("the base's head is for other labels than those of the data, and is drawn anew")
+    return model
 
 
 def _ranks_that_fit(model: Any, config: TrainConfig, held_out: int) -> tuple[LoraConfig, str]:
@@ -225,15 +237,17 @@ def rows_sha256(config: TrainConfig) -> str:
     return digest.hexdigest()
 
 
-def labels_of(rows: Sequence[Row]) -> list[str]:
+def labels_of(rows: Sequence[Row], base: str) -> list[str]:
     """The labels' names in the order of a classifier's outputs; none for rows that have no labels by their shape.
 
+    A base that is a classifier of these very labels keeps its order, which its head was trained for.
     Raises DataError if they leave nothing to learn.
     """
     labels = label_counts(rows)
     if reason := why_no_classifier(rows, labels):
         raise DataError(f"{rows[0].file}: {reason}")
-    return sorted(labels)
+    own = label_names(base_config(base)) if labels else []
+    return own if sorted(own) == sorted(labels) else in_order(labels)
 
 
 def _tokenise(
@@ -319,6 +333,7 @@ def _evaluation_fields(before: Evaluation | None, after: Evaluation | None) -> d
 
 
 def _describe(data: Dataset, engine: Engine[Any], dropped: int) -> str:
+    """What is trained and measured, and how; `dropped`: training rows that are left out."""
     path = "packed, no padding" if engine.packs else f"padded, because {engine.padded_because}"
     if later := len(data.train) - len(data.first):
         rest = f"; these are the first that run, the other {later:,} are looked at while training goes on"
@@ -326,4 +341,9 @@ def _describe(data: Dataset, engine: Engine[Any], dropped: int) -> str:
         rest = f"; {dropped:,} too long and left out"
     else:
         rest = ""
-    return f"training: {measure(data.first)}{rest}\n{len(data.held_out):,} rows are held out; {path}"
+    held_out = f"{len(data.held_out):,} rows are held out"
+    if cut := sum(example.cut > 0 for example in data.held_out):
+        held_out += f", {cut:,} of them cut off at their end"
+    if left_out := len(data.held_out_rows) - len(data.held_out):
+        held_out += f"; {left_out:,} more are too long and left out"
+    return f"training: {measure(data.first)}{rest}\n{held_out}; {path}"

@@ -27,7 +27,7 @@ from rankwise.lora.checkpoint import load_adapter_, save_adapter
 from rankwise.lora.config import LoraConfig
 from rankwise.lora.inject import DEFAULT_ADAPTER, eject_, inject_, injection, largest_ranks, trainable_parameters
 from rankwise.lora.report import InjectReport
-from rankwise.models.adapted import write_labels
+from rankwise.models.adapted import renew_head_, write_labels
 from rankwise.models.load import base_sha256, load_model, load_tokenizer, longest_input, pad_id
 from rankwise.models.pooling import unread_layers
 from rankwise.plan.memory import FLOAT
@@ -97,7 +97,7 @@ class PairedRuns:
                 f"{len(held_out)}; give more in --eval-data, or a larger --eval-fraction"
             )
         self._tokenizer = on_day(load_tokenizer(config.model), day or date.today().isoformat())
-        self.labels = labels_of(train)
+        self.labels = labels_of(train, config.model)
         self._problem_type = problem_type(train)
         self._loaded: tuple[int, Engine[Any]] | None = None
         model = self._load_model(config.seed)
@@ -124,10 +124,8 @@ class PairedRuns:
 
     def examples(self, rows: Sequence[Row]) -> list[Any]:
         """The rows as the model reads them."""
-        config = self.config
-        return examples_for(
-            config.task, rows, self._tokenizer, self.labels, self._length, config.long_rows, config.train_on
-        )
+        config, labels = self.config, self.labels
+        return examples_for(config.task, rows, self._tokenizer, labels, self._length, config.long_rows, config.train_on)
 
     def how_many_at_once(self, wanted: int | None) -> tuple[int, str]:
         """How many runs should share passes over the base (`wanted`, if it is given), and a sentence on the reason.
@@ -364,7 +362,10 @@ class PairedRuns:
 
     def _load_model(self, seed: int) -> Any:
         torch.manual_seed(seed)
-        return load_model(self.config.model, self.config.task, self.labels, self._problem_type, self.config.base_dtype)
+        base, labels = self.config.model, self.labels
+        model = load_model(base, self.config.task, labels, self._problem_type, self.config.base_dtype)
+        renew_head_(model, base)
+        return model
 
 
 class SettingRuns:

@@ -57,6 +57,8 @@ def main(options: list[str]) -> int:
         raise ConfigError("name at least one file, folder or hub data set")
     if config.max_length < 2:
         raise ConfigError(f"--max-length must be at least 2, found {config.max_length}")
+    if config.train_on != "completion" and config.task != "causal_lm":
+        raise ConfigError(f"--train-on {config.train_on} needs --task causal_lm; leave it out")
     layout = Layout.parse(config.format, config.columns)
     from rankwise.data.report import report_on
     from rankwise.data.rows import divide
@@ -99,14 +101,14 @@ def _show_example(report: "DataReport", tokenizer: Any, console: Any) -> None:
     from rich.text import Text
 
     from rankwise.data.examples import TextExample
-    from rankwise.data.labelled import LabelledExample
+    from rankwise.data.labelled import LabelledExample, in_order
     from rankwise.data.report import stretches
 
     example = report.example
     if example is None:
         return
     if isinstance(example, LabelledExample):
-        answer = example.written(example.answer, tokenizer, sorted(report.labels))
+        answer = example.written(example.answer, tokenizer, in_order(report.labels))
         console.print(f"\n{example.place}: {tokenizer.decode(example.ids)} → {answer}", markup=False)
         return
     if not isinstance(example, TextExample):

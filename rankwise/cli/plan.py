@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 
 from rankwise.cli.arguments import parse
 from rankwise.data.examples import TextExample
+from rankwise.data.shapes import LABELLED
 from rankwise.errors import ConfigError
 from rankwise.plan.architectures import read_shape
 from rankwise.plan.machine import Machine, read_machine
@@ -62,6 +63,10 @@ class PlanConfig(TrainConfig):
             yield f"--tokens-per-row {self.tokens_per_row} is above --max-length {self.max_length}"
         if self.trained_per_row and self.trained_per_row >= (self.tokens_per_row or 0):
             yield "--trained-per-row must be below --tokens-per-row: the first token of a row has no prediction"
+        if self.labels != type(self).labels and self.task not in LABELLED:
+            yield f"--labels needs --task {' or '.join(LABELLED)}; other tasks have no labels"
+        if self.trained_per_row and self.task in ("seq_cls", "embedding"):
+            yield f"--trained-per-row does not go with --task {self.task}, whose loss counts rows"
         if self.recalibrate and not self.time:
             yield "--recalibrate measures this machine and --no-time leaves that out; give one of them"
 
@@ -127,10 +132,10 @@ def _examples(config: PlanConfig) -> tuple[list[Any], int, int]:
     from rankwise.rank.shrink import different_left
 
     rows, held_out = read_data(config)
-    labels = labels_of(rows)
     source = config.model
     if source in PUBLISHED or Path(source).suffix == ".json":
         raise ConfigError(f"{source} has no tokenizer for --data; give --rows and --tokens-per-row instead")
+    labels = labels_of(rows, source)
     tokenizer = load_tokenizer(source)
     limit = read_shape(_source(source), config.task, len(labels)).positions
     length = min(config.max_length, limit)

@@ -7,7 +7,16 @@ from typing import ClassVar, Literal, Protocol, Self, TypeVar
 
 from rankwise.data.files import Problem, Row
 from rankwise.data.rows import MOST_PROBLEMS
-from rankwise.data.transcripts import Tokenizer, TrainOn, Transcript, asks, question, transcript
+from rankwise.data.transcripts import (
+    Tokenizer,
+    TrainOn,
+    Transcript,
+    asks_for_known,
+    is_answer,
+    question,
+    transcript,
+    up_to_answer,
+)
 from rankwise.errors import DataError, listing
 
 LongRows = Literal["error", "cut", "drop"]
@@ -164,7 +173,7 @@ _AT_ONCE = 512
 
 
 def asked(row: Row, tokenizer: Tokenizer) -> Prompt:
-    """What a row asks (its prompt, its conversation up to a last assistant turn, or its text) and the reference answer.
+    """What a row asks (its prompt, its conversation up to its last answer, or its text) and the reference answer.
 
     Raises DataError if the row asks nothing, or if the chat template refuses it.
     """
@@ -193,27 +202,30 @@ def questions_of(
     most: int | None,
     say: Callable[[str], None],
 ) -> list[Prompt]:
-    """What the rows of these examples ask, the first `most` that ask anything, for exact match over the same rows as
-    the loss.
+    """What the rows of these examples ask, the first `most` that have a reference answer, for exact match over the same
+    rows as the loss.
 
-    A question longer than `max_length` tokens, as a row can have whose end is cut off, is not asked, and that is said.
+    A question longer than `max_length` tokens, as a row can have whose end is cut off, is not asked, and that is said;
+    nor is one without a token, after which no model can go on.
     Raises DataError as `prompts_of` does.
     """
     kept = {example.place for example in examples}
-    asking = (row for row in rows if row.place in kept and asks(row.fields))
+    asking = (row for row in rows if row.place in kept and asks_for_known(row.fields))
     prompts = prompts_of(islice(asking, most), tokenizer)
     fitting = [prompt for prompt in prompts if len(prompt.ids) <= max_length]
     if long := len(prompts) - len(fitting):
         say(f"{long:,} held-out rows are not asked for answers: their questions are longer than {max_length} tokens")
-    return fitting
+    return [prompt for prompt in fitting if prompt.ids]
 
 
 def _reference(row: Row, tokenizer: Tokenizer) -> str | None:
     if "messages" not in row.fields:
         return row.fields.get("completion")
-    last = row.fields["messages"][-1]
-    if last["role"] != "assistant" or last["content"].strip() or "tool_calls" not in last:
-        return last["content"] if last["role"] == "assistant" else None
+    last = up_to_answer(row.fields["messages"])[-1]
+    if not is_answer(last):
+        return None
+    if last["content"].strip() or "tool_calls" not in last:
+        return last["content"]
     # How a tool call is written is the template's affair.
     [(ids, trained)] = _encoded([transcript(row.fields, tokenizer, "last")], tokenizer)
     return tokenizer.decode(ids[trained.index(True) :], skip_special_tokens=True)

@@ -1,7 +1,8 @@
 """Rows with labels → tokens, and what a classifier should find in them: a label, several labels, or a tag a word."""
 
+import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Self
 
@@ -13,6 +14,7 @@ SEVERAL_LABELS = "multi_label_classification"
 """What transformers' configurations call texts with any number of labels (`problem_type`) …"""
 ONE_LABEL = "single_label_classification"
 """… and texts with one each."""
+_WHOLE = re.compile(r"-?[0-9]{1,18}")
 _SHORT = 24
 """Tokens of a piece to try a model with."""
 
@@ -144,8 +146,14 @@ def labels_in(row: Row) -> list[str]:
 
 
 def label_counts(rows: Sequence[Row]) -> Counter[str]:
-    """How many texts, or words, have each label; empty for rows without labels. The sorted names number the classes."""
+    """How many texts, or words, have each label; empty for rows without labels."""
     return Counter(label for row in rows for label in labels_in(row)) if rows and _has_labels(rows[0]) else Counter()
+
+
+def in_order(labels: Iterable[str]) -> list[str]:
+    """The labels as they number the classes: whole numbers by their value, others by the alphabet."""
+    names = sorted(labels)
+    return sorted(names, key=int) if all(map(_WHOLE.fullmatch, names)) else names
 
 
 def why_no_classifier(rows: Sequence[Row], labels: Counter[str]) -> str | None:

@@ -8,9 +8,9 @@ from typing import Any
 
 from rankwise.data.examples import Example, LongRows, TextExample, fitted, longest_text, untrained_because
 from rankwise.data.files import Problem, Row
-from rankwise.data.labelled import label_counts, why_no_classifier
+from rankwise.data.labelled import in_order, label_counts, why_no_classifier
 from rankwise.data.rows import Division, why_no_split
-from rankwise.data.tasks import tokenised
+from rankwise.data.tasks import tokenised, why_too_few
 from rankwise.data.transcripts import Tokenizer, TrainOn
 
 
@@ -78,8 +78,8 @@ class DataReport:
     """Rows that are too long and left out."""
     example: Example | None
     """The first one that has something to train."""
-    why_no_classifier: str | None
-    """Why no classifier can be trained on these labels."""
+    why_not_learned: str | None
+    """Why the task cannot be learned from these labels, or from so few rows."""
     why_no_split: str | None = None
     """Why a run could hold out none of the rows by itself."""
 
@@ -91,8 +91,8 @@ class DataReport:
         if not self.train.rows:
             long = f"; {self.dropped:,} rows are too long (--max-length)" if self.dropped else ""
             return f"not ready: no row is left to train on{long}"
-        if self.why_no_classifier:
-            return f"not ready: {self.why_no_classifier}"
+        if self.why_not_learned:
+            return f"not ready: {self.why_not_learned}"
         notes = [f"{self.dropped:,} rows are too long and left out"] if self.dropped else []
         notes += [self.why_no_split] if self.why_no_split else []
         return f"ready to train ({'; '.join(notes)})" if notes else "ready to train"
@@ -125,7 +125,7 @@ def report_on(
     sides: list[list[Any]] = []
     dropped = 0
     for rows in (division.train, division.held_out):
-        examples, refused = tokenised(task, rows, tokenizer, sorted(labels), train_on)
+        examples, refused = tokenised(task, rows, tokenizer, in_order(labels), train_on)
         problems += refused
         kept = fitted(examples, max_length, long_rows)
         problems += _problems(kept, max_length)
@@ -141,7 +141,7 @@ def report_on(
         problems=list(dict.fromkeys(problems)),
         dropped=dropped,
         example=next((example for example in sides[0] if example.counted), None),
-        why_no_classifier=why_no_classifier(division.train, labels),
+        why_not_learned=why_no_classifier(division.train, labels) or why_too_few(task, len(sides[0])),
         why_no_split=why_no_split(division.train) if division.train and not division.held_out else None,
     )
 

@@ -69,7 +69,7 @@ def tokenised_answers(rows: Sequence[Row], tokenizer: Tokenizer) -> tuple[list[S
         except DataError as error:
             problems.append(Problem(row.place, str(error)))
             continue
-        if prompt.answer is None or row.fields.get("messages", [{}])[-1].get("weight", 1) == 0:
+        if prompt.answer is None:
             problems.append(Problem(row.place, "the last turn is no answer that is trained, and the decoder writes it"))
             continue
         target = tuple(tokenizer(text_target=prompt.answer).input_ids)

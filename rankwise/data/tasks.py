@@ -33,6 +33,16 @@ def examples_for(
     return usable(*tokenised(task, rows, tokenizer, labels, train_on), max_length, long_rows)
 
 
+def why_too_few(task: str, rows: int) -> str | None:
+    """Why a task cannot be learned from so few rows; None if it can."""
+    if task == "embedding" and rows < 2:
+        return (
+            "--task embedding needs at least two training rows, because a row is told apart from the others of its "
+            f"batch; found {rows}"
+        )
+    return None
+
+
 def tokenised(
     task: str, rows: Sequence[Row], tokenizer: Tokenizer, labels: Sequence[str], train_on: TrainOn
 ) -> tuple[list[Any], list[Problem]]:

@@ -70,7 +70,7 @@ def transcript(fields: Mapping[str, Any], tokenizer: Tokenizer, train_on: TrainO
 
 
 def question(fields: Mapping[str, Any], tokenizer: Tokenizer) -> Transcript:
-    """The transcript of what a row asks: the prompt, all before a last assistant message, or the text itself.
+    """The transcript of what a row asks: the prompt, all before its last answer (`up_to_answer`), or the text itself.
 
     Raises DataError if the row asks nothing, or if the chat template refuses it.
     """
@@ -100,12 +100,28 @@ def end_of_turn(tokenizer: Tokenizer) -> str:
     return whole[start:end].rpartition(words)[2].strip()
 
 
-def asks(fields: Mapping[str, Any]) -> bool:
-    """Whether anything stands before a row's last answer."""
-    return "messages" not in fields or bool(_before_answer(fields["messages"]))
+def asks_for_known(fields: Mapping[str, Any]) -> bool:
+    """Whether a row has a reference answer, and anything before it."""
+    if "messages" not in fields:
+        return "completion" in fields
+    messages = up_to_answer(fields["messages"])
+    return len(messages) > 1 and is_answer(messages[-1])
+
+
+def is_answer(message: Message) -> bool:
+    """Whether it is an assistant's turn that is trained."""
+    return message["role"] == "assistant" and bool(message.get("weight", 1))
+
+
+def up_to_answer(messages: list[Message]) -> list[Message]:
+    """A conversation without what comes after its last trained answer, if it ends with one that is not trained."""
+    answers = [place for place, message in enumerate(messages) if is_answer(message)]
+    ends_untrained = messages[-1]["role"] == "assistant" and not is_answer(messages[-1])
+    return messages[: answers[-1] + 1] if ends_untrained and answers else messages
 
 
 def _before_answer(messages: list[Message]) -> list[Message]:
+    messages = up_to_answer(messages)
     return messages[:-1] if messages[-1]["role"] == "assistant" else messages
 
 
@@ -152,7 +168,7 @@ def _turn(
         before = _before_opening(messages, tools, tokenizer)
     after = (whole if index == len(messages) - 1 else _render(messages[: index + 1], tools, tokenizer)).rstrip()
     end = tokenizer.eos_token
-    if not whole.startswith(after) and after.endswith(end):
+    if end and not whole.startswith(after) and after.endswith(end):
         # Some templates (Phi-3.5's) write the end-of-text token once, after the whole conversation.
         after = after.removesuffix(end).rstrip()
     if not whole.startswith(before):

@@ -41,7 +41,8 @@ def generate(
 ) -> list[str]:
     """The most likely answer to each prompt, token by token, until its end-of-turn token or `max_new_tokens`.
 
-    An answer also ends where the model's positions do. Raises DataError if a prompt is longer than they are.
+    An answer also ends where the model's positions do. Raises DataError if a prompt is longer than they are, or has no
+    token.
     With `references`, an answer also ends once it can no longer become its reference, blanks aside: so much less is
     computed where nothing but matches are counted.
     An adapter in the model is merged meanwhile, so that its tokens cost no more than the base model's; not into weights
@@ -55,6 +56,11 @@ def generate(
             f"{len(long)} prompts are longer than {positions} tokens, all that the model's positions allow; shorten "
             "them, or choose another model:\n"
             + listing([f"{prompt.place or 'the prompt'}: {len(prompt.ids)} tokens" for prompt in long])
+        )
+    if empty := [prompt.place or "the prompt" for prompt in prompts if not prompt.ids]:
+        raise DataError(
+            f"{len(empty)} prompts have no token for the model to go on from; write something, or leave them out:\n"
+            + listing(empty)
         )
     with _merged(model):
         return _generate(model, tokenizer, prompts, max_new_tokens, batch_size, on_batch, references)
@@ -104,7 +110,7 @@ def _generate(
                 top_p=None,
                 top_k=None,
                 pad_token_id=filler,
-                eos_token_id=ends,
+                eos_token_id=ends or None,
                 stopping_criteria=StoppingCriteriaList(astray),
                 **(_PLAIN if encodes else {}),
             )
@@ -149,7 +155,8 @@ def end_tokens(model: Any, tokenizer: Any) -> list[int]:
     """The tokens after which an answer is over: the model's own, the end of text, and what training taught as the end
     of a turn, where the chat template writes one token there (ChatML's `<|im_end|>`, which need not be the others)."""
     own = model.generation_config.eos_token_id
-    ends = [] if own is None else [own] if isinstance(own, int) else list(own)
+    ends = list(own) if isinstance(own, list | tuple) else [own]
     written = end_of_turn(tokenizer)
     ids = tokenizer(written, add_special_tokens=False).input_ids if written else []
-    return list(dict.fromkeys([*ends, tokenizer.eos_token_id, *(ids if len(ids) == 1 else ())]))
+    named = dict.fromkeys([*ends, tokenizer.eos_token_id, *(ids if len(ids) == 1 else ())])
+    return [token for token in named if token is not None]

@@ -115,9 +115,8 @@ def _plan(model: nn.Module, config: LoraConfig, in_file: int | None = None) -> _
         fit.check_merged(model, config, [*heads, *tokens], merged, present.biases)
         fit.refuse_change_of_merged_biases(model, present.biases, merged)
     fit.check_biases_of_B(names, modules, config)
-    fit.check_weights_are_finite(
-        {name: getattr(modules[name], weight_name(modules[name]), None) for name in names}, config
-    )
+    weights = {name: getattr(modules[name], weight_name(modules[name]), None) for name in names}
+    fit.check_weights_are_finite(weights, config)
     if not from_file:
         fit.check_patterns([fit.configured_as(matrix.name, modules) for matrix in matrices], config)
     fit.check_ranks(matrices, modules, in_file)

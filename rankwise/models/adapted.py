@@ -5,13 +5,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from torch import nn
+
 from rankwise import atomic
 from rankwise.data.labelled import ONE_LABEL, SEVERAL_LABELS
 from rankwise.data.shapes import LABELLED, TASK_TYPES
 from rankwise.errors import ConfigError
 from rankwise.lora.checkpoint import load_adapter_, read_stored
 from rankwise.lora.config import TaskType
-from rankwise.models.load import load_model, load_tokenizer
+from rankwise.models.load import base_config, load_model, load_tokenizer
 from rankwise.models.locate import config_file
 
 LABELS_FILE = "labels.json"
@@ -61,10 +63,31 @@ def adapter_folder(path: Path) -> Path:
     return path / "adapter" if (path / "adapter").is_dir() else path
 
 
-def label_names(model: Any) -> list[str]:
+def label_names(config: Any) -> list[str]:
     """A classifier's labels, in the order of its outputs."""
-    names = model.config.id2label
-    return [names[number] for number in range(len(names))]
+    names = config.id2label
+    return [str(names[number]) for number in range(len(names))]
+
+
+def renew_head_(model: Any, base: str) -> bool:
+    """Draw the layer anew that gives the classes, if `base` trained it for other labels, or for the same in another
+    order; whether that was so.
+
+    transformers keeps it where its size fits. It is drawn from torch's global generator.
+    """
+    config, labels = base_config(base), label_names(model.config)
+    if type(model).__name__ not in (config.architectures or ()):
+        return False
+    # LABEL_0 is transformers' name for a label that was given none.
+    if label_names(config) in (labels, [f"LABEL_{label}" for label in labels]):
+        return False
+    for name, layer in model.named_modules():
+        within = name.startswith(f"{model.base_model_prefix}.")
+        if isinstance(layer, nn.Linear) and layer.out_features == len(labels) and not within:
+            for parameter in layer.parameters():
+                vars(parameter)["_is_hf_initialized"] = False
+            model._init_weights(layer)
+    return True
 
 
 def own_labels(base: str) -> tuple[list[str], str | None]:
@@ -91,7 +114,7 @@ def write_labels(model: Any, task: str, adapter: Path) -> None:
     """
     if task not in LABELLED:
         return
-    labels, several = label_names(model), model.config.problem_type == SEVERAL_LABELS
+    labels, several = label_names(model.config), model.config.problem_type == SEVERAL_LABELS
     content = {"problem_type": SEVERAL_LABELS, "labels": labels} if several else labels
     atomic.write_text(adapter / LABELS_FILE, json.dumps(content, ensure_ascii=False, indent=1) + "\n")
 

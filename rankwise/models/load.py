@@ -133,15 +133,19 @@ def longest_input(model: Any) -> int:
 
 def longest_input_of(name: str) -> int:
     """The same for a base model that is not loaded. Raises ModelError."""
+    return _positions(base_config(name))
+
+
+def base_config(name: str) -> Any:
+    """The configuration of a base model, as transformers reads it. Raises ModelError."""
     from transformers import AutoConfig
 
     folder = settings_path(name)
     with quiet():
         try:
-            config = AutoConfig.from_pretrained(folder, local_files_only=True)
+            return AutoConfig.from_pretrained(folder, local_files_only=True)
         except Exception as error:
             raise ModelError(f"the configuration of {name} cannot be loaded: {error}") from error
-    return _positions(config)
 
 
 def _positions(config: Any) -> int:

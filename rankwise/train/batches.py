@@ -11,6 +11,7 @@ from typing import Any
 
 from rankwise.data.examples import E, TextExample
 from rankwise.data.stored import Chosen, Items
+from rankwise.data.tasks import why_too_few
 from rankwise.errors import ConfigError, DataError
 from rankwise.train.config import MOST_STEPS, TrainConfig
 
@@ -74,11 +75,8 @@ def planned_steps(examples: Sequence[E], config: TrainConfig) -> Plan[E]:
     """
     if not examples:
         raise DataError("there is no row to train on")
-    if config.task == "embedding" and len(examples) < 2:
-        raise DataError(
-            "--task embedding needs at least two training rows, because a row is told apart from the others of its "
-            f"batch; found {len(examples)}"
-        )
+    if reason := why_too_few(config.task, len(examples)):
+        raise DataError(reason)
     steps: list[Sequence[Places]] = []
     orders = _epochs(_groups(examples, config), config.seed)
     for epoch in count():

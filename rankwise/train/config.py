@@ -2,6 +2,8 @@
 
 from dataclasses import asdict, dataclass, fields
 from math import inf
+from numbers import Number
+from os.path import expanduser
 from pathlib import Path
 from typing import Any, ClassVar, Literal, get_args, get_origin, get_type_hints
 
@@ -40,6 +42,7 @@ LEAST = {
     "save_steps": 1,
     "seed": 0,
     "weight_decay": 0,
+    "max_grad_norm": 0,
 }
 """The least value of a setting."""
 
@@ -128,6 +131,8 @@ class TrainConfig:
     """Share of the steps, in [0, 1], in which the learning rate rises to its highest."""
     weight_decay: float = 0.0
     """Decoupled decay of the adapter's factors A and B: each step multiplies them by 1 - rate · weight_decay."""
+    max_grad_norm: float = 1.0
+    """A longer gradient (2-norm over all trained numbers) is shortened to this length; 0: none is."""
     label_smoothing: float = 0.0
     """Share in [0, 1) of a target's probability that training spreads over all tokens (labels). Held-out losses are
     those without."""
@@ -309,11 +314,14 @@ class TrainConfig:
 
 
 def _taken(value: Any, hint: Any) -> Any:
-    """What a setting of a type takes a value for: one entry for a list of one, text for a path, a path for text."""
+    """What a setting of a type takes a value for: one entry for a list of one, text for a path, where ~ is the user's
+    folder, a path for text, a number of NumPy's, which YAML does not know, for a plain one."""
     if get_origin(hint) is tuple:
         return tuple(_taken(entry, get_args(hint)[0]) for entry in entries(value))
-    if isinstance(value, str) and Path in (hint, *get_args(hint)):
-        return Path(value)
+    if isinstance(value, str | Path) and Path in (hint, *get_args(hint)):
+        return Path(expanduser(value))
+    if isinstance(value, Number):
+        return getattr(value, "item", lambda: value)()
     return str(value) if isinstance(value, Path) and hint is str else value
 
 

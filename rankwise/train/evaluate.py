@@ -129,7 +129,7 @@ def _of_pairs(
 
 
 def _of_labels(engine: Engine[Any], tokenizer: Any, examples: Sequence[Any], rows: _Rows, loss: Estimate) -> Evaluation:
-    names = label_names(engine.model)
+    names = label_names(engine.model.config)
     scores = label_scores(examples, rows.answers, names)
     samples = tuple(
         Sample(

@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM while a run trains."""
+"""Ctrl-C and SIGTERM while a run trains, and after that."""
 
 import signal
 from collections.abc import Callable, Iterator
@@ -37,3 +37,23 @@ def first_interrupt(say: Callable[[str], None]) -> Iterator[Interrupt]:
     finally:
         for name, handler in before.items():
             signal.signal(name, handler)
+
+
+@contextmanager
+def sigterm_as_ctrl_c() -> Iterator[Interrupt]:
+    """Let SIGTERM raise KeyboardInterrupt, as Ctrl-C does."""
+    interrupt = Interrupt()
+
+    def stop(number: int, _frame: Any) -> None:
+        interrupt.signal = signal.Signals(number).name
+        raise KeyboardInterrupt
+
+    try:
+        before = signal.signal(signal.SIGTERM, stop)
+    except ValueError:  # As above, in another thread.
+        yield interrupt
+        return
+    try:
+        yield interrupt
+    finally:
+        signal.signal(signal.SIGTERM, before)

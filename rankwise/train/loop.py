@@ -5,6 +5,7 @@ from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Se
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from itertools import chain, zip_longest
+from math import inf
 from typing import Any
 
 import torch
@@ -25,9 +26,6 @@ from rankwise.train.batches import planned_steps
 from rankwise.train.config import TrainConfig
 from rankwise.train.learning_rate import default_rate, schedule_for
 from rankwise.train.optimizer import lora_optimizer
-
-LARGEST_GRADIENT = 1.0
-"""A longer gradient (2-norm over all trained numbers) is shortened to this."""
 
 
 @dataclass(frozen=True)
@@ -64,6 +62,7 @@ class Training:
         Raises ConfigError if the plan cannot be, or if the learning rate is yet to be found ("auto")."""
         self.engine = engine
         self.label_smoothing = config.label_smoothing
+        self.max_grad_norm = config.max_grad_norm or inf
         self.seed = config.seed
         self.plan = planned_steps(examples, config)
         self.state_bytes = config.state_bytes(self.plan.runs_rows_again)
@@ -126,7 +125,7 @@ class Training:
 
         If they or the `loss` are not finite, nothing moves, and `failed` says so.
         """
-        norm = nn.utils.clip_grad_norm_(self.parameters, LARGEST_GRADIENT)
+        norm = nn.utils.clip_grad_norm_(self.parameters, self.max_grad_norm)
         if not _is_finite(loss, norm):
             self.failed = RankwiseError(
                 f"the loss or its gradient is not finite at step {self.done + 1} (loss {loss.item()}); "

@@ -117,10 +117,20 @@ def test_rows_that_cannot_choose_ranks_are_not_counted_as_if_they_could(tiny_lla
     given = ["--data", str(tmp_path / "mixed.jsonl"), "--long-rows", "drop", "--max-length", "100"]
     run, code = train(tmp_path, tiny_llama_folder, 0, "--max-steps", "2", *given)
     assert code == 0
-    found = re.search(r"because (\d+) held-out rows are too few to choose ranks by", capsys.readouterr().err)
+    said = capsys.readouterr().err
+    found = re.search(r"because (\d+) held-out rows are too few to choose ranks by", said)
     assert found
+    assert re.search(r"\n\d+ rows are held out; \d+ more are too long and left out; ", said)
     assert 0 < int(found[1]) <= 40
     assert set(ranks(run / "adapter").values()) == {FIXED_RANK}
+
+
+def test_held_out_rows_that_are_cut_are_counted(tiny_llama_folder, tmp_path, capsys):
+    rows = [{"prompt": f"what is {n}?", "completion": " it is so" * (1 + 99 * (n % 2))} for n in range(20)]
+    (tmp_path / "mixed.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    given = ["--data", str(tmp_path / "mixed.jsonl"), "--long-rows", "cut", "--max-length", "100", "--max-steps", "1"]
+    assert train(tmp_path, tiny_llama_folder, 0, *given)[1] == 0
+    assert re.search(r"\n10 rows are held out, \d of them cut off at their end; ", capsys.readouterr().err)
 
 
 def test_an_adapter_without_a_gain_stays_as_it_was_trained_and_the_run_says_why(tiny_llama_folder, tmp_path, capsys):

@@ -12,6 +12,7 @@ from transformers import (
     AutoTokenizer,
     BertConfig,
     BertForMaskedLM,
+    BertForSequenceClassification,
 )
 
 from rankwise import load_adapter_
@@ -19,6 +20,8 @@ from rankwise.cli.main import main
 from rankwise.data.labelled import SEVERAL_LABELS
 from rankwise.models.adapted import read_labels
 from rankwise.models.load import load_model
+from rankwise.paired_runs import PairedRuns
+from rankwise.train.config import TrainConfig
 
 TASKS = {"token_cls": "sql_values", "seq_cls": "intents_domains"}
 MAIN = {"token_cls": "entity_f1", "seq_cls": "micro_f1"}
@@ -212,3 +215,65 @@ def test_a_language_model_becomes_a_classifier(task, tiny_llama_folder, tmp_path
     capsys.readouterr()
     assert main(["eval", "--adapter", str(tmp_path / "run"), "--data", str(tmp_path / "train.jsonl")]) == 0
     assert json.loads(capsys.readouterr().out)["rows"] == 60
+
+
+@pytest.fixture
+def classifier(minilm, tmp_path):
+    """Options with a model that finds its first label, positive, in any text, and rows of two labels, nine of ten of
+    the first."""
+    tokenizer = AutoTokenizer.from_pretrained(minilm)
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 4}
+    names = {"id2label": {0: "positive", 1: "negative"}, "label2id": {"positive": 0, "negative": 1}}
+    torch.manual_seed(0)
+    model = BertForSequenceClassification(BertConfig(vocab_size=len(tokenizer), **sizes, **names))
+    model.classifier.bias.data = torch.tensor([9.0, -9.0])
+    model.save_pretrained(tmp_path / "classifier")
+    tokenizer.save_pretrained(tmp_path / "classifier")
+
+    def options(first, second):
+        for name in ("train", "test"):
+            rows = [{"text": f"{name} {n}", "label": second if n < 2 else first} for n in range(20)]
+            (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        model, train, test = (str(tmp_path / name) for name in ("classifier", "train.jsonl", "test.jsonl"))
+        return ["--task", "seq_cls", "--model", model, "--data", train, "--eval-data", test]
+
+    return options
+
+
+def test_a_classifier_keeps_its_own_order_of_the_labels(classifier, tmp_path, capsys):
+    options = classifier("positive", "negative")
+    assert main(["train", *options, "--max-steps", "1", "--out", str(tmp_path / "run")]) == 0
+    assert read_labels(tmp_path / "run/adapter")[0] == ["positive", "negative"]
+    before = json.loads((tmp_path / "run/result.json").read_text())["eval_loss_before"]
+    capsys.readouterr()
+    assert main(["eval", *options[:4], "--data", str(tmp_path / "test.jsonl")]) == 0
+    measured = json.loads(capsys.readouterr().out)
+    assert measured["accuracy"] == 0.9
+    assert measured["loss"] == pytest.approx(before, rel=1e-5)
+    config = TrainConfig(model=options[3], data=options[5], eval_data=options[7], task="seq_cls", out=tmp_path / "no")
+    runs = PairedRuns(config, 1)
+    assert runs.labels == ["positive", "negative"]
+    assert runs.engine(1).model.classifier.bias.tolist() == [9.0, -9.0]
+
+
+@pytest.mark.parametrize("labels", [("good", "bad"), ("0", "1")])
+def test_a_head_for_other_labels_is_drawn_anew(labels, classifier, tmp_path, capsys):
+    options = classifier(*labels)
+    assert main(["train", *options, "--max-steps", "1", "--out", str(tmp_path / "run")]) == 0
+    assert "head is for other labels" in capsys.readouterr().err
+    assert json.loads((tmp_path / "run/result.json").read_text())["eval_loss_before"] == pytest.approx(0.69, abs=0.1)
+    config = TrainConfig(model=options[3], data=options[5], eval_data=options[7], task="seq_cls", out=tmp_path / "no")
+    heads = [PairedRuns(config, 1).engine(seed).model.classifier for seed in (0, 0, 1)]
+    assert heads[0].bias.tolist() == [0.0, 0.0]
+    assert torch.equal(heads[0].weight, heads[1].weight)
+    assert not torch.equal(heads[0].weight, heads[2].weight)
+
+
+def test_labels_without_names_are_those_of_their_numbers(classifier, tmp_path, capsys):
+    options = classifier("0", "1")
+    settings = json.loads((tmp_path / "classifier/config.json").read_text())
+    del settings["id2label"], settings["label2id"]
+    (tmp_path / "classifier/config.json").write_text(json.dumps(settings))
+    assert main(["train", *options, "--max-steps", "1", "--out", str(tmp_path / "run")]) == 0
+    assert "head is for other labels" not in capsys.readouterr().err
+    assert json.loads((tmp_path / "run/result.json").read_text())["metric_before"] == 0.9

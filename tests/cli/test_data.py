@@ -276,3 +276,16 @@ def test_one_file_or_several_are_given_to_the_configuration_alike(tmp_path):
     with pytest.raises(ConfigError, match="--data must name at least one file"):
         config([])
     assert config(["a.jsonl", "b.csv:2"]).as_dict()["data"] == ["a.jsonl", "b.csv:2"]
+
+
+def test_one_pair_alone_is_not_ready_to_train(show, tmp_path):
+    data = write(tmp_path / "data.jsonl", [{"anchor": "a", "positive": "b"}])
+    code, out = show(data, "--task", "embedding")
+    assert code == 2
+    assert out.splitlines()[-1].startswith("not ready: --task embedding needs at least two training rows")
+
+
+def test_an_option_that_the_task_does_not_read_is_refused(show, tmp_path):
+    data = write(tmp_path / "data.jsonl", [{"anchor": name, "positive": "b"} for name in "acd"])
+    assert show(data, "--task", "embedding")[0] == 0
+    assert show(data, "--task", "embedding", "--train-on", "last") == (2, "")

@@ -243,3 +243,17 @@ def test_a_signal_during_the_last_step_leaves_what_comes_after_it_to_the_resumed
     assert result["eval_loss_after"] is None
     assert main(["train", "--resume", str(run)]) == 0
     assert outcome(run) == whole
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_signal_during_the_evaluations_after_training_leaves_a_run_to_resume(
+    options, whole, tmp_path, monkeypatch, number, code
+):
+    run = tmp_path / "run"
+    with monkeypatch.context() as patch:
+        patch.setattr("rankwise.finetune.evaluate", lambda *_: signal.raise_signal(number))
+        assert main(["train", *options, "--out", str(run)]) == code
+    result = json.loads((run / "result.json").read_text())
+    assert (result["interrupted"], result["steps"], result["eval_loss_after"]) == (True, STEPS, None)
+    assert main(["train", "--resume", str(run)]) == 0
+    assert outcome(run) == whole

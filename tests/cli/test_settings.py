@@ -49,6 +49,7 @@ OTHER = {
     "lr_schedule": "cosine",
     "warmup": 0.5,
     "weight_decay": 0.01,
+    "max_grad_norm": 0.5,
     "lora_plus_ratio": 16.0,
     "preconditioned": True,
     "label_smoothing": 0.1,

@@ -75,6 +75,33 @@ def test_the_rows_that_are_asked_are_those_of_the_examples_and_a_question_that_d
     assert said == ["1 held-out rows are not asked for answers: their questions are longer than 50 tokens"]
 
 
+def test_rows_without_a_reference_answer_take_no_place_of_those_that_are_asked(tmp_path, tokenizer):
+    turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    fields = [{"text": "x"}, {"messages": [*turns, turns[0]]}, {"prompt": "1", "completion": "one"}, {"text": "y"}]
+    rows = [Row(tmp_path / "data.jsonl", line, own) for line, own in enumerate(fields, 1)]
+    examples = examples_for("causal_lm", rows, tokenizer, [], 50, "error")
+    assert [prompt.answer for prompt in questions_of(examples, rows, tokenizer, 50, 1, print)] == ["one"]
+
+
+def test_a_question_without_a_token_is_not_asked(tmp_path, tokenizer):
+    plain = copy.copy(tokenizer)
+    plain.chat_template = None
+    rows = [Row(tmp_path / "data.jsonl", n, {"prompt": "a" * n, "completion": "one"}) for n in range(2)]
+    examples = examples_for("causal_lm", rows, plain, [], 50, "error")
+    assert len(questions_of(examples, rows, plain, 50, None, print)) == 1
+
+
+def test_an_answer_with_weight_0_is_neither_asked_for_nor_a_reference(tmp_path, tokenizer):
+    user, answer = {"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}
+    untrained = {**answer, "content": "c", "weight": 0}
+    [example] = examples_for("causal_lm", [row(tmp_path, messages=[user, answer])], tokenizer, [], 50, "error")
+    prompt = asked(row(tmp_path, messages=[user, answer, user, untrained, untrained]), tokenizer)
+    assert (prompt.answer, prompt.ids) == ("b", example.ids[: example.trained.index(True)])
+    assert (
+        asked(row(tmp_path, messages=[user, {**untrained, "content": "", "tool_calls": []}]), tokenizer).answer is None
+    )
+
+
 def test_prompts_that_cannot_be_asked_are_named_by_file_and_line(tmp_path, tokenizer):
     rows = [row(tmp_path, prompt="a"), row(tmp_path, messages=[{"role": "assistant", "content": "b"}])]
     with pytest.raises(DataError, match=r"asked; problems: 1\n  - \S*data.jsonl:1: nothing stands before the"):

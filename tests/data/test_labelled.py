@@ -15,7 +15,7 @@ from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from rankwise.data.files import Row
-from rankwise.data.labelled import TagExample, first_tokens, label_counts, tokenise_labelled
+from rankwise.data.labelled import TagExample, first_tokens, in_order, label_counts, tokenise_labelled
 from rankwise.data.report import report_on
 from rankwise.data.rows import divide, read_rows, scan_rows, split_rows
 from rankwise.data.tasks import examples_for
@@ -276,3 +276,8 @@ def test_an_answer_is_written_as_people_read_it(bert):
     assert text == "what about extraordinarily/B-x blue/I-x ?"
     [one, none] = examples_for("seq_cls", [Row(Path("a"), 1, row) for row in SETS], bert, ["bank", "pay"], 512, "error")
     assert [e.written(e.answer, bert, ["bank", "pay"]) for e in (one, none)] == ["bank, pay", "(no label)"]
+
+
+def test_whole_numbers_are_in_order_of_their_values():
+    assert in_order(["10", "2", "-1", "0", "1"]) == ["-1", "0", "1", "2", "10"]
+    assert in_order(["10", "2", "a"]) == ["10", "2", "a"]

@@ -1,5 +1,6 @@
 """Answers that end early, where only matches count, match as often as whole ones."""
 
+import copy
 import json
 import shutil
 
@@ -9,7 +10,7 @@ from conftest import ROOT, TOKENS
 from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
 from rankwise.data.examples import Prompt, user_prompt
-from rankwise.engine.generate import Astray, generate
+from rankwise.engine.generate import Astray, end_tokens, generate
 from rankwise.errors import DataError
 from rankwise.models.load import load_model
 
@@ -93,6 +94,17 @@ def test_an_answer_ends_where_the_models_positions_do_and_shorter_prompts_have_t
     assert together == alone
     with pytest.raises(DataError, match=r"1 prompts are longer than 16 tokens[\s\S]*\n  - d.jsonl:3: 17 tokens"):
         generate(model, Letters(), [*prompts, Prompt((1,) * 17, None, "d.jsonl:3")], 8)
+    with pytest.raises(DataError, match=r"1 prompts have no token[\s\S]*\n  - d.jsonl:4$"):
+        generate(model, Letters(), [*prompts, Prompt((), None, "d.jsonl:4")], 8)
+
+
+def test_a_tokenizer_without_an_end_of_text_token_lets_answers_end_by_their_length(tokenizer):
+    endless = copy.copy(tokenizer)
+    endless.eos_token = endless.chat_template = None
+    torch.manual_seed(0)
+    model = GPT2LMHeadModel(GPT2Config(vocab_size=len(tokenizer), n_embd=8, n_layer=1, n_head=1, eos_token_id=None))
+    assert end_tokens(model, endless) == []
+    assert len(generate(model.eval(), endless, [user_prompt("Hello", endless)], 4)) == 1
 
 
 def test_an_answer_ends_where_its_training_ended_whatever_the_model_calls_its_end(smollm2, tokenizer, tmp_path):

@@ -315,6 +315,8 @@ def config_json(folder, **content):
         ("llama", ["--model=mine"], "and --model mine; give one of them"),
         ("llama", ["--data", "x.jsonl"], "no such data file"),
         ("llama", ["--recalibrate", "--no-time"], "give one of them"),
+        ("llama", ["--labels", "7"], "--labels needs --task seq_cls or token_cls"),
+        ("llama", ["--task", "seq_cls", *LONG, "9", "--trained-per-row", "7"], "whose loss counts rows"),
     ],
 )
 def test_what_cannot_be_planned_is_one_clear_message(run, tmp_path, content, options, message):

@@ -1,7 +1,10 @@
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+import yaml
 from conftest import tiny
 
 from rankwise import LoraConfig, TrainConfig, inject_, trainable_parameters
@@ -71,6 +74,20 @@ def test_a_loss_that_is_not_finite_stops_before_the_adapter_is_spoilt():
     assert all(torch.equal(a, b) for a, b in zip(trainable_parameters(run.model), before, strict=True))
 
 
+@pytest.mark.parametrize("longest", [0, 1e-3, 1e3])
+def test_a_gradient_is_shortened_to_the_norm_that_is_given(longest):
+    run, found = engine(), []
+    training = Training(run, EXAMPLES, settings(max_steps=1, max_grad_norm=longest))
+
+    def note(*_):
+        found.append(sum(float(p.grad.square().sum()) for p in training.parameters) ** 0.5)
+
+    training.optimizer.register_step_pre_hook(note)
+    [first] = training.steps()
+    assert first.gradient_norm > 1e-3
+    assert found[0] == pytest.approx(1e-3 if longest == 1e-3 else first.gradient_norm, rel=1e-3)
+
+
 def test_it_stops_between_two_steps():
     steps = list(Training(engine(), EXAMPLES, settings(epochs=20)).steps(lambda: True))
     assert len(steps) == 1
@@ -116,6 +133,14 @@ def test_one_value_serves_as_a_list_of_one_and_the_name_of_a_path_as_the_path():
     assert (config.model, config.data, config.out) == ("m", (Path("d.jsonl"),), Path("o"))
     assert (config.target_modules, config.tracker, config.layers_to_transform) == (("q_proj",), ("aim",), (1,))
     assert config.columns == ("prompt=q",)
+
+
+def test_numbers_of_numpy_and_the_users_folder_come_out_plain(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/me")
+    config = settings(lr=np.float64(1e-3), max_steps=np.int64(7), layers_to_transform=(np.int64(1),))
+    written = yaml.safe_load(replace(config, out="~/o", data="~/d").as_yaml())
+    assert (written["lr"], written["max_steps"], written["layers_to_transform"]) == (1e-3, 7, [1])
+    assert (written["out"], written["data"]) == ("/home/me/o", "/home/me/d")
 
 
 @pytest.mark.parametrize("task", ["seq_cls", "token_cls", "embedding"])
