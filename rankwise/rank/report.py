@@ -87,8 +87,7 @@ def table(sweep: Sweep) -> str:
 
 def interval_name(sweep: Sweep) -> str:
     """What the interval between both one-sided bounds covers."""
-    confidence = sweep.comparisons.ranks[0].beyond_margin.confidence
-    return f"{100 * (2 * confidence - 1):.3g} % interval"
+    return sweep.comparisons.ranks[0].beyond_margin.interval_name
 
 
 def as_dict(sweep: Sweep) -> dict[str, Any]:

@@ -41,8 +41,9 @@ def conclusion(sweep: Sweep) -> tuple[str, str]:
         best = min(c.better, key=lambda found: found.loss)
         return (
             f"{reference} is a poor reference, as {_names([f'r = {found.rank}' for found in c.better])} did better",
-            f"r = {best.rank} by {-best.difference:.4f} nats (90 % interval {-best.upper:.4f} to {-best.lower:.4f}), "
-            f"with 95 % confidence by more than the margin of {c.margin:.4f}. So it says little that others do as "
+            f"r = {best.rank} by {-best.difference:.4f} nats ({best.jointly.interval_name} "
+            f"{-best.jointly.upper:.4f} to {-best.jointly.lower:.4f}), by more than the margin of {c.margin:.4f} "
+            "(95 % confidence for all ranks together). So it says little that others do as "
             f"well as the largest rank; check its training, or compare with r = {best.rank} as the largest.",
         )
     return _of_rank(sweep)
