@@ -371,6 +371,22 @@ def test_a_loss_that_still_falls_at_the_largest_rank_is_said_to_do_so():
     assert "saturates" not in verdict(found)
 
 
+@pytest.mark.parametrize(
+    ("run", "sufficient", "at_least"),
+    [
+        (made_up()[0], 4, None),
+        (made_up(noise=1.0, seed_noise=0.0)[0], None, None),
+        (made_up(needed=16)[0], None, 8),
+    ],
+)
+def test_only_a_rank_that_is_shown_to_suffice_is_written_and_drawn_as_the_answer(run, sufficient, at_least):
+    found = sweep(run, [1, 4, 8], range(3), check_rates=False)
+    plain, html = as_dict(found), page(found, {"model": "m"})
+    assert (plain["sufficient_rank"], plain["at_least"]) == (sufficient, at_least)
+    shown = sufficient is not None
+    assert ('class="verdict clear"' in html, 'r="7"' in html, 'font-weight="bold"' in html) == (shown, shown, shown)
+
+
 def test_full_fine_tuning_is_compared_with_the_rank_that_suffices():
     found = sweep(made_up()[0], [1, 4, 8], range(4), with_full=True)
     assert found.against_full is not None
