@@ -67,10 +67,10 @@ def _plot(sweep: Sweep) -> dict[str, Any]:
     means = {r.rank: r.loss for r in c.ranks} | {c.reference: c.reference_loss}
     bounds = {r.rank: (c.reference_loss + r.lower, c.reference_loss + r.upper) for r in c.ranks}
     bounds[c.reference] = (c.reference_loss, c.reference_loss)
-    limit = c.reference_loss + c.margin
+    limit = c.reference_loss + c.margin if sweep.answers else None
     seeds = {rank: sweep.losses[rank].sum(1) / sweep.counts.sum() for rank in ranks}
     values = [
-        limit,
+        *([] if limit is None else [limit]),
         *means.values(),
         *(v for pair in bounds.values() for v in pair),
         *(v for s in seeds.values() for v in s),
@@ -93,7 +93,7 @@ def _plot(sweep: Sweep) -> dict[str, Any]:
         "means": [(xs[r], y(means[r])) for r in ranks],
         "dots": [(xs[r], y(value)) for r in ranks for value in seeds[r]],
         "ticks": [(xs[r], sweep.label(r), r == sweep.taken) for r in ranks],
-        "limit": y(limit),
+        "limit": None if limit is None else y(limit),
         "chosen": None if sweep.taken is None else (xs[sweep.taken], y(means[sweep.taken])),
         "axis": [(y(value), value) for value in (highest, (highest + lowest) / 2, lowest)],
     }

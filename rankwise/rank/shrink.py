@@ -175,8 +175,8 @@ def shrink_(
     Raises ConfigError for an adapter with parts that cannot be cut, DataError if the adapter gains nothing, or no more
     than may be lost, or if nothing smaller can be shown to be good enough; the model is then as it was.
     """
-    if delta is not None and not delta > 0:
-        raise ConfigError(f"delta must be above 0 nats, found {delta}")
+    if delta is not None and not 0 < delta < math.inf:
+        raise ConfigError(f"delta must be a finite number of nats above 0, found {delta}")
     measured = _measuring(engine, held_out, on_progress)
     cuts = _Cuts(lambda: _cutter(engine, adapter, reader, held_out.calibration, on_progress))
     first = cuts.first

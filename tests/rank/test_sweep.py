@@ -273,6 +273,16 @@ def test_where_nothing_was_learned_nothing_is_claimed_anywhere():
     assert "δ" not in " ".join(notes(found))
 
 
+@pytest.mark.parametrize("margin", [None, 0.6])
+def test_where_no_rank_is_compared_no_margin_is_drawn_or_written(margin):
+    losses = {0: 2.0, 1: 1.8, 4: 1.5} if margin else {0: 2.0, 1: 2.01, 4: 2.02}
+    found = sweep(of_losses(losses), [1, 4], range(3), margin=margin, check_rates=False)
+    plain, html = as_dict(found), page(found, {"model": "m"})
+    assert plain["margin"] is plain["margin_rule"] is None
+    assert not any(word in html for word in ("δ", "dashed", "dasharray"))
+    assert "dashed line the loss is within" in page(sweep(made_up()[0], [1, 4, 8], range(3)), {"model": "m"})
+
+
 def test_a_loss_against_full_fine_tuning_that_is_shown_is_said_to_be():
     run = of_losses({0: 2.0, 1: 1.5, 4: 1.5, FULL: 1.2})
     found = sweep(run, [1, 4], range(3), check_rates=False, with_full=True)
