@@ -81,13 +81,13 @@ class TrainedUpdate:
     scale: float
     numbers: int
     sigma: tuple[float, ...]
-    """Its singular values, the largest first; empty where the file holds no single B·A (a convolution's groups)."""
+    """Singular values of scale·B·A, the largest first; empty where the file holds no single B·A (a convolution's groups)."""
     effective_rank: float
     """exp of the entropy of the singular values' shares."""
     stable_rank: float
     """‖ΔW‖_F² / ‖ΔW‖₂²."""
     strength: float | None = None
-    """‖ΔW‖_F / ‖W0‖_F, beside a model."""
+    """‖ΔW‖_F / ‖W0‖_F, beside a model; here ΔW is the whole change, with DoRA's magnitudes too."""
     intruders: int | None = None
     """Intruder dimensions among the first 10, beside a model (Shuttleworth et al. 2024, arXiv 2410.21228)."""
 
