@@ -81,7 +81,7 @@ class TrainedUpdate:
     scale: float
     numbers: int
     sigma: tuple[float, ...]
-    """Singular values of scale·B·A, the largest first; empty where the file holds no single B·A (a convolution's groups)."""
+    """Its singular values, the largest first; empty where the file holds no single B·A (a convolution's groups)."""
     effective_rank: float
     """exp of the entropy of the singular values' shares."""
     stable_rank: float

@@ -36,8 +36,8 @@ VLLM_WITHOUT = (
 """Families that it computes but declares no SupportsLoRA for (there, and bert.py, roberta.py, modernbert.py)."""
 
 OF_DORA = (
-    "DoRA: the singular values and both ranks are those of scale·B·A alone; ‖ΔW‖/‖W0‖ and intruders, which --model adds, "
-    "are of the whole change, with the magnitudes"
+    "DoRA: the singular values and both ranks are those of scale·B·A alone; ‖ΔW‖/‖W0‖ and intruders, which --model "
+    "adds, are of the whole change, with the magnitudes"
 )
 
 

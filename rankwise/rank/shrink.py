@@ -93,8 +93,8 @@ class ShrinkReport:
             f"total rank {before:,} → {after:,}; {self.parameters_before:,} → {self.parameters_after:,} numbers in "
             f"the updates ({share:.0%} fewer)",
             f"held-out loss {self.loss_full:.4f} → {self.loss_shrunk:.4f} on {self.rows['confirmation']} rows by "
-            f"which no rank was chosen: with 95 % confidence at most {max(0.0, self.lost_at_most):.4f} nats are lost, of "
-            f"{self.gain:.4f} that the updates gain (allowed: {self.delta:.4f})",
+            f"which no rank was chosen: with 95 % confidence at most {max(0.0, self.lost_at_most):.4f} nats are lost, "
+            f"of {self.gain:.4f} that the updates gain (allowed: {self.delta:.4f})",
             f"not smaller, because {self.stopped_because}",
         ]
         if self.heaviest > _HEAVY:

@@ -88,7 +88,7 @@ class Sweep:
 
     @property
     def answers(self) -> bool:
-        """Whether the verdict compares at all: something was learned, the margin asks something, the reference is fit."""
+        """Whether the verdict compares at all: with something learned, a margin that asks something, a fit reference."""
         c = self.comparisons
         return self.learned and c.gain.mean > c.margin and not (self.ordered and c.better)
 
