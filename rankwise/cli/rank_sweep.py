@@ -164,7 +164,6 @@ def _swept(config: SweepConfig, runs: "PairedRuns", settings: dict[str, Any], sa
 def _illustrations(found: "Sweep", runs: "PairedRuns", say: Callable[[str], None]) -> "Illustrations":
     """Of the adapters that are kept."""
     from rankwise.rank.illustrate import Illustrations, adapter_name, illustrate
-    from rankwise.rank.verdict import answers
 
     folder = runs.adapters
     if folder is None:
@@ -172,7 +171,7 @@ def _illustrations(found: "Sweep", runs: "PairedRuns", say: Callable[[str], None
     _keep_chosen(found, runs, folder, say)
     largest = folder / adapter_name(found, found.comparisons.reference, found.seeds[0])
     cut_to = None
-    if answers(found) and largest.is_dir():
+    if found.answers and largest.is_dir():
         with suppress(CheckpointError):  # `illustrate` reads it too, and says what is wrong with it.
             cut_to = runs.cut_ranks(largest, found.comparisons.margin)
     return illustrate(found, folder, cut_to, say)

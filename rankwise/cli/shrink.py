@@ -1,6 +1,7 @@
 """`rankwise shrink`"""
 
 import json
+import math
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
@@ -88,7 +89,7 @@ def _check(config: ShrinkConfig) -> None:
         problems.append(f"no adapter folder at {config.adapter}")
     if config.out.exists():
         problems.append(f"--out {config.out} exists already; choose another folder, or remove it first")
-    if config.delta is not None and not config.delta > 0:
-        problems.append(f"--delta must be above 0 nats, found {config.delta}")
+    if config.delta is not None and not 0 < config.delta < math.inf:
+        problems.append(f"--delta must be a finite number of nats above 0, found {config.delta}")
     if problems:
         raise ConfigError("invalid settings:\n" + listing(problems))

@@ -87,7 +87,7 @@ class TrainedUpdate:
     stable_rank: float
     """‖ΔW‖_F² / ‖ΔW‖₂²."""
     strength: float | None = None
-    """‖ΔW‖_F / ‖W0‖_F, beside a model."""
+    """‖ΔW‖_F / ‖W0‖_F, beside a model; here ΔW is the whole change, with DoRA's magnitudes too."""
     intruders: int | None = None
     """Intruder dimensions among the first 10, beside a model (Shuttleworth et al. 2024, arXiv 2410.21228)."""
 

@@ -42,7 +42,9 @@ class Comparison:
     equivalent: bool
     """Neither worse nor better by δ, both with 95 % confidence (two one-sided tests, Schuirmann 1987)."""
     better: bool
-    """Better by more than δ, with the same confidence: then the reference is a poor one."""
+    """Better by more than δ, with 95 % confidence for all ranks together: then the reference is a poor one."""
+    jointly: Estimate
+    """Of the difference, with bounds of that joint confidence."""
     beyond_margin: Estimate
     """Of the difference minus δ, which decides."""
 
@@ -105,8 +107,8 @@ def compare(
     all ranks. `counts` [N]: how many predictions each sum holds. `margin`: δ in nats; None: 5 % of the gain over the
     base. S and N must be at least 2.
     """
-    others = len(losses.keys() - {0}) - 1
-    confidence = CONFIDENCE if reference is None else joint_confidence(others)
+    joint = joint_confidence(len(losses.keys() - {0}) - 1)
+    confidence = CONFIDENCE if reference is None else joint
     reference = max(losses) if reference is None else reference
     best, base = losses[reference], losses[0]
     allowed = allowed_loss(base, best, counts, margin)
@@ -114,6 +116,8 @@ def compare(
     for rank in sorted(losses.keys() - {0, reference}):
         difference = losses[rank] - best
         own, over, under = (estimate(difference + limit, counts, confidence) for limit in (0.0, -allowed, allowed))
+        # Whether any is better asks all ranks in no order, which their fixed order does not cover.
+        own_jointly, under_jointly = (estimate(difference + limit, counts, joint) for limit in (0.0, allowed))
         passes = over.upper < 0
         outcome: Outcome = "passes" if passes else "worse" if over.lower > 0 else "cannot tell"
         compared.append(
@@ -125,7 +129,8 @@ def compare(
                 own.upper,
                 outcome,
                 passes and under.lower > 0,
-                under.upper < 0,
+                under_jointly.upper < 0,
+                own_jointly,
                 over,
             )
         )

@@ -103,6 +103,11 @@ class Estimate:
         """One-sided bound."""
         return self.mean + (self.half_width**2 + self.skew[1]) ** 0.5
 
+    @property
+    def interval_name(self) -> str:
+        """What the interval between both one-sided bounds covers."""
+        return f"{100 * (2 * self.confidence - 1):.3g} % interval"
+
 
 def estimate(sums: Array, counts: Array, confidence: float = CONFIDENCE) -> Estimate:
     """The mean over all that is counted, of `sums` [S, N] over `counts` [N] predictions of each example.

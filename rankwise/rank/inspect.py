@@ -35,6 +35,11 @@ VLLM_WITHOUT = (
 )
 """Families that it computes but declares no SupportsLoRA for (there, and bert.py, roberta.py, modernbert.py)."""
 
+OF_DORA = (
+    "DoRA: the singular values and both ranks are those of scale·B·A alone; ‖ΔW‖/‖W0‖ and intruders, which --model "
+    "adds, are of the whole change, with the magnitudes"
+)
+
 
 @dataclass(frozen=True)
 class Verdict:
@@ -59,6 +64,8 @@ class Inspection:
     rest: dict[str, int]
     """Everything else in the file, with its number of values."""
     readers: dict[str, Verdict]
+    notes: tuple[str, ...] = ()
+    """Which figure is of which matrix, where they are not all of the same ΔW."""
 
     @property
     def numbers(self) -> int:
@@ -100,7 +107,7 @@ class Inspection:
             more = "" if m.strength is None else f" {m.strength:>10.4f} {m.intruders:>9}"
             bars = sparkline(torch.tensor(m.sigma))
             lines.append(f"{m.name:<{width}} {largest:>9} {m.effective_rank:>9.1f} {m.stable_rank:>6.1f}{more}  {bars}")
-        return lines
+        return [*lines, *self.notes]
 
     def _readers(self) -> list[str]:
         if not self.matrices and not self.rest:
@@ -142,6 +149,7 @@ def inspect_adapter(folder: Path, architecture: str | None = None, loaded: nn.Mo
         matrices=tuple(_matrix(name, stored, updates[name]) for name, stored in adapter.low_rank.items()),
         rest={name: tensor.numel() for name, tensor in adapter.rest.items()},
         readers=readers if adapter.low_rank or adapter.rest else {},
+        notes=(OF_DORA,) if config.use_dora else (),
     )
 
 

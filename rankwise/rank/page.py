@@ -8,7 +8,7 @@ from jinja2 import Environment, PackageLoader, Template
 from rankwise.rank.illustrate import Illustrations
 from rankwise.rank.report import interval_name, lines
 from rankwise.rank.sweep import Sweep
-from rankwise.rank.verdict import answers, conclusion, notes
+from rankwise.rank.verdict import conclusion, notes
 
 WIDTH, HEIGHT, LEFT = 640, 260, 60
 """Of the plot, in the drawing's own units; LEFT is the room for the axis."""
@@ -22,7 +22,7 @@ def page(sweep: Sweep, settings: dict[str, Any], illustrations: Illustrations | 
     return _template("sweep.html.j2").render(
         headline=headline,
         reasons=reasons,
-        clear=answers(sweep) and headline.startswith(("Take", "Stay")),
+        clear=sweep.taken is not None if sweep.ordered else sweep.answers,
         notes=notes(sweep),
         lines=table_lines,
         shared=", ".join(dict.fromkeys(name for line in table_lines for name in line.shared_by)),
@@ -67,10 +67,10 @@ def _plot(sweep: Sweep) -> dict[str, Any]:
     means = {r.rank: r.loss for r in c.ranks} | {c.reference: c.reference_loss}
     bounds = {r.rank: (c.reference_loss + r.lower, c.reference_loss + r.upper) for r in c.ranks}
     bounds[c.reference] = (c.reference_loss, c.reference_loss)
-    limit = c.reference_loss + c.margin
+    limit = c.reference_loss + c.margin if sweep.answers else None
     seeds = {rank: sweep.losses[rank].sum(1) / sweep.counts.sum() for rank in ranks}
     values = [
-        limit,
+        *([] if limit is None else [limit]),
         *means.values(),
         *(v for pair in bounds.values() for v in pair),
         *(v for s in seeds.values() for v in s),
@@ -83,7 +83,6 @@ def _plot(sweep: Sweep) -> dict[str, Any]:
         return 10 + (HEIGHT - 20) * (highest - value) / height
 
     edge = [(xs[r], y(bounds[r][1])) for r in ranks] + [(xs[r], y(bounds[r][0])) for r in reversed(ranks)]
-    chosen = c.sufficient if sweep.ordered and answers(sweep) else None
     return {
         "width": LEFT + WIDTH,
         "height": HEIGHT,
@@ -93,8 +92,8 @@ def _plot(sweep: Sweep) -> dict[str, Any]:
         "bars": [(xs[r], y(bounds[r][1]), y(bounds[r][0])) for r in ranks],
         "means": [(xs[r], y(means[r])) for r in ranks],
         "dots": [(xs[r], y(value)) for r in ranks for value in seeds[r]],
-        "ticks": [(xs[r], sweep.label(r), r == chosen) for r in ranks],
-        "limit": y(limit),
-        "chosen": (xs[chosen], y(means[chosen])) if chosen else None,
+        "ticks": [(xs[r], sweep.label(r), r == sweep.taken) for r in ranks],
+        "limit": None if limit is None else y(limit),
+        "chosen": None if sweep.taken is None else (xs[sweep.taken], y(means[sweep.taken])),
         "axis": [(y(value), value) for value in (highest, (highest + lowest) / 2, lowest)],
     }

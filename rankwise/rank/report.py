@@ -6,7 +6,7 @@ from typing import Any
 
 from rankwise.rank.crossed import estimate
 from rankwise.rank.sweep import FULL, Sweep
-from rankwise.rank.verdict import achieved_power, answers, margin_rule, notes, verdict
+from rankwise.rank.verdict import achieved_power, margin_rule, notes, verdict
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ def lines(sweep: Sweep) -> list[Line]:
         if rank in compared:
             r = compared[rank]
             difference, lower, upper = r.difference, r.lower, r.upper
-            outcome = r.outcome if answers(sweep) else ""
+            outcome = r.outcome if sweep.answers else ""
         elif rank == FULL:
             full = estimate(sweep.losses[FULL] - sweep.losses[c.reference], sweep.counts)
             difference, lower, upper = full.mean, full.lower, full.upper
@@ -87,8 +87,7 @@ def table(sweep: Sweep) -> str:
 
 def interval_name(sweep: Sweep) -> str:
     """What the interval between both one-sided bounds covers."""
-    confidence = sweep.comparisons.ranks[0].beyond_margin.confidence
-    return f"{100 * (2 * confidence - 1):.3g} % interval"
+    return sweep.comparisons.ranks[0].beyond_margin.interval_name
 
 
 def as_dict(sweep: Sweep) -> dict[str, Any]:
@@ -99,12 +98,13 @@ def as_dict(sweep: Sweep) -> dict[str, Any]:
         "verdict": verdict(sweep),
         "notes": notes(sweep),
         "axis": sweep.axis,
-        "sufficient_rank": c.sufficient if answers(sweep) and sweep.ordered else None,
+        "sufficient_rank": sweep.taken,
+        "at_least": sweep.at_least,
         "reference": sweep.label(c.reference),
-        "margin": c.margin,
-        "margin_rule": margin_rule(sweep),
-        "saturates": answers(sweep) and c.saturates and sweep.ordered,
-        "achieved_power": achieved_power(sweep) if answers(sweep) else None,
+        "margin": c.margin if sweep.answers else None,
+        "margin_rule": margin_rule(sweep) if sweep.answers else None,
+        "saturates": sweep.answers and c.saturates and sweep.ordered,
+        "achieved_power": achieved_power(sweep) if sweep.answers else None,
         "seeds": list(sweep.seeds),
         "examples": len(sweep.counts),
         "ranks": [asdict(line) for line in lines(sweep)],

@@ -5,7 +5,7 @@ direction of each ΔW does, and the gradients of their outputs, which say how mu
 total rank goes down a ladder, directions of all layers in one order (what they spare the loss, by the numbers that they
 cost), and a paired test after each rung decides whether it goes on. A cut changes what the other directions are worth,
 so the adapter is observed again where the ladder ends, and goes on down from there. What was found is tested once more
-on the confirmation part, which no decision has seen; what is promised comes from there alone.
+on the confirmation part, by which no rank was chosen; what is promised comes from there alone.
 """
 
 import math
@@ -92,9 +92,9 @@ class ShrinkReport:
         lines = [
             f"total rank {before:,} → {after:,}; {self.parameters_before:,} → {self.parameters_after:,} numbers in "
             f"the updates ({share:.0%} fewer)",
-            f"held-out loss {self.loss_full:.4f} → {self.loss_shrunk:.4f} on {self.rows['confirmation']} rows that "
-            f"decided nothing: with 95 % confidence at most {max(0.0, self.lost_at_most):.4f} nats are lost, of "
-            f"{self.gain:.4f} that the updates gain (allowed: {self.delta:.4f})",
+            f"held-out loss {self.loss_full:.4f} → {self.loss_shrunk:.4f} on {self.rows['confirmation']} rows by "
+            f"which no rank was chosen: with 95 % confidence at most {max(0.0, self.lost_at_most):.4f} nats are lost, "
+            f"of {self.gain:.4f} that the updates gain (allowed: {self.delta:.4f})",
             f"not smaller, because {self.stopped_because}",
         ]
         if self.heaviest > _HEAVY:
@@ -175,8 +175,8 @@ def shrink_(
     Raises ConfigError for an adapter with parts that cannot be cut, DataError if the adapter gains nothing, or no more
     than may be lost, or if nothing smaller can be shown to be good enough; the model is then as it was.
     """
-    if delta is not None and not delta > 0:
-        raise ConfigError(f"delta must be above 0 nats, found {delta}")
+    if delta is not None and not 0 < delta < math.inf:
+        raise ConfigError(f"delta must be a finite number of nats above 0, found {delta}")
     measured = _measuring(engine, held_out, on_progress)
     cuts = _Cuts(lambda: _cutter(engine, adapter, reader, held_out.calibration, on_progress))
     first = cuts.first

@@ -82,6 +82,30 @@ class Sweep:
         return _name(rank, self.axis, self.values)
 
     @property
+    def learned(self) -> bool:
+        """Whether the largest rank lowered the loss at all, with 95 % confidence; if not, nothing can be said."""
+        return self.comparisons.gain.lower > 0
+
+    @property
+    def answers(self) -> bool:
+        """Whether the verdict compares at all: something was learned, the margin asks something, the reference fits."""
+        c = self.comparisons
+        return self.learned and c.gain.mean > c.margin and not (self.ordered and c.better)
+
+    @property
+    def taken(self) -> int | None:
+        """The rank that is shown to suffice; None for settings, and where no rank below the largest passed."""
+        c = self.comparisons
+        return c.sufficient if self.ordered and self.answers and c.sufficient != c.reference else None
+
+    @property
+    def at_least(self) -> int | None:
+        """The largest rank where the one before it is shown to be worse, so that a larger one may be needed."""
+        c = self.comparisons
+        falls = self.ordered and self.answers and c.ranks[-1].outcome == "worse"
+        return c.reference if falls else None
+
+    @property
     def against_full(self) -> Estimate | None:
         """Loss at the sufficient rank minus that of full fine-tuning; None if that was not trained."""
         return self._minus_full(self.comparisons.sufficient)

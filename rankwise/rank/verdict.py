@@ -22,7 +22,7 @@ def conclusion(sweep: Sweep) -> tuple[str, str]:
     """The verdict in two parts: what to do, and why."""
     c = sweep.comparisons
     reference = sweep.name(c.reference)
-    if not learned(sweep):
+    if not sweep.learned:
         return (
             f"These data cannot tell which {'rank suffices' if sweep.ordered else f'{sweep.axis} is better'}",
             f"{reference} has not lowered the held-out loss beyond chance "
@@ -41,17 +41,12 @@ def conclusion(sweep: Sweep) -> tuple[str, str]:
         best = min(c.better, key=lambda found: found.loss)
         return (
             f"{reference} is a poor reference, as {_names([f'r = {found.rank}' for found in c.better])} did better",
-            f"r = {best.rank} by {-best.difference:.4f} nats (90 % interval {-best.upper:.4f} to {-best.lower:.4f}), "
-            f"with 95 % confidence by more than the margin of {c.margin:.4f}. So it says little that others do as "
+            f"r = {best.rank} by {-best.difference:.4f} nats ({best.jointly.interval_name} "
+            f"{-best.jointly.upper:.4f} to {-best.jointly.lower:.4f}), by more than the margin of {c.margin:.4f} "
+            "(95 % confidence for all ranks together). So it says little that others do as "
             f"well as the largest rank; check its training, or compare with r = {best.rank} as the largest.",
         )
     return _of_rank(sweep)
-
-
-def answers(sweep: Sweep) -> bool:
-    """Whether the verdict compares at all: with something learned, a margin that asks something, a fit reference."""
-    c = sweep.comparisons
-    return learned(sweep) and c.gain.mean > c.margin and not (sweep.ordered and c.better)
 
 
 def _names(names: list[str]) -> str:
@@ -61,8 +56,8 @@ def _names(names: list[str]) -> str:
 def _of_rank(sweep: Sweep) -> tuple[str, str]:
     c = sweep.comparisons
     below = c.below
-    if c.sufficient != c.reference:
-        passed = c.of(c.sufficient)
+    if sweep.taken is not None:
+        passed = c.of(sweep.taken)
         return (
             f"Take r = {passed.rank}",
             f"with 95 % confidence its held-out loss exceeds that of r = {c.reference} by less than the margin of "
@@ -70,7 +65,7 @@ def _of_rank(sweep: Sweep) -> tuple[str, str]:
             f"{_saturation(sweep)}{_why_not_less(below)}",
         )
     assert below is not None
-    if below.outcome == "worse":
+    if sweep.at_least is not None:
         return (
             f"Take r = {c.reference} or more",
             f"r = {below.rank} is worse by {below.difference:.4f} nats, which is more than the margin of "
@@ -132,11 +127,6 @@ def _against(found: Comparison, margin: float) -> str:
         f"an open question: the difference is {_with_interval(found, 'interval')}, and the margin is {margin:.4f} "
         f"nats; {_more_for(found)}"
     )
-
-
-def learned(sweep: Sweep) -> bool:
-    """Whether the largest rank lowered the loss at all, with 95 % confidence; if not, nothing can be said on ranks."""
-    return sweep.comparisons.gain.lower > 0
 
 
 def _with_interval(found: Comparison, interval: str) -> str:
@@ -205,7 +195,7 @@ def notes(sweep: Sweep) -> list[str]:
     """What a reader must know beside the verdict."""
     c = sweep.comparisons
     lines = [f"{len(sweep.seeds)} seeds, {len(sweep.counts):,} held-out examples (rows that ask the same are one)."]
-    if answers(sweep):
+    if sweep.answers:
         power, kind = achieved_power(sweep), "rank" if sweep.ordered else "value"
         weak = "" if power >= POWER else f" Below {POWER:.0%}, an open question is no sign that a {kind} is worse."
         lines[0] = f"{margin_rule(sweep)}; {lines[0]}"
@@ -264,11 +254,11 @@ def _shared(sweep: Sweep) -> list[str]:
 def _full(sweep: Sweep) -> list[str]:
     """The comparison with full fine-tuning."""
     c = sweep.comparisons
-    full = sweep.against_full if answers(sweep) else sweep.reference_against_full
+    full = sweep.against_full if sweep.answers else sweep.reference_against_full
     if full is None:
         return []
     between = f"{full.mean:+.4f} nats, 90 % interval {full.lower:+.4f} to {full.upper:+.4f}"
-    if not answers(sweep):
+    if not sweep.answers:
         return [f"{sweep.name(c.reference)} against full fine-tuning: {between}."]
     over = sweep.full_beyond_margin
     assert over is not None

@@ -66,8 +66,8 @@ def verdict(result: dict[str, Any], steps: Sequence[Step]) -> Verdict:
         return Verdict("bad", f"It did not learn: {facts}.")
     if cut := result.get("shrunk"):
         facts += (
-            f"; some of these rows chose the ranks, and on {cut['rows']['confirmation']} others the loss is "
-            f"{cut['loss_shrunk']:.4f} ({cut['loss_full']:.4f} before the cut)"
+            f"; some of these rows chose the ranks, and on {cut['rows']['confirmation']} others, which chose none, the "
+            f"loss is {cut['loss_shrunk']:.4f} ({cut['loss_full']:.4f} before the cut)"
         )
     first, last = (result[f"metrics_{side}"].get("loss", {}) for side in ("before", "after"))
     if None in (first.get("lower"), last.get("upper")) or last["upper"] >= first["lower"]:

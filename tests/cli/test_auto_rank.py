@@ -58,7 +58,8 @@ def test_the_adapter_is_cut_within_delta_and_both_are_kept(cut_run):
 def test_the_report_tells_the_rows_that_chose_the_ranks_from_those_that_did_not(cut_run):
     shrunk, page = result_of(cut_run)["shrunk"], (cut_run / "report.html").read_text()
     assert sum(shrunk["rows"].values()) == result_of(cut_run)["eval_rows"] == 80
-    assert f"some of these rows chose the ranks, and on {shrunk['rows']['confirmation']} others the loss is" in page
+    confirmed = f"on {shrunk['rows']['confirmation']} others, which chose none, the loss is"
+    assert f"some of these rows chose the ranks, and {confirmed}" in page
     assert f"{shrunk['loss_shrunk']:.4f} ({shrunk['loss_full']:.4f} before the cut)" in page
 
 

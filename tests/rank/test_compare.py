@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from rankwise.rank.compare import compare
+from rankwise.rank.crossed import estimate
 from rankwise.rank.page import page
 from rankwise.rank.runs import RunResult
 from rankwise.rank.sweep import FULL, sweep
@@ -43,6 +44,24 @@ def test_a_value_that_is_as_good_is_not_called_better_where_the_margin_is_a_shar
         [found] = compare({0: base, 1: best, 2: candidate}, np.ones(EXAMPLES), reference=1).ranks
         better += found.upper < 0
     assert better <= MOST
+
+
+def test_of_several_ranks_that_are_better_by_just_the_margin_one_is_named_in_no_more_than_5_percent():
+    rng, named = np.random.default_rng(5), 0
+    for _ in range(DRAWS):
+        base, best, _ = drawn(rng, 0.0, 0.0)
+        ranks = {rank: drawn(rng, -0.05, 0.0)[2] for rank in (1, 2, 4, 8, 16)}
+        named += bool(compare({0: base, **ranks, 32: best}, np.ones(EXAMPLES), 0.05).better)
+    assert named <= MOST
+
+
+def test_a_poor_reference_is_told_with_bounds_of_the_confidence_that_decides():
+    rng = np.random.default_rng(6)
+    base, best, better = drawn(rng, -0.1, 0.0)
+    losses = {0: base, 1: better, **{rank: drawn(rng, 0.0, 0.0)[2] for rank in (2, 4, 8, 16)}, 32: best}
+    found = sweep(of(losses), [1, 2, 4, 8, 16, 32], range(SEEDS), check_rates=False)
+    own = estimate(better - best, np.ones(EXAMPLES), 0.99)
+    assert f"(98 % interval {-own.upper:.4f} to {-own.lower:.4f})" in verdict(found)
 
 
 def of(losses):

@@ -58,6 +58,20 @@ def test_strength_and_intruders_are_those_of_the_dense_weights(tmp_path):
         assert matrix.intruders == count
 
 
+def test_of_dora_it_is_said_which_figure_is_of_which_matrix(tmp_path):
+    model, folder = saved(tmp_path, use_dora=True)
+    found = beside_base(inspect_adapter(folder), model, "default")
+    [note] = found.notes
+    assert "singular values and both ranks are those of scale·B·A alone" in note
+    assert note in str(found)
+    layers, matrix = dict(named_lora_layers(model)), found.matrices[0]
+    plain = layers[matrix.name].update("default").low_rank().delta()
+    whole = layers[matrix.name].delta("default", torch.float32)
+    assert matrix.sigma[0] == pytest.approx(torch.linalg.svdvals(plain)[0].item(), rel=1e-4)
+    assert matrix.strength == pytest.approx((whole.norm() / layers[matrix.name].base_matrix().norm()).item(), rel=1e-4)
+    assert inspect_adapter(saved(tmp_path / "plain")[1]).notes == ()
+
+
 def test_a_new_strong_direction_is_an_intruder_and_a_weak_update_has_none():
     draw = torch.Generator().manual_seed(0)
     weight = torch.randn(60, 40, generator=draw)

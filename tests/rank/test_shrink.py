@@ -472,12 +472,13 @@ def test_an_adapter_with_which_nothing_finite_is_computed_is_refused():
         shrink_(LanguageEngine(model, 2, examples), HeldOut(examples, examples, examples))
 
 
-def test_a_delta_that_is_not_positive_is_refused():
+@pytest.mark.parametrize("delta", [0.0, float("inf")])
+def test_a_delta_that_is_not_positive_and_finite_is_refused(delta):
     model = decided()
     inject_(model, LoraConfig(task_type="CAUSAL_LM", r=4))
     examples = conversations(100)
-    with pytest.raises(ConfigError, match="delta must be above 0"):
-        shrink_(LanguageEngine(model, 2, examples), parts_of(examples), delta=0.0)
+    with pytest.raises(ConfigError, match="delta must be a finite number of nats above 0"):
+        shrink_(LanguageEngine(model, 2, examples), parts_of(examples), delta=delta)
 
 
 def test_a_delta_that_is_not_below_what_is_gained_is_refused():
@@ -547,6 +548,7 @@ def test_the_command_writes_the_smaller_adapter_and_what_it_promises(spoken, tmp
     promise = json.loads((tmp_path / "small" / "shrink.json").read_text())
     assert promise["lost_at_most"] <= promise["delta"]
     assert f"allowed: {promise['delta']:.4f}" in printed
+    assert f"on {promise['rows']['confirmation']} rows by which no rank was chosen:" in printed
     small = read_adapter(tmp_path / "small")
     assert {name: update.rank for name, update in small.low_rank.items()} == {
         name: rank for name, rank in promise["ranks_after"].items() if rank
@@ -587,8 +589,9 @@ def test_wrong_inputs_of_the_command_are_named_before_anything_is_written(spoken
         ({"adapter": str(tmp_path / "none")}, "no adapter folder"),
         ({"out": str(taken)}, "exists already"),
         ({"out": str(data / "small")}, f"cannot write {data}/small: Not a directory; choose a place"),
-        ({"delta": "0"}, "--delta must be above 0"),
-        ({"delta": "-1"}, "--delta must be above 0"),
+        ({"delta": "0"}, "--delta must be a finite number of nats above 0"),
+        ({"delta": "-1"}, "--delta must be a finite number of nats above 0"),
+        ({"delta": "inf"}, "--delta must be a finite number of nats above 0"),
         ({"data": str(tmp_path / "none.jsonl")}, "no such data file"),
         ({"data": str(tmp_path / "empty.jsonl")}, "holds no row"),
         ({"data": str(tmp_path / "few.jsonl")}, "at least 75"),

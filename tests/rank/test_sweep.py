@@ -273,6 +273,16 @@ def test_where_nothing_was_learned_nothing_is_claimed_anywhere():
     assert "δ" not in " ".join(notes(found))
 
 
+@pytest.mark.parametrize("margin", [None, 0.6])
+def test_where_no_rank_is_compared_no_margin_is_drawn_or_written(margin):
+    losses = {0: 2.0, 1: 1.8, 4: 1.5} if margin else {0: 2.0, 1: 2.01, 4: 2.02}
+    found = sweep(of_losses(losses), [1, 4], range(3), margin=margin, check_rates=False)
+    plain, html = as_dict(found), page(found, {"model": "m"})
+    assert plain["margin"] is plain["margin_rule"] is None
+    assert not any(word in html for word in ("δ", "dashed", "dasharray"))
+    assert "dashed line the loss is within" in page(sweep(made_up()[0], [1, 4, 8], range(3)), {"model": "m"})
+
+
 def test_a_loss_against_full_fine_tuning_that_is_shown_is_said_to_be():
     run = of_losses({0: 2.0, 1: 1.5, 4: 1.5, FULL: 1.2})
     found = sweep(run, [1, 4], range(3), check_rates=False, with_full=True)
@@ -369,6 +379,22 @@ def test_a_loss_that_still_falls_at_the_largest_rank_is_said_to_do_so():
     found = sweep(made_up(needed=16)[0], [2, 4, 8], range(4), check_rates=False)
     assert verdict(found).startswith("Take r = 8 or more")
     assert "saturates" not in verdict(found)
+
+
+@pytest.mark.parametrize(
+    ("run", "sufficient", "at_least"),
+    [
+        (made_up()[0], 4, None),
+        (made_up(noise=1.0, seed_noise=0.0)[0], None, None),
+        (made_up(needed=16)[0], None, 8),
+    ],
+)
+def test_only_a_rank_that_is_shown_to_suffice_is_written_and_drawn_as_the_answer(run, sufficient, at_least):
+    found = sweep(run, [1, 4, 8], range(3), check_rates=False)
+    plain, html = as_dict(found), page(found, {"model": "m"})
+    assert (plain["sufficient_rank"], plain["at_least"]) == (sufficient, at_least)
+    shown = sufficient is not None
+    assert ('class="verdict clear"' in html, 'r="7"' in html, 'font-weight="bold"' in html) == (shown, shown, shown)
 
 
 def test_full_fine_tuning_is_compared_with_the_rank_that_suffices():
