@@ -21,10 +21,10 @@ from rankwise.lora.places import (
     merged_adapters,
     named_base_modules,
     named_lora_layers,
+    named_parameters,
     named_wrappers,
     own_weights,
     replace_,
-    uncompiled,
 )
 from rankwise.lora.report import AdaptedMatrix, InjectReport
 from rankwise.lora.targets import is_inside, select_heads, select_parameters, select_targets, select_tokens
@@ -262,7 +262,7 @@ def _wrapper(name: str, modules: dict[str, nn.Module], wrappers: dict[str, Wrapp
 
 def _freeze(model: nn.Module) -> None:
     if getattr(model, ATTRIBUTE, None) is None:
-        before = {name: p.requires_grad for name, p in uncompiled(model).named_parameters()}
+        before = {name: p.requires_grad for name, p in named_parameters(model)}
         setattr(model, ATTRIBUTE, Injection(before))
         model.requires_grad_(False)
 
@@ -287,7 +287,7 @@ def eject_(model: nn.Module) -> nn.Module:
     show_biases(model, injected.biases, ())  # After the layers, which put back what a merge had replaced.
     replace_(model, {layer: layer.base for _, layer in named_wrappers(model)})
     delattr(model, ATTRIBUTE)
-    for name, parameter in uncompiled(model).named_parameters():
+    for name, parameter in named_parameters(model):
         # What came into the model later stays as it is.
         parameter.requires_grad_(injected.requires_grad.get(name, parameter.requires_grad))
     return model

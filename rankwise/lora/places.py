@@ -15,7 +15,13 @@ ATTRIBUTE = "_rankwise_injection"
 
 def uncompiled(model: nn.Module) -> nn.Module:
     """The model itself, where torch.compile gave a module around it."""
-    return getattr(model, "_orig_mod", model)
+    inner = model._modules.get("_orig_mod")
+    return model if inner is None else inner
+
+
+def named_parameters(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
+    """All parameters by their names where nothing is compiled, as that may come and go while an adapter is there."""
+    return [(name.replace("_orig_mod.", ""), parameter) for name, parameter in model.named_parameters()]
 
 
 def named_places(model: nn.Module) -> list[tuple[str, nn.Module]]:
@@ -23,22 +29,19 @@ def named_places(model: nn.Module) -> list[tuple[str, nn.Module]]:
 
     What stands in several places is named by the first.
     """
-    found, stack, seen = [], [("", uncompiled(model))], set()
+    found, stack, seen = [], [("", model)], set()
     while stack:
-        name, module = place = stack.pop()
+        name, module = stack.pop()
+        # Names leave out what torch.compile puts around a module, so that they are the same with and without.
+        module = uncompiled(module)
         if module in seen:
             continue
         seen.add(module)
-        found.append(place)
+        found.append((name, module))
         # Past nn.Module's search for attributes and for names that stand for the same child, which take longest here.
         base: Any = module._modules["base"] if isinstance(module, Wrapper) else module
         front = f"{name}." if name else ""
-        # A part that torch.compile has a module around (_orig_mod) keeps its name.
-        stack += [
-            (name if key == "_orig_mod" else front + key, child)
-            for key, child in reversed(base._modules.items())
-            if child is not None
-        ]
+        stack += [(front + key, child) for key, child in reversed(base._modules.items()) if child is not None]
     return found
 
 
@@ -86,8 +89,14 @@ def replace_(model: nn.Module, replacements: Mapping[nn.Module, nn.Module]) -> N
     parents = [module.base if isinstance(module, Wrapper) else module for _, module in named_places(model)]
     for parent in parents:
         for key, child in list(parent._modules.items()):
-            if child is not None and child in replacements:
+            if child is None or (module := uncompiled(child)) not in replacements:
+                continue
+            if module is child:
                 setattr(parent, key, replacements[child])
+            else:
+                compiled: Any = child
+                compiled._orig_mod = replacements[module]
+                compiled._initialize()  # It calls what it was made for, and not what it holds.
 
 
 def merged_adapters(model: nn.Module) -> dict[str, float]:

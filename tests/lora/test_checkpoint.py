@@ -11,7 +11,17 @@ from conftest import ROOT, randomise_adapter, tiny
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from rankwise import LoraConfig, TrainConfig, eject_, inject_, load_adapter_, merge_, read_adapter, save_adapter
+from rankwise import (
+    LoraConfig,
+    TrainConfig,
+    eject_,
+    inject_,
+    load_adapter_,
+    merge_,
+    read_adapter,
+    save_adapter,
+    swap_adapter_,
+)
 from rankwise.errors import CheckpointError, ConfigError, StorageError
 from rankwise.finetune import finetune
 from rankwise.models.adapted import read_labels
@@ -297,3 +307,36 @@ def test_a_full_disk_leaves_the_adapter_that_was_there(folder, monkeypatch):
     with pytest.raises(StorageError, match="No space left"):
         save_adapter(model, folder)
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("compiled_first", [True, False])
+@pytest.mark.parametrize("part", ["layers.1", "layers.1.mlp.up_proj"])
+def test_names_leave_out_that_a_part_of_the_model_is_compiled(part, compiled_first, tmp_path):
+    ids = torch.tensor([[3, 4, 5]])
+
+    def compile_part(model):
+        parent, _, name = f"model.{part}".rpartition(".")
+        setattr(model.get_submodule(parent), name, torch.compile(model.get_submodule(f"model.{part}"), backend="eager"))
+
+    model, plain = tiny("llama"), tiny("llama")
+    base, requires_grad = model(ids).logits, [p.requires_grad for p in model.parameters()]
+    if compiled_first:
+        compile_part(model)
+    inject_(model, LoraConfig(r=2, bias="all", target_modules="all-linear"))
+    if not compiled_first:
+        compile_part(model)
+    randomise_adapter(model)
+    expected = model(ids).logits
+    save_adapter(model, tmp_path)
+    load_adapter_(plain, tmp_path)
+    torch.testing.assert_close(plain(ids).logits, expected)
+    merge_(model)
+    torch.testing.assert_close(model(ids).logits, expected)
+    eject_(model)
+    assert torch.equal(model(ids).logits, base)
+    assert [p.requires_grad for p in model.parameters()] == requires_grad
+    assert "_orig_mod" in str([name for name, _ in model.named_parameters()])
+    load_adapter_(model, tmp_path)
+    swap_adapter_(model, tmp_path)
+    torch.testing.assert_close(model(ids).logits, expected)
