@@ -99,7 +99,7 @@ def test_an_answer_ends_where_the_models_positions_do_and_shorter_prompts_have_t
 
 
 def test_a_tokenizer_without_an_end_of_text_token_lets_answers_end_by_their_length(tokenizer):
-    endless = copy.copy(tokenizer)
+    endless = copy.deepcopy(tokenizer)
     endless.eos_token = endless.chat_template = None
     torch.manual_seed(0)
     model = GPT2LMHeadModel(GPT2Config(vocab_size=len(tokenizer), n_embd=8, n_layer=1, n_head=1, eos_token_id=None))
