@@ -357,14 +357,14 @@ def _parameters_in(module: str, config: LoraConfig, stacked: bool) -> list[str]:
 
 
 def _mismatches(expected: dict[str, Tensor], tensors: dict[str, Tensor], model: nn.Module, adapter: str) -> list[str]:
-    problems, wrappers = [], dict(named_wrappers(model))
+    problems, places = [], dict(named_places(model))
     for name, slot in expected.items():
         if name not in tensors:
             problems.append(f"{name}: missing from the file")
         elif tensors[name].shape != slot.shape:
             problems.append(f"{name}: the model needs {list(slot.shape)}, the file holds {list(tensors[name].shape)}")
     for name in tensors.keys() - expected.keys():
-        if not (is_repeated(name, tensors, expected, wrappers, adapter) or is_of_base(name, tensors, model, adapter)):
+        if not (is_repeated(name, tensors, expected, places, adapter) or is_of_base(name, tensors, places, adapter)):
             problems.append(f"{name}: the model has no place for it{nearest(name, expected)}")
     return sorted(problems)
 
