@@ -135,12 +135,12 @@ def test_one_value_serves_as_a_list_of_one_and_the_name_of_a_path_as_the_path():
     assert config.columns == ("prompt=q",)
 
 
-def test_numbers_of_numpy_and_the_users_folder_come_out_plain(monkeypatch):
-    monkeypatch.setenv("HOME", "/home/me")
+def test_numbers_of_numpy_and_the_users_folder_come_out_plain(monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path))
     config = settings(lr=np.float64(1e-3), max_steps=np.int64(7), layers_to_transform=(np.int64(1),))
     written = yaml.safe_load(replace(config, out="~/o", data="~/d").as_yaml())
     assert (written["lr"], written["max_steps"], written["layers_to_transform"]) == (1e-3, 7, [1])
-    assert (written["out"], written["data"]) == ("/home/me/o", "/home/me/d")
+    assert (written["out"], written["data"]) == (f"{tmp_path}/o", f"{tmp_path}/d")
 
 
 @pytest.mark.parametrize("task", ["seq_cls", "token_cls", "embedding"])
